@@ -1,0 +1,13 @@
+"""kdfast: knowledge distillation that costs what the arithmetic costs.
+
+Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`), an offline teacher cache (`kdfast.cache`) and a thin
+trainer (`kdfast.train`). Importing this package needs torch and numpy only.
+"""
+
+from kdfast import backends as _backends  # registers the kernels
+from kdfast.dispatch import backends, use_backend
+from kdfast.ops.logits import kd_loss
+from kdfast.ops.rows import Part, Parts, debug_checks
+
+__version__ = "0.1.0"
+__all__ = ["Part", "Parts", "backends", "debug_checks", "kd_loss", "use_backend"]

@@ -1,0 +1,38 @@
+"""Kernels, one package per backend, one module per op; each package registers itself with the dispatch table.
+
+What every backend's module of an op must offer. Shapes: N rows, Vs and Vt vocabularies, Vc = min(Vs, Vt).
+All tensors are on one device; rows have unit stride along the vocabulary and any stride between rows.
+
+`logits`
+    forward(student [N,Vs], teacher [N,Vt], labels [N] int64 | None, scale [N], options, need_parts, grad | None)
+        -> loss [N], stats [N,3], parts [N,len(PARTS)] (or [0] when not asked for)
+    backward(student, teacher, labels, scale, stats, options, grad) -> None
+    `scale` multiplies a row's loss and gradient; a row with scale 0 is not read (its loss, parts and gradient are 0).
+    `grad` [N,Vs] receives d(sum of loss)/d(student); it may be `student` itself. `stats` are the log-sum-exps of
+    student/T and teacher/T over the Vc common ids and of student over Vs.
+    A row with a NaN or +inf logit, or a label outside [0, Vs) other than ignore_index, gets loss NaN; nothing is
+    read out of bounds and nothing raises: `ops` reads the losses and names the row.
+
+`linear`
+    forward(student_hidden [N,Ds], student_weight [Vs,Ds], student_bias | None, teacher_hidden, teacher_weight,
+            teacher_bias | None, labels, scale, options, chunk_rows, need_parts, need_hidden, need_weight, need_bias)
+        -> loss [N], parts, grad_hidden, grad_weight (float32), grad_bias (float32); what is not needed has size 0
+
+`topk`
+    capture(logits [N,V], k, temperatures) -> ids [N,k] int32, logprobs [N,k], log_z [N,n_T], log_tail [N,n_T]
+    forward(student [N,V], ids [N,k], logprobs [N,k], log_z [N], log_tail [N], labels, scale, options, vocab_size,
+            need_parts, grad | None) -> loss [N], stats [N,3], parts
+    backward(student, ids, logprobs, log_z, log_tail, labels, scale, stats, options, vocab_size, grad) -> None
+    `log_z` and `log_tail` are those of options.temperature. The soft term is over ids < vocab_size; `stats` are the
+    log-sum-exps of student/T over the unselected ids, of student/T over all ids < vocab_size, of student over Vs.
+
+`scale`
+    scale_(grad, upstream []) -> None: grad *= upstream in place, leaving at once when upstream is 1
+
+Float inputs are float32, bfloat16 or float16 with float32 arithmetic and float32 loss, stats and parts;
+`reference` also takes float64 and then computes everything in float64.
+"""
+
+from kdfast.backends import compiled, reference, triton
+
+__all__ = ["compiled", "reference", "triton"]

@@ -1,0 +1,90 @@
+"""Knowledge distillation on logits, row by row. Contract: `kdfast.backends`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast.backends.reference.divergence import forward_kl
+from kdfast.options import PARTS, RowOptions
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _poison(z: Tensor) -> Tensor:
+    """Rows that hold +inf become NaN: inf - inf would be NaN only in some of their outputs."""
+    return torch.where(z.isposinf().any(-1, keepdim=True), torch.nan, z)
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    scale: Tensor,
+    options: RowOptions,
+    need_parts: bool,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    common = min(student.shape[1], teacher.shape[1])
+    z_s, z_t = _poison(_wide(student)), _poison(_wide(teacher)[:, :common])
+    stats = torch.stack(
+        [
+            torch.logsumexp(z_s[:, :common] / options.temperature, -1),
+            torch.logsumexp(z_t / options.temperature, -1),
+            torch.logsumexp(z_s, -1),
+        ],
+        -1,
+    )
+    log_q = z_s[:, :common] / options.temperature - stats[:, 0:1]
+    log_p = z_t / options.temperature - stats[:, 1:2]
+    soft = forward_kl(log_p, log_q)
+    hard = torch.zeros_like(soft)
+    if labels is not None:
+        inside = (labels >= 0) & (labels < student.shape[1])
+        at_label = z_s.gather(1, labels.clamp(0, student.shape[1] - 1)[:, None])[:, 0]
+        hard = torch.where(inside, stats[:, 2] - at_label, torch.nan)
+    counts = scale != 0
+    row = options.soft_scale * soft
+    if labels is not None:
+        # 0 * NaN is NaN: a label out of range is a bad row even when the hard loss has no weight.
+        row = row + options.hard_weight * hard
+    loss = torch.where(counts, scale * row, 0)
+    parts = loss.new_zeros(0)
+    if need_parts:
+        log_p1, log_q1 = torch.log_softmax(z_t, -1), torch.log_softmax(z_s[:, :common], -1)
+        entropy = -torch.where(log_p1.isneginf(), 0, log_p1.exp() * log_p1).sum(-1)
+        agree = (z_t.argmax(-1) == z_s[:, :common].argmax(-1)).to(soft.dtype)
+        nll = torch.zeros_like(soft)
+        if labels is not None:
+            nll = -log_p1.gather(1, labels.clamp(0, common - 1)[:, None])[:, 0]
+            nll = torch.where(labels < common, nll, torch.inf)
+        columns = {"soft": soft, "hard": hard, "kl_at_1": forward_kl(log_p1, log_q1), "teacher_nll": nll,
+                   "teacher_entropy": entropy, "top1_agreement": agree}  # fmt: skip
+        parts = torch.where(counts[:, None], torch.stack([columns[name] for name in PARTS], -1), 0)
+    if grad is not None:
+        backward(student, teacher, labels, scale, stats, options, grad)
+    return loss, stats, parts
+
+
+def backward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    scale: Tensor,
+    stats: Tensor,
+    options: RowOptions,
+    grad: Tensor,
+) -> None:
+    common = min(student.shape[1], teacher.shape[1])
+    z_s, z_t = _wide(student), _wide(teacher)[:, :common]
+    q = (z_s[:, :common] / options.temperature - stats[:, 0:1]).exp()
+    p = (z_t / options.temperature - stats[:, 1:2]).exp()
+    out = torch.zeros_like(z_s)
+    out[:, :common] = (options.soft_scale / options.temperature) * (q - p)
+    if labels is not None and options.hard_weight != 0:
+        q1 = (z_s - stats[:, 2:3]).exp()
+        q1.scatter_add_(1, labels.clamp(0, student.shape[1] - 1)[:, None], -torch.ones_like(q1[:, :1]))
+        out += options.hard_weight * q1
+    grad.copy_(torch.where((scale != 0)[:, None], scale[:, None] * out, 0))

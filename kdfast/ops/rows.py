@@ -1,0 +1,194 @@
+"""The one contract for rows, masks, reductions and checks that every row-wise loss keeps.
+
+Leading dimensions are free: `[..., V]` becomes N rows. A row counts when its label is not `ignore_index` and its
+token weight is above zero. The kernels get one `scale` per row, which carries weight, mask and the mean's divisor
+at once, so that none of them needs to know how the loss is reduced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.options import PARTS, RowOptions
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+_debug = os.environ.get("KDFAST_CHECK") == "1"
+
+
+class Part(NamedTuple):
+    """One metric: its sum over the rows that count, and how many did. Detached, on the device."""
+
+    sum: Tensor
+    count: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.count.clamp(min=1)
+
+
+class Parts(NamedTuple):
+    """Metrics of one loss call, from the same pass: nothing here is weighted, scaled by T^2 or differentiable.
+
+    soft: divergence at T. hard: student cross-entropy at T=1. kl_at_1: KL(teacher || student) at T=1.
+    teacher_nll: -log p(label) of the teacher at T=1. teacher_entropy: at T=1. top1_agreement: 1 where both
+    argmaxes agree. All in nats but the last. `hard` and `teacher_nll` have count 0 without labels.
+    """
+
+    soft: Part
+    hard: Part
+    kl_at_1: Part
+    teacher_nll: Part
+    teacher_entropy: Part
+    top1_agreement: Part
+
+
+@contextlib.contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Within the block, values are checked on GPUs too: synchronises, and names the first bad row.
+
+    On a CPU values are always checked. `KDFAST_CHECK=1` in the environment switches this on for good.
+    """
+    global _debug
+    before, _debug = _debug, enabled
+    try:
+        yield
+    finally:
+        _debug = before
+
+
+def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:
+    """Raises unless `tensor` is a floating tensor, on the device of `like` when that is given."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise ValueError(f"{name}: expected dtype {wanted}, got {tensor.dtype}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} like {like_name}, got {tensor.device}")
+
+
+def check_options(options: RowOptions) -> None:
+    """Raises for a scalar option that is out of range."""
+    if not (options.temperature > 0 and math.isfinite(options.temperature)):
+        raise ValueError(f"temperature: expected a finite number above 0, got {options.temperature}")
+    for name in ("soft_weight", "hard_weight"):
+        value = getattr(options, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def check_labels(labels: Tensor | None, lead: torch.Size, device: torch.device, options: RowOptions) -> Tensor | None:
+    """Labels as N contiguous int64 values; raises when their shape, dtype or device do not fit."""
+    if labels is None:
+        if options.hard_weight != 0:
+            raise ValueError(f"labels: expected a tensor because hard_weight is {options.hard_weight}, got None")
+        return None
+    if labels.shape != lead:
+        raise ValueError(f"labels: expected shape {list(lead)} (the leading dimensions), got {list(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels: expected dtype int64 or int32, got {labels.dtype}")
+    if labels.device != device:
+        raise ValueError(f"labels: expected device {device}, got {labels.device}")
+    return labels.reshape(-1).long()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`[..., V]` as `[N, V]` with unit stride along V; copies only when the strides leave no other way."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def row_scale(
+    like: Tensor,
+    lead: torch.Size,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    options: RowOptions,
+) -> Tensor:
+    """`[N]` factors of each row's loss: weight, mask, and 1/count for the mean. No host synchronisation.
+
+    A mean over no rows is 0, with zero gradients: a batch of padding must not poison a training run.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items: it divides the mean, but reduction is {reduction!r}; leave it out or use 'mean'")
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    n = math.prod(lead)
+    if token_weight is not None:
+        if token_weight.shape != lead:
+            raise ValueError(
+                f"token_weight: expected shape {list(lead)} (the leading dimensions), got {list(token_weight.shape)}"
+            )
+        if token_weight.device != like.device:
+            raise ValueError(f"token_weight: expected device {like.device}, got {token_weight.device}")
+        scale = token_weight.detach().reshape(-1).to(dtype)
+        if labels is not None:
+            scale = scale * (labels != options.ignore_index)
+        counted = (scale > 0).sum()
+    elif labels is not None:
+        scale = (labels != options.ignore_index).to(dtype)
+        counted = scale.sum()
+    else:
+        scale = torch.ones(n, dtype=dtype, device=like.device)
+        if reduction == "mean":
+            return scale.fill_(1.0 / max(n, 1)) if num_items is None else scale / num_items
+        return scale
+    if reduction != "mean":
+        return scale
+    if num_items is None:
+        return scale / counted.clamp(min=1)
+    return scale / num_items
+
+
+def check_rows(
+    loss: Tensor, student: Tensor | None, teacher: Tensor | None, labels: Tensor | None, vocab: int, options: RowOptions
+) -> None:
+    """Names the first row whose loss is NaN: on a CPU always, on a GPU under `debug_checks()` only.
+
+    Runs inside the op, on the loss the kernel wrote, so that a good batch costs one look at N numbers.
+    """
+    if loss.device.type != "cpu" and not _debug:
+        return
+    bad = loss.isnan()
+    if not bool(bad.any()):
+        return
+    row = int(bad.nonzero()[0])
+    if labels is not None:
+        label = int(labels[row])
+        if label != options.ignore_index and not 0 <= label < vocab:
+            raise ValueError(
+                f"labels: row {row} has label {label}, expected 0 <= label < {vocab} (the student's vocabulary)"
+                f" or ignore_index {options.ignore_index}"
+            )
+    for name, tensor in (("teacher", teacher), ("student", student)):
+        if tensor is not None and bool((tensor[row].isnan() | tensor[row].isposinf()).any()):
+            raise ValueError(f"{name} logits: row {row} holds NaN or +inf, expected finite numbers or -inf")
+    raise ValueError(f"row {row} has loss NaN: its logits hold NaN or +inf, or are -inf throughout")
+
+
+def reduce(loss: Tensor, lead: torch.Size, reduction: str) -> Tensor:
+    """Scaled row losses to what the caller asked for."""
+    return loss.reshape(lead) if reduction == "none" else loss.sum()
+
+
+def make_parts(parts: Tensor, scale: Tensor, labelled: bool) -> Parts:
+    """Per-row metrics `[N, len(PARTS)]` (0 in rows that do not count) as sums and counts."""
+    count = (scale > 0).sum()
+    none = torch.zeros_like(count)
+    needs_label = ("hard", "teacher_nll")
+    sums = parts.sum(0).unbind(0)
+    return Parts(
+        *(Part(s, count if labelled or name not in needs_label else none) for name, s in zip(PARTS, sums, strict=True))
+    )

@@ -1,0 +1,92 @@
+"""`TopKTargets`: what a teacher said, kept to its k most likely ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TopKTargets:
+    """A teacher's distribution over V ids as k entries and one bucket for everything else.
+
+    Equals, for logits `[..., V]` and every T in `temperatures`, with S the set of selected ids:
+
+        logp = logits.log_softmax(-1)
+        logprobs, ids = logp.topk(k)                                   # natural log, T = 1, full softmax
+        log_z = (logp / T).logsumexp(-1)                               # over the whole vocabulary
+        log_tail = (logp / T)[v not in S].logsumexp(-1) - log_z        # log mass of the unselected ids at T
+
+    so the probability of entry i at T is exp(logprobs_i / T - log_z), exactly, and all entries plus
+    exp(log_tail) sum to 1.
+
+    Args:
+        ids: `[..., k]` int32; -1 marks an empty slot.
+        logprobs: `[..., k]` float32, natural log at T = 1 (-inf in an empty slot).
+        log_z: `[..., n_T]` float32.
+        log_tail: `[..., n_T]` float32; -inf when nothing is left over.
+        temperatures: the n_T captured temperatures, in the order of the last dimension of log_z and log_tail.
+        vocab_size: the teacher's V.
+        weights: `[..., k]` float32 importance weights of drawn entries, or None when every entry is exact.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_z: Tensor
+    log_tail: Tensor
+    temperatures: tuple[float, ...]
+    vocab_size: int
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.logprobs.shape:
+            raise ValueError(
+                f"targets: expected ids and logprobs of one shape, got {list(self.ids.shape)} and {list(self.logprobs.shape)}"
+            )
+        if self.ids.dtype != torch.int32:
+            raise ValueError(f"targets.ids: expected dtype int32, got {self.ids.dtype}")
+        per_t = (*self.ids.shape[:-1], len(self.temperatures))
+        for name in ("log_z", "log_tail"):
+            if tuple(getattr(self, name).shape) != per_t:
+                raise ValueError(f"targets.{name}: expected shape {list(per_t)}, got {list(getattr(self, name).shape)}")
+        if self.weights is not None and self.weights.shape != self.ids.shape:
+            raise ValueError(f"targets.weights: expected shape {list(self.ids.shape)}, got {list(self.weights.shape)}")
+
+    @property
+    def k(self) -> int:
+        return self.ids.shape[-1]
+
+    def column(self, temperature: float) -> int:
+        """Position of a captured temperature in `log_z` and `log_tail`.
+
+        Raises:
+            ValueError: it was not captured; lists those that were.
+        """
+        for i, t in enumerate(self.temperatures):
+            if abs(t - temperature) <= 1e-6 * t:
+                return i
+        captured = ", ".join(f"{t:g}" for t in self.temperatures)
+        raise ValueError(
+            f"temperature: {temperature:g} was not captured; the targets hold {captured}. Capture again with it, or use one of these"
+        )
+
+    def _map(self, change: Any) -> TopKTargets:
+        weights = None if self.weights is None else change(self.weights)
+        return dataclasses.replace(
+            self, ids=change(self.ids), logprobs=change(self.logprobs), log_z=change(self.log_z),
+            log_tail=change(self.log_tail), weights=weights,
+        )  # fmt: skip
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TopKTargets:
+        """The same targets on another device."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def __getitem__(self, index: Any) -> TopKTargets:
+        """Indexes the leading dimensions."""
+        if isinstance(index, tuple) and len(index) >= self.ids.ndim:
+            raise ValueError(f"targets: expected at most {self.ids.ndim - 1} indices (leading dimensions), got {len(index)}")
+        return self._map(lambda x: x[index])
