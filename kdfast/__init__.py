@@ -4,10 +4,22 @@ Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`), an offline teacher c
 trainer (`kdfast.train`). Importing this package needs torch and numpy only.
 """
 
-from kdfast import backends as _backends  # registers the kernels
+import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
+from kdfast.ops.targets import TopKTargets
+from kdfast.ops.topk import topk_kd_loss, topk_targets
 
 __version__ = "0.1.0"
-__all__ = ["Part", "Parts", "backends", "debug_checks", "kd_loss", "use_backend"]
+__all__ = [
+    "Part",
+    "Parts",
+    "TopKTargets",
+    "backends",
+    "debug_checks",
+    "kd_loss",
+    "topk_kd_loss",
+    "topk_targets",
+    "use_backend",
+]

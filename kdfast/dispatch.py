@@ -98,7 +98,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str
             able = [b.name for b in _BACKENDS.values() if b.refuses(op, device, dtype) is None]
             raise RuntimeError(f"use_backend({forced!r}): {why}; for {op} on {device} there is: {', '.join(able)}")
         return forced
-    reasons = []
+    reasons: list[str] = []
     for name in _ORDER.get(device, _ANY):
         backend = _BACKENDS.get(name)
         if backend is None or not backend.proven:

@@ -1,4 +1,4 @@
-"""Knowledge distillation on logits: schema, fake, autograd, checks and `kd_loss`."""
+"""Knowledge distillation on logits: checks and `kd_loss`."""
 
 from __future__ import annotations
 
@@ -9,154 +9,10 @@ from torch import Tensor
 
 from kdfast import dispatch
 from kdfast.ops import rows
-from kdfast.ops.scale import scale_grad
-from kdfast.options import PARTS, RowOptions
+from kdfast.ops.row_op import RowCall, RowOp
+from kdfast.options import RowOptions
 
-_ROWS = "Tensor teacher, Tensor? labels, Tensor scale"
-_TAIL = f"{RowOptions.schema()}, str backend"
-_lib = torch.library.Library("kdfast", "FRAGMENT")
-_lib.define(f"logits(Tensor student, {_ROWS}, {_TAIL}, bool need_parts, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)")
-_lib.define(f"logits_overwrite(Tensor(a!) student, {_ROWS}, {_TAIL}, bool need_parts) -> (Tensor, Tensor)")
-_lib.define(f"logits_backward(Tensor student, {_ROWS}, Tensor stats, {_TAIL}) -> Tensor")
-
-
-@torch.library.impl(_lib, "logits", "CompositeExplicitAutograd")
-def _logits(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *values, backend, need_parts, need_grad = rest
-    options = RowOptions(*values)
-    grad = _grad_buffer(student) if need_grad else None
-    loss, stats, parts = dispatch.kernel("logits", backend).forward(student, teacher, labels, scale, options, need_parts, grad)
-    rows.check_rows(loss, student, teacher, labels, student.shape[1], options)
-    return loss, stats, parts, student.new_empty(0) if grad is None else grad
-
-
-@torch.library.impl(_lib, "logits_overwrite", "CompositeExplicitAutograd")
-def _logits_overwrite(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    *values, backend, need_parts = rest
-    options = RowOptions(*values)
-    loss, _, parts = dispatch.kernel("logits", backend).forward(student, teacher, labels, scale, options, need_parts, student)
-    rows.check_rows(loss, None, teacher, labels, student.shape[1], options)
-    return loss, parts
-
-
-@torch.library.impl(_lib, "logits_backward", "CompositeExplicitAutograd")
-def _logits_backward(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, stats: Tensor, *rest: Any
-) -> Tensor:
-    *values, backend = rest
-    grad = _grad_buffer(student)
-    dispatch.kernel("logits", backend).backward(student, teacher, labels, scale, stats, RowOptions(*values), grad)
-    return grad
-
-
-def _grad_buffer(student: Tensor) -> Tensor:
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
-
-
-def _row_outputs(student: Tensor, need_parts: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    n = student.shape[0]
-    parts = (n, len(PARTS)) if need_parts else (0,)
-    return student.new_empty(n, dtype=dtype), student.new_empty(n, 3, dtype=dtype), student.new_empty(parts, dtype=dtype)
-
-
-@torch.library.register_fake("kdfast::logits", lib=_lib)
-def _logits_fake(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_parts, need_grad = rest[-2:]
-    return *_row_outputs(student, need_parts), _grad_buffer(student) if need_grad else student.new_empty(0)
-
-
-@torch.library.register_fake("kdfast::logits_overwrite", lib=_lib)
-def _logits_overwrite_fake(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    loss, _, parts = _row_outputs(student, rest[-1])
-    return loss, parts
-
-
-@torch.library.register_fake("kdfast::logits_backward", lib=_lib)
-def _logits_backward_fake(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, stats: Tensor, *rest: Any
-) -> Tensor:
-    return _grad_buffer(student)
-
-
-class _InForward(torch.autograd.Function):
-    """The gradient is formed while the logits are at hand; backward only scales it."""
-
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        loss, _, parts, grad = torch.ops.kdfast.logits(student, teacher, labels, scale, *rest, True)
-        return loss.sum(), parts, grad
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, parts, grad = output
-        ctx.mark_non_differentiable(parts, grad)
-        ctx.set_materialize_grads(False)
-        ctx.backend = inputs[-2]
-        ctx.save_for_backward(grad)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (grad,) = ctx.saved_tensors
-        out = None if upstream is None else scale_grad(grad, upstream, ctx.backend)
-        return out, *(None,) * (len(ctx.needs_input_grad) - 1)
-
-
-class _Overwrite(torch.autograd.Function):
-    """As `_InForward`, with the gradient in the place of the student's logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *rest: Any
-    ) -> tuple[Tensor, ...]:
-        # Mutating the detached view moves the version counter that `student` shares, so autograd notices a reader.
-        buffer = student.detach()
-        loss, parts = torch.ops.kdfast.logits_overwrite(buffer, teacher, labels, scale, *rest)
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
-        ctx.backend = rest[-2]
-        ctx.save_for_backward(buffer)
-        return loss.sum(), parts
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (grad,) = ctx.saved_tensors
-        out = None if upstream is None else scale_grad(grad, upstream, ctx.backend)
-        return out, *(None,) * (len(ctx.needs_input_grad) - 1)
-
-
-class _InBackward(torch.autograd.Function):
-    """Only row statistics are kept; the gradient is recomputed with the incoming gradient folded in.
-
-    For float16, where a gradient of 1/N formed at scale 1 would underflow before the loss scale reaches it, and
-    for per-row losses, whose incoming gradient differs from row to row.
-    """
-
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        loss, stats, parts, _ = torch.ops.kdfast.logits(student, teacher, labels, scale, *rest, False)
-        return loss, parts, stats
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, teacher, labels, scale, *rest = inputs
-        _, parts, stats = output
-        ctx.mark_non_differentiable(parts, stats)
-        ctx.set_materialize_grads(False)
-        ctx.rest = rest[:-1]
-        ctx.save_for_backward(student, teacher, labels, scale, stats)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        student, teacher, labels, scale, stats = ctx.saved_tensors
-        grad = None
-        if upstream is not None:
-            grad = torch.ops.kdfast.logits_backward(student, teacher, labels, scale * upstream, stats, *ctx.rest)
-        return grad, *(None,) * (len(ctx.needs_input_grad) - 1)
+_op = RowOp("logits", targets=("teacher",))
 
 
 def kd_loss(
@@ -220,28 +76,18 @@ def kd_loss(
             f"teacher_logits: expected leading dimensions {list(lead)} like student_logits, got {list(teacher_logits.shape[:-1])}"
         )
     device = student_logits.device
-    labels = rows.check_labels(labels, lead, device, options)
+    labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
-    teacher = rows.as_rows(teacher_logits.detach())
     student = rows.as_rows(student_logits)
-    backend = dispatch.choose("logits", device, student.dtype)
-    needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    rest = (*options.values, backend, return_parts)
-
-    if overwrite_logits and needs_grad:
-        if student.data_ptr() != student_logits.data_ptr() or not student_logits.is_contiguous():
-            raise ValueError(
-                "overwrite_logits: expected contiguous student_logits, got a strided view; call .contiguous() first"
-            )
-        if reduction == "none" or student.dtype == torch.float16:
-            raise ValueError(
-                "overwrite_logits: the gradient is formed before the incoming gradient is known, which needs reduction 'mean'"
-                f" or 'sum' and a dtype other than float16, got {reduction!r} and {student.dtype}"
-            )
-        loss, parts = _Overwrite.apply(student, teacher, labels, scale, *rest)
-    elif needs_grad and reduction != "none" and student.dtype != torch.float16:
-        loss, parts, _ = _InForward.apply(student, teacher, labels, scale, *rest)
-    else:
-        loss, parts, _ = _InBackward.apply(student, teacher, labels, scale, *rest)
-        loss = rows.reduce(loss, lead, reduction)
+    backend = dispatch.choose("logits", student.device, student.dtype)
+    call = RowCall(
+        student,
+        tensors=(rows.as_rows(teacher_logits.detach()), labels, scale),
+        scalars=(*options.values, backend, return_parts),
+        lead=lead,
+        reduction=reduction,
+        needs_grad=student_logits.requires_grad and torch.is_grad_enabled(),
+        overwrite=overwrite_logits,
+    )
+    loss, parts = _op(call)
     return (loss, rows.make_parts(parts, scale, labels is not None)) if return_parts else loss

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ REDUCTIONS = ("mean", "sum", "none")
 _debug = os.environ.get("KDFAST_CHECK") == "1"
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One metric: its sum over the rows that count, and how many did. Detached, on the device."""
 
     sum: Tensor

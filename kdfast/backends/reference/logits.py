@@ -9,13 +9,25 @@ from kdfast.backends.reference.divergence import forward_kl
 from kdfast.options import PARTS, RowOptions
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In the dtype of the arithmetic: float64 stays, everything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _poison(z: Tensor) -> Tensor:
+def poison(z: Tensor) -> Tensor:
     """Rows that hold +inf become NaN: inf - inf would be NaN only in some of their outputs."""
     return torch.where(z.isposinf().any(-1, keepdim=True), torch.nan, z)
+
+
+def hard_loss(z: Tensor, lse: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row at T = 1; NaN where the label is outside the vocabulary."""
+    at_label = z.gather(1, labels.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+    return torch.where((labels >= 0) & (labels < z.shape[1]), lse - at_label, torch.nan)
+
+
+def subtract_label(q: Tensor, labels: Tensor) -> Tensor:
+    """q with 1 taken from the label's column: the derivative of the cross-entropy."""
+    return q.scatter_add_(1, labels.clamp(0, q.shape[1] - 1)[:, None], -torch.ones_like(q[:, :1]))
 
 
 def forward(
@@ -28,7 +40,7 @@ def forward(
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     common = min(student.shape[1], teacher.shape[1])
-    z_s, z_t = _poison(_wide(student)), _poison(_wide(teacher)[:, :common])
+    z_s, z_t = poison(wide(student)), poison(wide(teacher)[:, :common])
     stats = torch.stack(
         [
             torch.logsumexp(z_s[:, :common] / options.temperature, -1),
@@ -40,11 +52,7 @@ def forward(
     log_q = z_s[:, :common] / options.temperature - stats[:, 0:1]
     log_p = z_t / options.temperature - stats[:, 1:2]
     soft = forward_kl(log_p, log_q)
-    hard = torch.zeros_like(soft)
-    if labels is not None:
-        inside = (labels >= 0) & (labels < student.shape[1])
-        at_label = z_s.gather(1, labels.clamp(0, student.shape[1] - 1)[:, None])[:, 0]
-        hard = torch.where(inside, stats[:, 2] - at_label, torch.nan)
+    hard = torch.zeros_like(soft) if labels is None else hard_loss(z_s, stats[:, 2], labels)
     counts = scale != 0
     row = options.soft_scale * soft
     if labels is not None:
@@ -78,13 +86,11 @@ def backward(
     grad: Tensor,
 ) -> None:
     common = min(student.shape[1], teacher.shape[1])
-    z_s, z_t = _wide(student), _wide(teacher)[:, :common]
+    z_s, z_t = wide(student), wide(teacher)[:, :common]
     q = (z_s[:, :common] / options.temperature - stats[:, 0:1]).exp()
     p = (z_t / options.temperature - stats[:, 1:2]).exp()
     out = torch.zeros_like(z_s)
     out[:, :common] = (options.soft_scale / options.temperature) * (q - p)
     if labels is not None and options.hard_weight != 0:
-        q1 = (z_s - stats[:, 2:3]).exp()
-        q1.scatter_add_(1, labels.clamp(0, student.shape[1] - 1)[:, None], -torch.ones_like(q1[:, :1]))
-        out += options.hard_weight * q1
+        out += options.hard_weight * subtract_label((z_s - stats[:, 2:3]).exp(), labels)
     grad.copy_(torch.where((scale != 0)[:, None], scale[:, None] * out, 0))
