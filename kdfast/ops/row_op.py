@@ -131,7 +131,9 @@ class RowCall:
         if not (self.overwrite and self.needs_grad):
             return
         if not self.student.is_contiguous():
-            raise ValueError("overwrite_logits: expected contiguous student_logits, got a strided view; call .contiguous() first")
+            raise ValueError(
+                "overwrite_logits: expected contiguous student_logits, got a strided view; call .contiguous() first"
+            )
         if self.reduction == "none" or self.student.dtype == torch.float16:
             raise ValueError(
                 "overwrite_logits: expected reduction 'mean' or 'sum' and a dtype other than float16 (the gradient is formed"

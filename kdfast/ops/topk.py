@@ -33,7 +33,12 @@ def _capture_fake(logits: Tensor, k: int, temperatures: Sequence[float], backend
     n, n_t = logits.shape[0], len(temperatures)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     ids = logits.new_empty(n, k, dtype=torch.int32)
-    return ids, logits.new_empty(n, k, dtype=dtype), logits.new_empty(n, n_t, dtype=dtype), logits.new_empty(n, n_t, dtype=dtype)
+    return (
+        ids,
+        logits.new_empty(n, k, dtype=dtype),
+        logits.new_empty(n, n_t, dtype=dtype),
+        logits.new_empty(n, n_t, dtype=dtype),
+    )
 
 
 @torch.no_grad()

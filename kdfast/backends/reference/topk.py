@@ -13,7 +13,7 @@ from kdfast.options import PARTS, RowOptions
 def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logp = poison(wide(logits)).log_softmax(-1)
     # A stable descending sort puts equal logits in id order; torch.topk promises no order among ties.
-    ids = wide(logits).sort(-1, descending=True, stable=True).indices[:, :k]
+    ids = wide(logits).sort(dim=-1, descending=True, stable=True).indices[:, :k]
     unselected = logp.scatter(1, ids, -torch.inf)
     log_z = torch.stack([(logp / t).logsumexp(-1) for t in temperatures], -1)
     log_tail = torch.stack([(unselected / t).logsumexp(-1) for t in temperatures], -1) - log_z
@@ -46,9 +46,7 @@ def forward(
     z = poison(wide(student))
     tempered = z[:, :vocab_size] / options.temperature
     valid, mask = _selected(ids, vocab_size, vocab_size)
-    stats = torch.stack(
-        [tempered.masked_fill(mask, -torch.inf).logsumexp(-1), tempered.logsumexp(-1), z.logsumexp(-1)], -1
-    )
+    stats = torch.stack([tempered.masked_fill(mask, -torch.inf).logsumexp(-1), tempered.logsumexp(-1), z.logsumexp(-1)], -1)
     log_q = tempered.gather(1, ids.long().clamp(0, vocab_size - 1)) - stats[:, 1:2]
     log_p = (logprobs / options.temperature - log_z[:, None]).masked_fill(~valid, -torch.inf)
     buckets_p = torch.cat([log_p, log_tail[:, None]], -1)
