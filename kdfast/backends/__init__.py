@@ -9,7 +9,8 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     backward(student, teacher, labels, scale, stats, options, grad) -> None
     `scale` multiplies a row's loss and gradient; a row with scale 0 is not read (its loss, parts and gradient are 0).
     `grad` [N,Vs] receives d(sum of loss)/d(student); it may be `student` itself. `stats` are the log-sum-exps of
-    student/T and teacher/T over the Vc common ids and of student over Vs.
+    student/T and teacher/T over the Vc common ids and of student over Vs, in float64: what is subtracted from a
+    logit of 640 must not round it.
     A row with a NaN or +inf logit, or a label outside [0, Vs) other than ignore_index, gets loss NaN; nothing is
     read out of bounds and nothing raises: `ops` reads the losses and names the row.
 
@@ -29,7 +30,7 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
 `scale`
     scale_(grad, upstream []) -> None: grad *= upstream in place, leaving at once when upstream is 1
 
-Float inputs are float32, bfloat16 or float16 with float32 arithmetic and float32 loss, stats and parts;
+Float inputs are float32, bfloat16 or float16 with float32 arithmetic, float32 loss and parts, and float64 stats;
 `reference` also takes float64 and then computes everything in float64.
 """
 

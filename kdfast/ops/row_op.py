@@ -149,7 +149,11 @@ def _row_outputs(student: Tensor, need_parts: bool) -> tuple[Tensor, Tensor, Ten
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     n = student.shape[0]
     parts = (n, len(PARTS)) if need_parts else (0,)
-    return student.new_empty(n, dtype=dtype), student.new_empty(n, 3, dtype=dtype), student.new_empty(parts, dtype=dtype)
+    return (
+        student.new_empty(n, dtype=dtype),
+        student.new_empty(n, 3, dtype=torch.float64),
+        student.new_empty(parts, dtype=dtype),
+    )
 
 
 def _scaled(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -19,10 +19,10 @@ def poison(z: Tensor) -> Tensor:
     return torch.where(z.isposinf().any(-1, keepdim=True), torch.nan, z)
 
 
-def hard_loss(z: Tensor, lse: Tensor, labels: Tensor) -> Tensor:
+def hard_loss(z: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each row at T = 1; NaN where the label is outside the vocabulary."""
-    at_label = z.gather(1, labels.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-    return torch.where((labels >= 0) & (labels < z.shape[1]), lse - at_label, torch.nan)
+    at_label = z.log_softmax(-1).gather(1, labels.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+    return torch.where((labels >= 0) & (labels < z.shape[1]), -at_label, torch.nan)
 
 
 def subtract_label(q: Tensor, labels: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ def forward(
             torch.logsumexp(z_s, -1),
         ],
         -1,
-    )
-    log_q = z_s[:, :common] / options.temperature - stats[:, 0:1]
-    log_p = z_t / options.temperature - stats[:, 1:2]
+    ).double()
+    log_q = torch.log_softmax(z_s[:, :common] / options.temperature, -1)
+    log_p = torch.log_softmax(z_t / options.temperature, -1)
     soft = forward_kl(log_p, log_q)
-    hard = torch.zeros_like(soft) if labels is None else hard_loss(z_s, stats[:, 2], labels)
+    hard = torch.zeros_like(soft) if labels is None else hard_loss(z_s, labels)
     counts = scale != 0
     row = options.soft_scale * soft
     if labels is not None:
@@ -87,10 +87,10 @@ def backward(
 ) -> None:
     common = min(student.shape[1], teacher.shape[1])
     z_s, z_t = wide(student), wide(teacher)[:, :common]
-    q = (z_s[:, :common] / options.temperature - stats[:, 0:1]).exp()
-    p = (z_t / options.temperature - stats[:, 1:2]).exp()
+    q = torch.softmax(z_s[:, :common] / options.temperature, -1)
+    p = torch.softmax(z_t / options.temperature, -1)
     out = torch.zeros_like(z_s)
     out[:, :common] = (options.soft_scale / options.temperature) * (q - p)
     if labels is not None and options.hard_weight != 0:
-        out += options.hard_weight * subtract_label((z_s - stats[:, 2:3]).exp(), labels)
+        out += options.hard_weight * subtract_label(torch.softmax(z_s, -1), labels)
     grad.copy_(torch.where((scale != 0)[:, None], scale[:, None] * out, 0))

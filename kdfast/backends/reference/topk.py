@@ -30,6 +30,11 @@ def _selected(ids: Tensor, vocab_size: int, width: int) -> tuple[Tensor, Tensor]
     return valid, mask
 
 
+def _log_tail(tempered: Tensor, mask: Tensor) -> Tensor:
+    """Log mass of the unselected ids."""
+    return tempered.log_softmax(-1).masked_fill(mask, -torch.inf).logsumexp(-1)
+
+
 def forward(
     student: Tensor,
     ids: Tensor,
@@ -47,14 +52,14 @@ def forward(
     tempered = z[:, :vocab_size] / options.temperature
     valid, mask = _selected(ids, vocab_size, vocab_size)
     stats = torch.stack([tempered.masked_fill(mask, -torch.inf).logsumexp(-1), tempered.logsumexp(-1), z.logsumexp(-1)], -1)
-    log_q = tempered.gather(1, ids.long().clamp(0, vocab_size - 1)) - stats[:, 1:2]
+    log_q = tempered.log_softmax(-1).gather(1, ids.long().clamp(0, vocab_size - 1))
     log_p = (logprobs / options.temperature - log_z[:, None]).masked_fill(~valid, -torch.inf)
     buckets_p = torch.cat([log_p, log_tail[:, None]], -1)
-    buckets_q = torch.cat([log_q.masked_fill(~valid, -torch.inf), (stats[:, 0] - stats[:, 1])[:, None]], -1)
+    buckets_q = torch.cat([log_q.masked_fill(~valid, -torch.inf), _log_tail(tempered, mask)[:, None]], -1)
     soft = forward_kl(buckets_p, buckets_q)
     soft = torch.where((ids >= vocab_size).any(-1), torch.nan, soft)
     row = options.soft_scale * soft
-    hard = torch.zeros_like(soft) if labels is None else hard_loss(z, stats[:, 2], labels)
+    hard = torch.zeros_like(soft) if labels is None else hard_loss(z, labels)
     if labels is not None:
         row = row + options.hard_weight * hard
     counts = scale != 0
@@ -89,17 +94,17 @@ def backward(
     z = wide(student)
     tempered = z[:, :vocab_size] / options.temperature
     valid, mask = _selected(ids, vocab_size, vocab_size)
-    q = (tempered - stats[:, 1:2]).exp()
+    q = tempered.softmax(-1)
     p = torch.zeros_like(q).scatter_add_(
         1,
         ids.long().clamp(0, vocab_size - 1),
         torch.where(valid, (logprobs / options.temperature - log_z[:, None]).exp(), 0),
     )
-    q_tail = (stats[:, 0:1] - stats[:, 1:2]).exp()
-    within_tail = torch.where(stats[:, 0:1].isneginf(), 0, (tempered - stats[:, 0:1]).exp())
+    q_tail = _log_tail(tempered, mask).exp()[:, None]
+    within_tail = tempered.masked_fill(mask, -torch.inf).softmax(-1)  # NaN where nothing is left over, and unused there
     out = torch.zeros_like(z)
     soft = torch.where(mask, q - p, within_tail * (q_tail - log_tail[:, None].exp()))
     out[:, :vocab_size] = (options.soft_scale / options.temperature) * soft
     if labels is not None and options.hard_weight != 0:
-        out += options.hard_weight * subtract_label((z - stats[:, 2:3]).exp(), labels)
+        out += options.hard_weight * subtract_label(torch.softmax(z, -1), labels)
     grad.copy_(torch.where((scale != 0)[:, None], scale[:, None] * out, 0))

@@ -1,0 +1,26 @@
+// Addresses come from Python as integers: the extension knows nothing of torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/matrix.h"
+
+namespace kdfast {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// A matrix arrives as (address, elements between rows, columns, dtype code).
+inline Matrix matrix(const pybind11::tuple& t) {
+    return {pointer<void>(t[0].cast<std::uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+            static_cast<Dtype>(t[3].cast<int>())};
+}
+
+void bind_runtime(pybind11::module_& m);
+void bind_logits(pybind11::module_& m);
+
+}  // namespace kdfast

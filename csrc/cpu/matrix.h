@@ -1,0 +1,30 @@
+// What the bindings and the kernels of every instruction set share: plain pointers, sizes and strides.
+#pragma once
+
+#include <cstdint>
+
+namespace kdfast {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+struct Matrix {
+    void* data;      // null when absent
+    int64_t stride;  // elements between rows
+    int64_t columns;
+    Dtype dtype;
+
+    char* row(int64_t r) const { return static_cast<char*>(data) + r * stride * bytes_of(dtype); }
+};
+
+struct RowWeights {
+    float temperature;
+    float soft_scale;   // weight of the divergence at T, T^2 included
+    float hard_weight;  // weight of the cross-entropy at T = 1
+};
+
+constexpr int kStats = 3;
+constexpr int kParts = 6;  // soft, hard, kl_at_1, teacher_nll, teacher_entropy, top1_agreement
+
+}  // namespace kdfast

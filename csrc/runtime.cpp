@@ -1,0 +1,70 @@
+// What is asked of the machine: instruction set, threads after a fork, huge pages.
+#include <cstdlib>
+#include <cstring>
+
+#include "binding.h"
+#include "cpu/isa.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace kdfast {
+namespace {
+
+bool forked = false;
+
+Isa best_isa() {
+#if KDFAST_X86
+    __builtin_cpu_init();
+    const char* lowered = std::getenv("KDFAST_ISA");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (lowered && !std::strcmp(lowered, "baseline")) return Isa::baseline;
+    if (avx512 && !(lowered && !std::strcmp(lowered, "avx2"))) return Isa::avx512;
+    if (avx2) return Isa::avx2;
+#endif
+    return Isa::baseline;
+}
+
+const char* isa_name() {
+    switch (isa()) {
+        case Isa::avx512: return "avx512";
+        case Isa::avx2: return "avx2";
+        default: return "baseline";
+    }
+}
+
+// A large output is touched for the first time by the kernel that fills it; with 4 KiB pages the faults cost more than
+// the arithmetic. Only whole huge pages inside the buffer are advised. A refusal is harmless.
+void advise_huge(std::uintptr_t address, std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t page = std::uintptr_t(2) << 20;
+    const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+Isa isa() {
+    static const Isa found = best_isa();
+    return found;
+}
+
+int safe_threads(int wanted) { return forked || wanted < 1 ? 1 : wanted; }
+
+void bind_runtime(pybind11::module_& m) {
+    namespace py = pybind11;
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+    m.def("isa", &isa_name, "Instruction set the kernels use on this processor: avx512, avx2 or baseline.");
+    m.def("safe_threads", &safe_threads, py::arg("wanted"), "Threads a kernel will use: 1 in a forked child.");
+    m.def("advise_huge", &advise_huge, py::arg("address"), py::arg("bytes"), "Asks for huge pages under a fresh buffer.");
+}
+
+}  // namespace kdfast

@@ -1,0 +1,45 @@
+"""Knowledge distillation on logits in C++ (`csrc/cpu/logits.cpp`). Contract: `kdfast.backends`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast import _C
+from kdfast.backends.compiled.extension import address, fresh, matrix, threads, weights
+from kdfast.options import PARTS, RowOptions
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    scale: Tensor,
+    options: RowOptions,
+    need_parts: bool,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = student.shape[0]
+    loss = torch.empty(n)
+    stats = torch.empty(n, 3, dtype=torch.float64)
+    parts = torch.empty((n, len(PARTS)) if need_parts else (0,))
+    _C.logits(
+        True, n, matrix(student), matrix(teacher), matrix(fresh(grad, student)), address(labels), address(scale),
+        address(loss), address(stats), address(parts if need_parts else None), *weights(options), threads(),
+    )  # fmt: skip
+    return loss, stats, parts
+
+
+def backward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    scale: Tensor,
+    stats: Tensor,
+    options: RowOptions,
+    grad: Tensor,
+) -> None:
+    _C.logits(
+        False, student.shape[0], matrix(student), matrix(teacher), matrix(fresh(grad, student)), address(labels),
+        address(scale), 0, address(stats), 0, *weights(options), threads(),
+    )  # fmt: skip
