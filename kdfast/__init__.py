@@ -6,6 +6,7 @@ trainer (`kdfast.train`). Importing this package needs torch and numpy only.
 
 import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
+from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
 from kdfast.ops.targets import TopKTargets
@@ -19,6 +20,7 @@ __all__ = [
     "backends",
     "debug_checks",
     "kd_loss",
+    "linear_kd_loss",
     "topk_kd_loss",
     "topk_targets",
     "use_backend",

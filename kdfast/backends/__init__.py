@@ -15,9 +15,9 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     read out of bounds and nothing raises: `ops` reads the losses and names the row.
 
 `linear`
-    forward(student_hidden [N,Ds], student_weight [Vs,Ds], student_bias | None, teacher_hidden, teacher_weight,
-            teacher_bias | None, labels, scale, options, chunk_rows, need_parts, need_hidden, need_weight, need_bias)
+    forward(student: Side, teacher: Side, labels, scale, options, chunk_rows, need_parts, needs: Needs)
         -> loss [N], parts, grad_hidden, grad_weight (float32), grad_bias (float32); what is not needed has size 0
+    `Side` and `Needs` are those of `kdfast.chunks`, whose `linear_rows` is the loop over chunks.
 
 `topk`
     capture(logits [N,V], k, temperatures) -> ids [N,k] int32, logprobs [N,k], log_z [N,n_T], log_tail [N,n_T]

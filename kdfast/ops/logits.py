@@ -67,15 +67,10 @@ def kd_loss(
     rows.check_options(options)
     rows.check_float("student_logits", student_logits)
     rows.check_float("teacher_logits", teacher_logits, like=student_logits, like_name="student_logits")
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if logits.ndim < 1 or logits.shape[-1] == 0:
-            raise ValueError(f"{name}: expected shape [..., V] with V >= 1, got {list(logits.shape)}")
+    rows.check_vocab("student_logits", student_logits)
+    rows.check_vocab("teacher_logits", teacher_logits)
     lead = student_logits.shape[:-1]
-    if teacher_logits.shape[:-1] != lead:
-        raise ValueError(
-            f"teacher_logits: expected leading dimensions {list(lead)} like student_logits, got {list(teacher_logits.shape[:-1])}"
-        )
-    device = student_logits.device
+    rows.check_lead("teacher_logits", teacher_logits.shape[:-1], lead, "student_logits")
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
     student = rows.as_rows(student_logits)

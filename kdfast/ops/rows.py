@@ -78,6 +78,18 @@ def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_n
         raise ValueError(f"{name}: expected device {like.device} like {like_name}, got {tensor.device}")
 
 
+def check_lead(name: str, lead: torch.Size, expected: torch.Size, like_name: str) -> None:
+    """Raises unless both sides have the same leading dimensions."""
+    if lead != expected:
+        raise ValueError(f"{name}: expected leading dimensions {list(expected)} like {like_name}, got {list(lead)}")
+
+
+def check_vocab(name: str, logits: Tensor) -> None:
+    """Raises unless `logits` is [..., V] with V >= 1."""
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [..., V] with V >= 1, got {list(logits.shape)}")
+
+
 def check_options(options: RowOptions) -> None:
     """Raises for a scalar option that is out of range."""
     if not (options.temperature > 0 and math.isfinite(options.temperature)):

@@ -71,7 +71,7 @@ class TopKTargets:
                 return i
         captured = ", ".join(f"{t:g}" for t in self.temperatures)
         raise ValueError(
-            f"temperature: {temperature:g} was not captured; the targets hold {captured}. Capture again with it, or use one of these"
+            f"temperature: {temperature:g} was not captured; the targets hold {captured}: use one of these or capture again"
         )
 
     def _map(self, change: Any) -> TopKTargets:

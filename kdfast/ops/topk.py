@@ -64,8 +64,7 @@ def topk_targets(logits: Tensor, k: int, *, temperatures: Sequence[float] = (1.0
         ValueError: a shape, dtype or scalar is wrong, or (on a CPU, or under `debug_checks()`) a row holds NaN or +inf.
     """
     rows.check_float("logits", logits)
-    if logits.ndim < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape [..., V] with V >= 1, got {list(logits.shape)}")
+    rows.check_vocab("logits", logits)
     vocab = logits.shape[-1]
     if not 0 < k <= vocab:
         raise ValueError(f"k: expected 0 < k <= {vocab} (the vocabulary), got {k}")
@@ -133,15 +132,13 @@ def topk_kd_loss(
     options = RowOptions(float(temperature), float(soft_weight), float(hard_weight), scale_by_t2, ignore_index)
     rows.check_options(options)
     rows.check_float("student_logits", student_logits)
+    rows.check_vocab("student_logits", student_logits)
     if not isinstance(targets, TopKTargets):
         raise ValueError(f"targets: expected TopKTargets, got {type(targets).__name__}")
     if targets.weights is not None:
         raise ValueError("targets: expected exact entries (weights None); drawn entries have no ghost bucket")
     lead = student_logits.shape[:-1]
-    if targets.ids.shape[:-1] != lead:
-        raise ValueError(
-            f"targets: expected leading dimensions {list(lead)} like student_logits, got {list(targets.ids.shape[:-1])}"
-        )
+    rows.check_lead("targets", targets.ids.shape[:-1], lead, "student_logits")
     if targets.ids.device != student_logits.device:
         raise ValueError(f"targets: expected device {student_logits.device} like student_logits, got {targets.ids.device}")
     if student_logits.shape[-1] < targets.vocab_size:

@@ -1,0 +1,23 @@
+"""The C++ extension: addresses are integers, a matrix is (address, elements between rows, columns, dtype code)."""
+
+_Matrix = tuple[int, int, int, int]
+
+def isa() -> str: ...
+def safe_threads(wanted: int) -> int: ...
+def advise_huge(address: int, bytes: int) -> None: ...
+def logits(
+    forward: bool,
+    rows: int,
+    student: _Matrix,
+    teacher: _Matrix,
+    grad: _Matrix,
+    labels: int,
+    scale: int,
+    loss: int,
+    stats: int,
+    parts: int,
+    temperature: float,
+    soft_scale: float,
+    hard_weight: float,
+    threads: int,
+) -> None: ...
