@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "kdfast C++ kernels: plain pointers, sizes, strides and a thread count; no torch inside.";
     kdfast::bind_runtime(m);
     kdfast::bind_logits(m);
+    kdfast::bind_topk(m);
 }

@@ -101,20 +101,6 @@ Values second_pass(Source s, Source t, Sink g, int64_t common, const RowSums& su
     return total;
 }
 
-// Student ids the teacher does not have: only the hard loss reaches them.
-void extra_pass(Source s, Sink g, int64_t common, int64_t vs, double lse_1, float hard_grad, Buffer* buffers) {
-    const Softmax q1(float(lse_1), 1, lse_1);
-    for (int64_t begin = common; begin < vs; begin += kBlock) {
-        const int64_t n = std::min(kBlock, vs - begin);
-        const float* z = s.block(begin, n, buffers[0]);
-        float* out = g.block(begin, n, buffers[2]);
-        for (int64_t i = 0; i < padded(n); i += W) {
-            store(out + i, hard_grad == 0 ? vec{} : hard_grad * q1.factor * exp(q1.shifted(load(z + i))));
-        }
-        g.commit(begin, n, out);
-    }
-}
-
 // A student that gives -inf to an id the teacher may say has infinite KL; the vector loop only knows kLowest.
 bool impossible(Source s, Source t, int64_t common) {
     for (int64_t i = 0; i < common; ++i) {
@@ -132,11 +118,7 @@ void one_row(const LogitsArgs& a, int64_t r, Buffer* buffers) {
     double* stats = a.stats + r * kStats;
     if (scale == 0) {
         if (g.data) g.clear(vs);
-        if (kForward) {
-            a.loss[r] = 0;
-            std::fill_n(stats, kStats, 0.0);
-            if (a.parts) std::fill_n(a.parts + r * kParts, kParts, 0.0f);
-        }
+        if (kForward) clear_row(r, a.loss, a.stats, a.parts);
         return;
     }
     RowSums sums;
@@ -170,7 +152,7 @@ void one_row(const LogitsArgs& a, int64_t r, Buffer* buffers) {
         values = second_pass<kHard, kWithParts, kPower, kForward, true, false>(s, t, g, common, sums, inverse_t, soft_grad,
                                                                                hard_grad, buffers);
     }
-    if (g.data && vs > common) extra_pass(s, g, common, vs, sums.lse_1, kHard ? hard_grad : 0, buffers);
+    if (g.data && vs > common) hard_only_pass(s, g, common, vs, sums.lse_1, kHard ? hard_grad : 0, buffers);
     if (g.data && kHard && label_ok && a.weights.hard_weight != 0) {
         // Formed again rather than subtracted: a half-precision gradient would be rounded twice.
         double grad = hard_grad * std::expm1(double(student_label) - sums.lse_1);

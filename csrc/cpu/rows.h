@@ -175,6 +175,27 @@ class OnlineSum {
     bool started_ = false;
 };
 
+// Gradient of student ids the teacher does not have, [begin_id, vs): only the hard loss reaches them.
+inline void hard_only_pass(Source s, Sink g, int64_t begin_id, int64_t vs, double lse_1, float hard_grad, Buffer* buffers) {
+    const Softmax q1(float(lse_1), 1, lse_1);
+    for (int64_t begin = begin_id; begin < vs; begin += kBlock) {
+        const int64_t n = std::min(kBlock, vs - begin);
+        const float* z = s.block(begin, n, buffers[0]);
+        float* out = g.block(begin, n, buffers[2]);
+        for (int64_t i = 0; i < padded(n); i += W) {
+            store(out + i, hard_grad == 0 ? vec{} : hard_grad * q1.factor * exp(q1.shifted(load(z + i))));
+        }
+        g.commit(begin, n, out);
+    }
+}
+
+// A row that does not count.
+inline void clear_row(int64_t r, float* loss, double* stats, float* parts) {
+    loss[r] = 0;
+    std::fill_n(stats + r * kStats, kStats, 0.0);
+    if (parts) std::fill_n(parts + r * kParts, kParts, 0.0f);
+}
+
 inline double log_add(double a, double b) {
     if (a < b) std::swap(a, b);
     return std::isinf(b) ? a : a + std::log1p(std::exp(b - a));

@@ -78,6 +78,19 @@ inline vec fma(vec a, vec b, vec c) {
 #endif
 }
 
+// Whether any lane of a comparison holds.
+inline bool any(ivec mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t joined = 0;
+    for (int i = 0; i < W; ++i) joined |= mask[i];
+    return joined != 0;
+#endif
+}
+
 inline float reduce_add(vec x) {
     float sum = 0;
     for (int i = 0; i < W; ++i) sum += x[i];
