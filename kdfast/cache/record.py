@@ -1,0 +1,111 @@
+"""One record as bytes: input ids, masks, labels and the coded targets of one document."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+from kdfast.cache.codec import Encoded
+from kdfast.cache.format import IGNORE, CorruptCache
+
+# flags, bytes an input id, bytes a label, bytes a context id, tokens, context ids, bytes of the id stream
+_HEADER = struct.Struct("<BBBBIII")
+_MASK, _LABELS, _CONTEXT, _COUNTS = 1, 2, 4, 8
+
+
+class Parts(NamedTuple):
+    """A record taken apart; `targets` still in code. Labels hold -100 where there is none."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray | None
+    labels: np.ndarray | None
+    context_ids: np.ndarray | None
+    targets: np.ndarray
+    id_bytes: int
+    has_counts: bool
+
+
+def _width(values: np.ndarray) -> int:
+    return max(1, (int(values.max(initial=0)).bit_length() + 7) // 8)
+
+
+def _pack(values: np.ndarray, width: int) -> bytes:
+    return np.ascontiguousarray(values.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width]).tobytes()
+
+
+def _unpack(data: np.ndarray, count: int, width: int) -> np.ndarray:
+    wide = np.zeros((count, 4), np.uint8)
+    wide[:, :width] = data.reshape(count, width)
+    return wide.view("<u4")[:, 0].astype(np.int64)
+
+
+def pack(
+    input_ids: np.ndarray,
+    targets: Encoded,
+    loss_mask: np.ndarray | None,
+    labels: np.ndarray | None,
+    context_ids: np.ndarray | None,
+) -> bytes:
+    """The record's payload; labels are kept as label + 1, with 0 for none."""
+    flags = _COUNTS * targets.has_counts
+    sections, widths = [_pack(input_ids, _width(input_ids))], [_width(input_ids), 0, 0]
+    if loss_mask is not None:
+        flags |= _MASK
+        sections.append(np.packbits(loss_mask, bitorder="little").tobytes())
+    if labels is not None:
+        flags |= _LABELS
+        shifted = np.where(labels == IGNORE, 0, labels + 1)
+        widths[1] = _width(shifted)
+        sections.append(_pack(shifted, widths[1]))
+    if context_ids is not None:
+        flags |= _CONTEXT
+        widths[2] = _width(context_ids)
+        sections.append(_pack(context_ids, widths[2]))
+    n_context = 0 if context_ids is None else len(context_ids)
+    header = _HEADER.pack(flags, *widths, len(input_ids), n_context, targets.id_bytes)
+    return b"".join([header, *sections, targets.data])
+
+
+def tokens_of(payload: np.ndarray) -> int:
+    """Number of tokens the record claims."""
+    if payload.size < _HEADER.size:
+        raise CorruptCache(f"a record has {payload.size} bytes, fewer than its header")
+    return int(_HEADER.unpack_from(payload)[4])
+
+
+def unpack(payload: np.ndarray, tokens: int) -> Parts:
+    """Takes a payload apart after checking that every section lies inside it.
+
+    Raises:
+        CorruptCache: it does not, or the record does not hold `tokens` tokens.
+    """
+    if tokens_of(payload) != tokens:
+        raise CorruptCache(f"a record claims {tokens_of(payload)} tokens where the shard's index says {tokens}")
+    flags, *widths, _, n_context, id_bytes = _HEADER.unpack_from(payload)
+    if flags > 15 or not 1 <= widths[0] <= 4 or max(widths) > 4:
+        raise CorruptCache("a record's header holds flags or widths that no writer produces")
+    sizes = [
+        tokens * widths[0],
+        (tokens + 7) // 8 if flags & _MASK else 0,
+        tokens * widths[1] if flags & _LABELS else 0,
+        n_context * widths[2] if flags & _CONTEXT else 0,
+    ]
+    ends = np.cumsum([_HEADER.size, *sizes]).tolist()
+    if ends[-1] > payload.size:
+        raise CorruptCache(f"a record has {payload.size} bytes, but its sections need {ends[-1]} and more")
+    ids, mask, labels, context = (payload[a:b] for a, b in zip(ends, ends[1:], strict=False))
+    return Parts(
+        input_ids=_unpack(ids, tokens, widths[0]),
+        loss_mask=np.unpackbits(mask, count=tokens, bitorder="little").astype(bool) if flags & _MASK else None,
+        labels=_labels(_unpack(labels, tokens, widths[1])) if flags & _LABELS else None,
+        context_ids=_unpack(context, n_context, widths[2]) if flags & _CONTEXT else None,
+        targets=payload[ends[-1] :],
+        id_bytes=id_bytes,
+        has_counts=bool(flags & _COUNTS),
+    )
+
+
+def _labels(shifted: np.ndarray) -> np.ndarray:
+    return np.where(shifted == 0, IGNORE, shifted - 1)

@@ -1,0 +1,141 @@
+"""A shard: many records in one safetensors file, with the index that finds, identifies and checks them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.cache.format import KEY_TOKENS, CacheError, CorruptCache, Settings, ShardEntry, digest, write_atomically
+
+_HEADER_LENGTH = struct.Struct("<Q")
+_DTYPES = {"checksums": "U8", "key_offsets": "I64", "keys": "U8", "offsets": "I64", "payload": "U8", "tokens": "I64"}
+
+
+def content_keys(input_ids: np.ndarray) -> bytes:
+    """One 8-byte key for every 64 tokens (the last may have fewer), each chained to the one before.
+
+    Equals key_i = blake2b(key_(i-1) + ids[64 i : 64 i + 64] as little-endian int32, 8 bytes), key_(-1) = 8 zero bytes.
+    """
+    data = memoryview(np.ascontiguousarray(input_ids, dtype="<i4").tobytes())
+    keys, key = [], bytes(8)
+    for start in range(0, len(data), 4 * KEY_TOKENS):
+        key = hashlib.blake2b(key + data[start : start + 4 * KEY_TOKENS], digest_size=8).digest()
+        keys.append(key)
+    return b"".join(keys)
+
+
+def checksum(payload: bytes | np.ndarray) -> bytes:
+    """blake2b of a record's payload, 8 bytes."""
+    return hashlib.blake2b(payload, digest_size=8).digest()
+
+
+def write_shard(path: Path, settings: Settings, payloads: list[bytes], tokens: list[int], keys: list[bytes]) -> tuple[int, str]:
+    """Writes a shard and returns its size in bytes and its index digest."""
+    tensors = {
+        "offsets": np.cumsum([0, *map(len, payloads)], dtype=np.int64),
+        "tokens": np.array(tokens, np.int64),
+        "key_offsets": np.cumsum([0, *(len(k) // 8 for k in keys)], dtype=np.int64),
+        "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 8),
+        "checksums": np.frombuffer(b"".join(map(checksum, payloads)), np.uint8).reshape(-1, 8),
+        "payload": np.frombuffer(b"".join(payloads), np.uint8),
+    }
+    data = memoryview(_safetensors().numpy.save(tensors, metadata=settings.as_metadata()))
+    start, end = _payload_span(data)
+    write_atomically(path, [data])
+    return len(data), digest(data[:start], data[end:])
+
+
+def _payload_span(data: memoryview | np.ndarray) -> tuple[int, int]:
+    """Where the payload lies in a safetensors file that has already passed its parser."""
+    (length,) = _HEADER_LENGTH.unpack_from(data)
+    start, end = json.loads(bytes(data[8 : 8 + length]))["payload"]["data_offsets"]
+    return 8 + length + start, 8 + length + end
+
+
+class Shard:
+    """A finished shard, mapped into memory.
+
+    Raises (all of it before a record is read):
+        CorruptCache: file, header or index is not what the manifest lists, or contradicts itself.
+    """
+
+    def __init__(self, folder: Path, entry: ShardEntry, settings: Settings) -> None:
+        self.path = folder / entry.name
+        self._settings = settings
+        tensors = self._read_index(entry)
+        self.offsets, self.tokens = tensors["offsets"], tensors["tokens"]
+        self.key_offsets, self.checksums = tensors["key_offsets"], tensors["checksums"]
+        keys = tensors["keys"]
+        if keys.ndim != 2 or keys.shape[1] != 8:
+            raise CorruptCache(f"{self.path}: expected keys of shape [n, 8], got {list(keys.shape)}")
+        self.keys = np.ascontiguousarray(keys).view("<u8")[:, 0]
+        self._check_index(entry)
+
+    def _read_index(self, entry: ShardEntry) -> dict[str, np.ndarray]:
+        safetensors = _safetensors()
+        try:
+            size = self.path.stat().st_size
+            if size != entry.bytes:
+                raise CorruptCache(f"{self.path}: expected {entry.bytes} bytes, got {size}")
+            with safetensors.safe_open(self.path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                dtypes = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
+                if dtypes != _DTYPES:
+                    raise CorruptCache(f"{self.path}: expected the tensors {_DTYPES} of a shard, got {dtypes}")
+                tensors = {name: file.get_tensor(name) for name in file.keys() if name != "payload"}  # noqa: SIM118
+        except FileNotFoundError:
+            raise CorruptCache(f"{self.path}: the manifest lists this shard, but it is gone") from None
+        except safetensors.SafetensorError as error:
+            raise CorruptCache(f"{self.path}: not a safetensors file: {error}") from error
+        data = np.memmap(self.path, np.uint8, mode="r")
+        start, end = _payload_span(data)
+        if digest(data[:start], data[end:]) != entry.index_digest:
+            raise CorruptCache(f"{self.path}: header or index does not match the digest in the manifest")
+        if metadata != self._settings.as_metadata():
+            raise CorruptCache(f"{self.path}: the shard was made with other settings than the manifest says")
+        self.payload = data[start:end]
+        return tensors
+
+    def _check_index(self, entry: ShardEntry) -> None:
+        n = entry.records
+        shapes = {"offsets": (n + 1,), "key_offsets": (n + 1,), "tokens": (n,), "checksums": (n, 8)}
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise CorruptCache(f"{self.path}: expected {name} of shape {shape}, got {getattr(self, name).shape}")
+        # Every token takes bytes, so a count that the payload cannot hold is refused before anything is allocated.
+        least = 2 + 2 * len(self._settings.temperatures)
+        sizes = np.diff(self.offsets)
+        sound = (
+            self.offsets[0] == 0
+            and self.offsets[-1] == self.payload.size
+            and (sizes > 0).all()
+            and (self.tokens > 0).all()
+            and (self.tokens <= sizes // least).all()
+            and self.tokens.sum() == entry.tokens
+            and self.key_offsets[0] == 0
+            and self.key_offsets[-1] == self.keys.size
+            and (np.diff(self.key_offsets) == -(-self.tokens // KEY_TOKENS)).all()
+        )
+        if not sound:
+            raise CorruptCache(f"{self.path}: the index contradicts itself or the manifest")
+
+    def read(self, i: int) -> np.ndarray:
+        """Payload of record i, its checksum verified."""
+        payload = self.payload[self.offsets[i] : self.offsets[i + 1]]
+        if checksum(payload) != self.checksums[i].tobytes():
+            raise CorruptCache(f"{self.path}: record {i} does not match its checksum; capture it again or restore the file")
+        return payload
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise CacheError("the teacher cache needs safetensors: pip install 'kdfast[train]'") from error
+    return safetensors

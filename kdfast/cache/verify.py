@@ -1,0 +1,107 @@
+"""The alignment guard, and reading a whole cache through."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.cache.format import IGNORE, AlignmentError, CacheInfo
+from kdfast.cache.reader import CacheReader
+from kdfast.ops.targets import TopKTargets
+
+
+class Alignment(NamedTuple):
+    """Mean negative log-likelihood of the labels under the teacher, nats, at three shifts.
+
+    At shift s the label of row t + s is compared with the teacher's row t; `at` is the one trained with.
+    """
+
+    before: float
+    at: float
+    after: float
+
+    def __str__(self) -> str:
+        return f"teacher's loss on the labels: {self.at:.3f} (one earlier {self.before:.3f}, one later {self.after:.3f}) nats"
+
+
+def label_nll(targets: TopKTargets, labels: Tensor) -> Tensor:
+    """-log p(label) of the teacher at T = 1, float32 `[...]`; NaN where the label is -100.
+
+    An id outside the top k gets an even share of the tail: log_tail - log(V - entries).
+    """
+    hit = targets.ids == labels.unsqueeze(-1)
+    listed = torch.where(hit, targets.logprobs, -math.inf).amax(-1)
+    others = (targets.vocab_size - (targets.ids >= 0).sum(-1)).clamp(min=1)
+    spread = targets.log_tail[..., targets.column(1.0)] - others.log()
+    nll = -torch.where(hit.any(-1), listed, spread)
+    return nll.masked_fill(labels == IGNORE, math.nan)
+
+
+def check_alignment(targets: TopKTargets, labels: Tensor, *, margin: float = 0.5, min_labels: int = 32) -> Alignment:
+    """Compares the teacher's loss on the labels at shifts -1, 0 and +1 along the second last dimension of the targets.
+
+    Args:
+        targets: `[B, L, k]` (or `[L, k]`).
+        labels: `[B, L]` (or `[L]`) integers, aligned with the targets' rows, -100 where they do not count.
+        margin: nats by which another shift must be better to be called a misalignment.
+        min_labels: with fewer labels than this nothing is raised: chance could do it.
+
+    Returns:
+        The three losses, for printing; NaN where no label could be compared.
+
+    Raises:
+        AlignmentError: another shift is better by more than `margin`, or the loss at 0 is above log V.
+        ValueError: the shapes do not fit.
+    """
+    if labels.shape != targets.ids.shape[:-1]:
+        raise ValueError(
+            f"labels: expected shape {list(targets.ids.shape[:-1])} as the targets' rows, got {list(labels.shape)}"
+        )
+    counted = int((labels != IGNORE).sum())
+    result = Alignment(*(_mean_nll(targets, labels, shift) for shift in (-1, 0, 1)))
+    if counted < min_labels:
+        return result
+    limit = math.log(targets.vocab_size)
+    for shift, nll in ((-1, result.before), (1, result.after)):
+        if nll < result.at - margin:
+            raise AlignmentError(
+                f"targets: the teacher's rows fit the labels shifted by {shift:+d} better ({nll:.3f} nats) than as they are"
+                f" ({result.at:.3f}); expected row t to predict labels[t]. Shift the labels, or capture with the right alignment"
+            )
+    if result.at > limit:
+        raise AlignmentError(
+            f"targets: the teacher's loss on the labels is {result.at:.3f} nats, above log V = {limit:.3f} (a guess);"
+            " expected targets and labels of the same text and tokenizer"
+        )
+    return result
+
+
+def _mean_nll(targets: TopKTargets, labels: Tensor, shift: int) -> float:
+    n = labels.shape[-1]
+    rows, cols = slice(max(-shift, 0), n - max(shift, 0)), slice(max(shift, 0), n - max(-shift, 0))
+    index = (slice(None), rows) if labels.ndim == 2 else rows
+    return float(label_nll(targets[index], labels[..., cols]).nanmean())
+
+
+def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> CacheInfo:
+    """Reads every record of a cache through: checksums, code, ids, and the content keys.
+
+    Args:
+        progress: called as progress(tokens_done, tokens_total).
+
+    Raises:
+        CorruptCache: the first fault; names the record.
+    """
+    reader = CacheReader(path)
+    done = 0
+    for i, entry in enumerate(reader):
+        reader.check_keys(i, entry.input_ids)
+        done += len(entry.input_ids)
+        if progress is not None:
+            progress(done, reader.info.tokens)
+    return reader.info

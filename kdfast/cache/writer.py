@@ -1,0 +1,304 @@
+"""`CacheWriter`: documents and their targets to shards, resumable at the last finished shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from kdfast.cache import codec, record, shard
+from kdfast.cache.format import (
+    IGNORE,
+    KL_EDGES,
+    LEFTOVER,
+    MANIFEST,
+    SHARD_NAME,
+    CacheError,
+    CacheMismatch,
+    Manifest,
+    Settings,
+    ShardEntry,
+    read_manifest,
+    write_atomically,
+)
+from kdfast.ops.targets import TopKTargets
+
+_T = TypeVar("_T")
+
+
+class CacheWriter:
+    """Writes a teacher cache; opened on an unfinished one with the same settings, goes on after its last finished shard.
+
+        with CacheWriter(path, vocab_size=V, k=64, teacher="name", tokenizer_hash="...") as w:
+            for document in documents[len(w) :]:
+                w.add(document, topk_targets(teacher(document), 64))
+
+    Leaving the block finishes the cache; leaving it by an exception keeps the finished shards and drops the records
+    after them, so that a later writer goes on from `len(w)`.
+
+    Args:
+        path: the cache's folder; made when missing.
+        vocab_size, k, teacher, tokenizer_hash, temperatures, max_kl, values_bits, alignment: see `Settings`.
+        records_per_shard: a shard is finished at this many records (None: no limit).
+        shard_bytes: or at this size.
+
+    Raises:
+        CacheMismatch: the path holds an unfinished cache with other settings; names both sides.
+        CacheError: the cache is finished already, another writer has it open, the folder holds something else, or a
+            setting is out of range.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        vocab_size: int,
+        k: int,
+        teacher: str,
+        tokenizer_hash: str,
+        temperatures: Sequence[float] = (1.0,),
+        values_bits: int | None = None,
+        max_kl: float = 5e-5,
+        alignment: str = "next",
+        records_per_shard: int | None = None,
+        shard_bytes: int = 64 << 20,
+    ) -> None:
+        self.path = Path(path)
+        settings = Settings(
+            vocab_size, k, teacher, tokenizer_hash, tuple(map(float, temperatures)), max_kl, values_bits, alignment
+        )
+        if records_per_shard is not None and records_per_shard < 1:
+            raise CacheError(f"records_per_shard: expected 1 or more, got {records_per_shard}")
+        self._records_per_shard, self._shard_bytes = records_per_shard, shard_bytes
+        self._layout = codec.Layout(k, vocab_size, settings.temperatures)
+        self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = _lock(self.path)
+        try:
+            self._manifest = self._open(settings)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _open(self, settings: Settings) -> Manifest:
+        fresh = not (self.path / MANIFEST).exists()
+        if not fresh:
+            manifest, _ = read_manifest(self.path)
+            if manifest.complete:
+                raise CacheError(f"{self.path}: the cache is finished already; read it, or write to another path")
+            different = settings.differences(manifest.settings)
+            if different:
+                raise CacheMismatch(
+                    f"{self.path}: holds an unfinished cache with other settings (asked for != there):"
+                    f" {'; '.join(different)}. Use these, or another path"
+                )
+        else:
+            manifest = Manifest(settings)
+        self._remove_leftovers(manifest, fresh)
+        self._group = manifest.group_size or 1
+        self._save(manifest)
+        return manifest
+
+    def _remove_leftovers(self, manifest: Manifest, fresh: bool) -> None:
+        """Removes what a killed writer left; without a manifest nothing but its temporary file is known to be ours."""
+        known = {MANIFEST, *(s.name for s in manifest.shards)}
+        for path in sorted(self.path.iterdir()):
+            ours = path.name == f"{MANIFEST}.tmp" if fresh else LEFTOVER.fullmatch(path.name) or SHARD_NAME.fullmatch(path.name)
+            if ours and path.name not in known:
+                path.unlink()
+            elif fresh:
+                raise CacheError(f"{self.path}: expected an empty folder or an unfinished cache, found {path.name!r}")
+
+    def __len__(self) -> int:
+        """Records that are safe on disk: where to go on after an interruption."""
+        return sum(s.records for s in self._manifest.shards)
+
+    @property
+    def settings(self) -> Settings:
+        return self._manifest.settings
+
+    def begin_groups(self, size: int) -> None:
+        """From here on shards end only after a multiple of `size` records, so that no group straddles a resume point.
+
+        Raises:
+            CacheMismatch: the records already there were written in groups of another size.
+        """
+        before = self._manifest.group_size
+        if before is not None and before != size:
+            raise CacheMismatch(
+                f"{self.path}: was captured so far in groups of {before} documents, asked for {size}; use {before},"
+                " or another path (another size would round differently)"
+            )
+        self._group = size
+        if before is None:
+            self._manifest = self._save(dataclasses.replace(self._manifest, group_size=size))
+
+    def add(
+        self,
+        input_ids: Tensor,
+        targets: TopKTargets,
+        loss_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        context_ids: Tensor | None = None,
+    ) -> None:
+        """Adds one document of L tokens.
+
+        Args:
+            input_ids: `[L]` integers in [0, vocab_size).
+            targets: rows `[L, k]`; row t is the teacher's distribution after input_ids[: t + 1] (alignment `next`), or
+                at position t (`same`).
+            loss_mask: `[L]` bool, True where row t counts; by default where a label is known.
+            labels: `[L]` integers, the label of row t in [0, vocab_size) or -100 for none. By default input_ids[t + 1]
+                with `next`; needed with `same`.
+            context_ids: `[C]` integers, the source of an encoder-decoder.
+
+        Raises:
+            CacheError: an argument does not fit; nothing was added.
+            OSError: a shard was due and could not be written; the finished ones are safe.
+        """
+        if self._lock is None:
+            raise CacheError(f"{self.path}: the writer is closed")
+        settings = self.settings
+        ids = _integers("input_ids", input_ids, 0, settings.vocab_size)
+        rows = self._rows(targets, len(ids))
+        mask = None
+        if loss_mask is not None:
+            mask = loss_mask.detach().cpu().numpy()
+            if mask.shape != ids.shape or mask.dtype != np.bool_:
+                raise CacheError(f"loss_mask: expected bool [{len(ids)}], got {loss_mask.dtype} {list(mask.shape)}")
+        label = None if labels is None else _integers("labels", labels, IGNORE, settings.vocab_size)
+        if label is None and settings.alignment == "same":
+            raise CacheError("labels: expected a tensor because alignment is 'same', got None")
+        if label is not None and (label.shape != ids.shape or ((label < 0) & (label != IGNORE)).any()):
+            raise CacheError(f"labels: expected [{len(ids)}] with values in [0, {settings.vocab_size}) or {IGNORE}")
+        context = None if context_ids is None else _integers("context_ids", context_ids, 0, 1 << 32)
+        coded = codec.encode(self._layout, rows, settings.max_kl, settings.values_bits)
+        payload = record.pack(ids, coded, mask, label, context)
+        self._payloads.append(payload)
+        self._tokens.append(len(ids))
+        self._keys.append(shard.content_keys(ids))
+        self._kl.append(coded.kl)
+        self._bytes += len(payload)
+        full = self._bytes >= self._shard_bytes or len(self._payloads) >= (self._records_per_shard or 1 << 62)
+        if full and len(self._payloads) % self._group == 0:
+            self.flush()
+
+    def _rows(self, targets: TopKTargets, tokens: int) -> codec.Rows:
+        settings = self.settings
+        expected = (settings.vocab_size, settings.temperatures, (tokens, settings.k))
+        got = (targets.vocab_size, tuple(targets.temperatures), tuple(targets.ids.shape))
+        for name, a, b in zip(("vocab_size", "temperatures", "ids"), expected, got, strict=True):
+            if a != b:
+                raise CacheError(f"targets.{name}: expected {'shape ' if name == 'ids' else ''}{a}, got {b}")
+        if targets.weights is not None:
+            raise CacheError("targets.weights: this format keeps exact top-k entries, got drawn ones with weights")
+        fields = (targets.ids, targets.logprobs, targets.log_z, targets.log_tail)
+        return codec.Rows(
+            *(
+                np.ascontiguousarray(x.detach().cpu().numpy(), dtype)
+                for x, dtype in zip(fields, ("<i4", "<f4", "<f4", "<f4"), strict=True)
+            )
+        )
+
+    def flush(self) -> None:
+        """Finishes the current shard, so that every record so far is safe.
+
+        Raises:
+            OSError: it cannot be written; the finished shards are safe, the records after them are still held.
+        """
+        if not self._payloads:
+            return
+        name = f"shard-{len(self._manifest.shards):05d}.safetensors"
+        path = self.path / name
+
+        def write() -> tuple[int, str]:
+            return shard.write_shard(path, self.settings, self._payloads, self._tokens, self._keys)
+
+        size, index_digest = self._guard(name, write)
+        kl = np.concatenate(self._kl)
+        entry = ShardEntry(
+            name=name,
+            records=len(self._payloads),
+            tokens=len(kl),
+            bytes=size,
+            index_digest=index_digest,
+            kl_sum=float(kl.sum(dtype=np.float64)),
+            kl_max=float(kl.max()),
+            kl_histogram=tuple(np.bincount(np.searchsorted(KL_EDGES, kl), minlength=len(KL_EDGES) + 1).tolist()),
+        )
+        self._manifest = self._save(dataclasses.replace(self._manifest, shards=(*self._manifest.shards, entry)))
+        self._clear()
+
+    def close(self) -> None:
+        """Finishes the cache. A closed writer takes no more records; closing twice does nothing."""
+        if self._lock is None:
+            return
+        try:
+            self.flush()
+            self._manifest = self._save(dataclasses.replace(self._manifest, complete=True))
+        finally:
+            self._unlock()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._unlock()
+
+    def _clear(self) -> None:
+        self._payloads: list[bytes] = []
+        self._tokens: list[int] = []
+        self._keys: list[bytes] = []
+        self._kl: list[np.ndarray] = []
+        self._bytes = 0
+
+    def _save(self, manifest: Manifest) -> Manifest:
+        self._guard(MANIFEST, lambda: write_atomically(self.path / MANIFEST, [manifest.to_bytes()]))
+        return manifest
+
+    def _guard(self, name: str, write: Callable[[], _T]) -> _T:
+        try:
+            return write()
+        except OSError as error:
+            safe = len(self) if hasattr(self, "_manifest") else 0
+            raise OSError(
+                error.errno, f"cannot write {self.path / name}: {os.strerror(error.errno or 0)}; {safe} records are safe,"
+                " make room or allow writing and run again to go on from there"
+            ) from error  # fmt: skip
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path) -> int:
+    # The lock is on the folder itself: it leaves no file behind and dies with the process.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CacheError(f"{folder}: another writer has this cache open; wait for it, or write to another path") from None
+    return descriptor
+
+
+def _integers(name: str, tensor: Tensor, least: int, limit: int) -> np.ndarray:
+    if tensor.ndim != 1 or tensor.is_floating_point() or not tensor.numel():
+        raise CacheError(f"{name}: expected integers [L] with L >= 1, got {tensor.dtype} {list(tensor.shape)}")
+    values = tensor.detach().cpu().numpy().astype(np.int64)
+    if values.min() < least or values.max() >= limit:
+        bad = int(values.min() if values.min() < least else values.max())
+        raise CacheError(f"{name}: expected values in [{least}, {limit}), got {bad}")
+    return values
