@@ -54,3 +54,30 @@ def topk(
     hard_weight: float,
     threads: int,
 ) -> None: ...
+def codec_encode(
+    k: int,
+    vocab: int,
+    temperatures: list[float],
+    tokens: int,
+    ids: int,
+    logprobs: int,
+    log_z: int,
+    log_tail: int,
+    max_kl: float,
+    values_bits: int,
+    kl: int,
+) -> tuple[int, int, bytes, int, bool]: ...
+def codec_decode(
+    k: int,
+    vocab: int,
+    temperatures: list[float],
+    tokens: int,
+    data: int,
+    size: int,
+    id_bytes: int,
+    has_counts: bool,
+    ids: int,
+    logprobs: int,
+    log_z: int,
+    log_tail: int,
+) -> tuple[int, int]: ...

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +12,11 @@ import numpy as np
 from kdfast.cache import codec_python
 from kdfast.cache.format import CacheError, CorruptCache
 
+_native: ModuleType | None
 try:
-    from kdfast import _C as _native
+    _native = importlib.import_module("kdfast._C")
 except ImportError:
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 _DECODE_FAULTS = {
     codec_python.TRUNCATED: "it ends before its last code",
@@ -61,7 +64,7 @@ class Encoded(NamedTuple):
 
 def native() -> bool:
     """Whether the C++ codec is built."""
-    return hasattr(_native, "codec_decode")
+    return _native is not None
 
 
 def encode(layout: Layout, rows: Rows, max_kl: float, values_bits: int | None) -> Encoded:
@@ -75,7 +78,7 @@ def encode(layout: Layout, rows: Rows, max_kl: float, values_bits: int | None) -
     arrays: tuple[Any, ...] = rows
     out: Any = kl
     run: Any = codec_python.encode
-    if native():
+    if _native is not None:
         run, arrays, out = _native.codec_encode, tuple(a.ctypes.data for a in rows), kl.ctypes.data
     temperatures = list(layout.temperatures)
     status, row, data, id_bytes, has_counts = run(
@@ -94,7 +97,7 @@ def decode(layout: Layout, data: np.ndarray, id_bytes: int, has_counts: bool, ro
     """
     temperatures = list(layout.temperatures)
     fixed = (layout.k, layout.vocab_size, temperatures, len(rows.ids))
-    if native():
+    if _native is not None:
         addresses = (a.ctypes.data for a in rows)
         status, row = _native.codec_decode(*fixed, data.ctypes.data, data.size, id_bytes, has_counts, *addresses)
     else:

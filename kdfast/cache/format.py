@@ -217,7 +217,7 @@ class CacheInfo:
     def of(cls, manifest: Manifest, manifest_bytes: int) -> CacheInfo:
         shards = manifest.shards
         tokens = sum(s.tokens for s in shards)
-        histogram = np.sum([s.kl_histogram for s in shards], axis=0, dtype=np.int64) if shards else np.zeros(len(KL_EDGES) + 1)
+        histograms = np.array([[0] * (len(KL_EDGES) + 1), *(s.kl_histogram for s in shards)], np.int64)
         return cls(
             settings=manifest.settings,
             records=sum(s.records for s in shards),
@@ -226,7 +226,7 @@ class CacheInfo:
             bytes=sum(s.bytes for s in shards) + manifest_bytes,
             kl_mean=sum(s.kl_sum for s in shards) / tokens if tokens else 0.0,
             kl_max=max((s.kl_max for s in shards), default=0.0),
-            kl_histogram=tuple(int(n) for n in histogram),
+            kl_histogram=tuple(histograms.sum(0).tolist()),
             complete=manifest.complete,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class CacheReader:
         parts = self._parts(i)
         rows = self._rows((len(parts.input_ids),))
         self._decode(parts, rows)
-        mask, labels = _supervision(parts, self.settings.alignment)
+        mask, _ = _supervision(parts, self.settings.alignment)
         return Record(
             input_ids=torch.from_numpy(parts.input_ids),
             targets=self._targets(rows),
@@ -214,16 +215,14 @@ class CacheReader:
         codec.decode(self._layout, parts.targets, parts.id_bytes, parts.has_counts, rows)
 
     def _targets(self, rows: codec.Rows) -> TopKTargets:
-        return TopKTargets(*map(torch.from_numpy, rows), self.settings.temperatures, self.settings.vocab_size)
+        ids, logprobs, log_z, log_tail = map(torch.from_numpy, rows)
+        return TopKTargets(ids, logprobs, log_z, log_tail, self.settings.temperatures, self.settings.vocab_size)
 
 
 def _supervision(parts: record.Parts, alignment: str) -> tuple[np.ndarray, np.ndarray]:
     """Which rows count, and the label of each row, -100 where it does not count."""
-    if parts.labels is not None:
-        labels = parts.labels
-    else:
-        # The label of a document's last row lies outside the document.
-        labels = np.append(parts.input_ids[1:], IGNORE)
+    # The label of a document's last row lies outside the document.
+    labels = np.append(parts.input_ids[1:], IGNORE) if parts.labels is None else parts.labels
     if parts.loss_mask is None:
         mask = labels != IGNORE
     else:
@@ -245,10 +244,10 @@ def _pad_contexts(parts: list[record.Parts]) -> tuple[Tensor | None, Tensor | No
 def _to(batch: Batch, device: torch.device | str) -> Batch:
     cuda = torch.device(device).type == "cuda"
 
-    def move(x: Tensor | None) -> Tensor | None:
-        return None if x is None else (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
+    def move(x: Any) -> Any:
+        if isinstance(x, TopKTargets):
+            values = {name: move(getattr(x, name)) for name in ("ids", "logprobs", "log_z", "log_tail")}
+            return dataclasses.replace(x, **values)
+        return x if x is None else (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 
-    fields = {name: move(getattr(batch, name)) for name in Batch.__dataclass_fields__ if name != "targets"}
-    t = batch.targets
-    moved = (move(x) for x in (t.ids, t.logprobs, t.log_z, t.log_tail))
-    return Batch(targets=TopKTargets(*moved, t.temperatures, t.vocab_size), **fields)  # type: ignore[arg-type]
+    return Batch(**{field.name: move(getattr(batch, field.name)) for field in dataclasses.fields(batch)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ def tokens_of(payload: np.ndarray) -> int:
     """Number of tokens the record claims."""
     if payload.size < _HEADER.size:
         raise CorruptCache(f"a record has {payload.size} bytes, fewer than its header")
-    return int(_HEADER.unpack_from(payload)[4])
+    return int(_HEADER.unpack_from(payload.data)[4])
 
 
 def unpack(payload: np.ndarray, tokens: int) -> Parts:
@@ -83,7 +84,7 @@ def unpack(payload: np.ndarray, tokens: int) -> Parts:
     """
     if tokens_of(payload) != tokens:
         raise CorruptCache(f"a record claims {tokens_of(payload)} tokens where the shard's index says {tokens}")
-    flags, *widths, _, n_context, id_bytes = _HEADER.unpack_from(payload)
+    flags, *widths, _, n_context, id_bytes = _HEADER.unpack_from(payload.data)
     if flags > 15 or not 1 <= widths[0] <= 4 or max(widths) > 4:
         raise CorruptCache("a record's header holds flags or widths that no writer produces")
     sizes = [
@@ -95,7 +96,7 @@ def unpack(payload: np.ndarray, tokens: int) -> Parts:
     ends = np.cumsum([_HEADER.size, *sizes]).tolist()
     if ends[-1] > payload.size:
         raise CorruptCache(f"a record has {payload.size} bytes, but its sections need {ends[-1]} and more")
-    ids, mask, labels, context = (payload[a:b] for a, b in zip(ends, ends[1:], strict=False))
+    ids, mask, labels, context = (payload[a:b] for a, b in itertools.pairwise(ends))
     return Parts(
         input_ids=_unpack(ids, tokens, widths[0]),
         loss_mask=np.unpackbits(mask, count=tokens, bitorder="little").astype(bool) if flags & _MASK else None,

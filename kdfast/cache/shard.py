@@ -29,7 +29,7 @@ def content_keys(input_ids: np.ndarray) -> bytes:
     return b"".join(keys)
 
 
-def checksum(payload: bytes | np.ndarray) -> bytes:
+def checksum(payload: bytes | memoryview) -> bytes:
     """blake2b of a record's payload, 8 bytes."""
     return hashlib.blake2b(payload, digest_size=8).digest()
 
@@ -50,7 +50,7 @@ def write_shard(path: Path, settings: Settings, payloads: list[bytes], tokens: l
     return len(data), digest(data[:start], data[end:])
 
 
-def _payload_span(data: memoryview | np.ndarray) -> tuple[int, int]:
+def _payload_span(data: memoryview) -> tuple[int, int]:
     """Where the payload lies in a safetensors file that has already passed its parser."""
     (length,) = _HEADER_LENGTH.unpack_from(data)
     start, end = json.loads(bytes(data[8 : 8 + length]))["payload"]["data_offsets"]
@@ -93,7 +93,7 @@ class Shard:
         except safetensors.SafetensorError as error:
             raise CorruptCache(f"{self.path}: not a safetensors file: {error}") from error
         data = np.memmap(self.path, np.uint8, mode="r")
-        start, end = _payload_span(data)
+        start, end = _payload_span(data.data)
         if digest(data[:start], data[end:]) != entry.index_digest:
             raise CorruptCache(f"{self.path}: header or index does not match the digest in the manifest")
         if metadata != self._settings.as_metadata():
@@ -127,7 +127,7 @@ class Shard:
     def read(self, i: int) -> np.ndarray:
         """Payload of record i, its checksum verified."""
         payload = self.payload[self.offsets[i] : self.offsets[i + 1]]
-        if checksum(payload) != self.checksums[i].tobytes():
+        if checksum(payload.data) != self.checksums[i].tobytes():
             raise CorruptCache(f"{self.path}: record {i} does not match its checksum; capture it again or restore the file")
         return payload
 

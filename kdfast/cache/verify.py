@@ -71,7 +71,7 @@ def check_alignment(targets: TopKTargets, labels: Tensor, *, margin: float = 0.5
         if nll < result.at - margin:
             raise AlignmentError(
                 f"targets: the teacher's rows fit the labels shifted by {shift:+d} better ({nll:.3f} nats) than as they are"
-                f" ({result.at:.3f}); expected row t to predict labels[t]. Shift the labels, or capture with the right alignment"
+                f" ({result.at:.3f}); expected row t to predict labels[t]. Shift the labels, or capture anew"
             )
     if result.at > limit:
         raise AlignmentError(

@@ -1,8 +1,8 @@
 // Encoder of the record codec: picks for every token the coarsest levels that keep the KL error within max_kl.
+#include "codec_common.h"
+
 #include <algorithm>
 #include <cstring>
-
-#include "codec_common.h"
 
 namespace kdfast::codec {
 namespace {

@@ -1,7 +1,7 @@
 // Decoder of the record codec. Every read is bounded by `size`, every write by tokens * k; see docs/cache-format.md.
-#include <cstring>
-
 #include "codec_common.h"
+
+#include <cstring>
 
 namespace kdfast::codec {
 namespace {

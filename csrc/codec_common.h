@@ -1,6 +1,13 @@
 // What the encoder and the decoder of the record codec share: constants, tables and the law of reconstruction.
 #pragma once
 
+// The Python codec rounds after every operation; where multiply-add is one instruction the compiler must not fuse them.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__FP_FAST_FMA)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <limits>

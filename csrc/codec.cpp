@@ -1,12 +1,12 @@
 // Python bindings of the record codec: addresses as integers, the GIL released, a status instead of an exception.
 #include "codec.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 #include <mutex>
 
+#include "binding.h"
 #include "codec_common.h"
 
 namespace py = pybind11;
@@ -40,11 +40,6 @@ const double* power_table(double temperature) {
 
 namespace {
 
-template <typename T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 py::tuple encode(std::int64_t k, std::int64_t vocab, const std::vector<double>& temperatures, std::int64_t tokens,
                  std::uintptr_t ids, std::uintptr_t logprobs, std::uintptr_t log_z, std::uintptr_t log_tail, double max_kl,
                  int values_bits, std::uintptr_t kl) {
@@ -53,8 +48,8 @@ py::tuple encode(std::int64_t k, std::int64_t vocab, const std::vector<double>& 
     codec::Result result;
     {
         const py::gil_scoped_release release;
-        result = codec::encode(layout, tokens, at<const std::int32_t>(ids), at<const float>(logprobs), at<const float>(log_z),
-                               at<const float>(log_tail), max_kl, values_bits, out, at<float>(kl));
+        result = codec::encode(layout, tokens, pointer<const std::int32_t>(ids), pointer<const float>(logprobs), pointer<const float>(log_z),
+                               pointer<const float>(log_tail), max_kl, values_bits, out, pointer<float>(kl));
     }
     const auto* bytes = reinterpret_cast<const char*>(out.bytes.data());
     return py::make_tuple(static_cast<int>(result.status), result.token, py::bytes(bytes, out.bytes.size()), out.id_bytes,
@@ -68,8 +63,8 @@ py::tuple decode(std::int64_t k, std::int64_t vocab, const std::vector<double>& 
     codec::Result result;
     {
         const py::gil_scoped_release release;
-        result = codec::decode(layout, tokens, at<const std::uint8_t>(data), size, id_bytes, has_counts, at<std::int32_t>(ids),
-                               at<float>(logprobs), at<float>(log_z), at<float>(log_tail));
+        result = codec::decode(layout, tokens, pointer<const std::uint8_t>(data), size, id_bytes, has_counts, pointer<std::int32_t>(ids),
+                               pointer<float>(logprobs), pointer<float>(log_z), pointer<float>(log_tail));
     }
     return py::make_tuple(static_cast<int>(result.status), result.token);
 }
