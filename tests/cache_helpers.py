@@ -22,9 +22,7 @@ def teacher_logits(rows: int, vocab: int, seed: int = 0, sharpness: tuple[float,
     return torch.empty(rows, vocab).scatter_(1, order, z)
 
 
-def teacher_targets(
-    rows: int, vocab: int, k: int, temperatures: tuple[float, ...] = (1.0,), seed: int = 0
-) -> TopKTargets:
+def teacher_targets(rows: int, vocab: int, k: int, temperatures: tuple[float, ...] = (1.0,), seed: int = 0) -> TopKTargets:
     with kdfast.use_backend("reference"):
         return kdfast.topk_targets(teacher_logits(rows, vocab, seed), k, temperatures=temperatures)
 

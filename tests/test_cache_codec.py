@@ -39,7 +39,9 @@ def kl_of(targets: TopKTargets, rows: codec.Rows, column: int) -> np.ndarray:
     temperature = targets.temperatures[column]
     total = np.zeros(len(rows.ids))
     for t in range(len(rows.ids)):
-        decoded = {int(i): lp / temperature - rows.log_z[t, column] for i, lp in zip(rows.ids[t], rows.logprobs[t], strict=True)}
+        decoded = {
+            int(i): lp / temperature - rows.log_z[t, column] for i, lp in zip(rows.ids[t], rows.logprobs[t], strict=True)
+        }
         for i, lp in zip(targets.ids[t].tolist(), targets.logprobs[t].tolist(), strict=True):
             if i >= 0 and lp > -math.inf:
                 log_p = lp / temperature - float(targets.log_z[t, column])
