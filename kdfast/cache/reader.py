@@ -173,6 +173,14 @@ class CacheReader:
         if shard.keys[shard.key_offsets[at] : shard.key_offsets[at + 1]].tobytes() != content_keys(input_ids.numpy()):
             raise CorruptCache(f"record {i}: its content keys are not those of its input ids")
 
+    def section_bytes(self, i: int) -> tuple[int, int, int]:
+        """Bytes of record i in its id stream, its value stream, and everything else of its payload."""
+        shard, at = self._locate(i)
+        parts = self._parts(i)
+        fixed = len(parts.input_ids) * (1 + 4 * parts.has_counts + 2 * len(self.settings.temperatures))
+        values = parts.targets.size - fixed - parts.id_bytes
+        return parts.id_bytes, values, int(shard.offsets[at + 1] - shard.offsets[at]) - parts.id_bytes - values
+
     def _with_key(self, key: np.uint64, position: int) -> Iterator[int]:
         if self._index is None:
             keys = np.concatenate([np.zeros(0, np.uint64), *(s.keys for s in self._shards)])
