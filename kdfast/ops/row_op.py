@@ -184,9 +184,10 @@ class _InForward(torch.autograd.Function):
 class _Overwrite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, student: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        # Mutating the detached view moves the version counter that `student` shares, so autograd notices a reader.
         grad = student.detach()
         loss, parts = getattr(torch.ops.kdfast, f"{name}_overwrite")(grad, *rest)
+        # The detached view shares its version counter with `student`: whoever still needs the logits is told by autograd.
+        torch.autograd.graph.increment_version(grad)
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         ctx.backend = rest[-2]
