@@ -73,6 +73,8 @@ def kd_loss(
     rows.check_lead("teacher_logits", teacher_logits.shape[:-1], lead, "student_logits")
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
+    if overwrite_logits:
+        rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)
     backend = dispatch.choose("logits", student.device, student.dtype)
     call = RowCall(

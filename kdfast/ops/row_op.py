@@ -127,19 +127,6 @@ class RowCall:
     needs_grad: bool
     overwrite: bool
 
-    def __post_init__(self) -> None:
-        if not (self.overwrite and self.needs_grad):
-            return
-        if not self.student.is_contiguous():
-            raise ValueError(
-                "overwrite_logits: expected contiguous student_logits, got a strided view; call .contiguous() first"
-            )
-        if self.reduction == "none" or self.student.dtype == torch.float16:
-            raise ValueError(
-                "overwrite_logits: expected reduction 'mean' or 'sum' and a dtype other than float16 (the gradient is formed"
-                f" before the incoming gradient is known), got {self.reduction!r} and {self.student.dtype}"
-            )
-
 
 def _grad_buffer(student: Tensor) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
@@ -184,9 +171,10 @@ class _InForward(torch.autograd.Function):
 class _Overwrite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, student: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        # Mutating the detached view moves the version counter that `student` shares, so autograd notices a reader.
         grad = student.detach()
         loss, parts = getattr(torch.ops.kdfast, f"{name}_overwrite")(grad, *rest)
+        # The detached view shares its version counter with `student`: whoever still needs the logits is told by autograd.
+        torch.autograd.graph.increment_version(grad)
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         ctx.backend = rest[-2]

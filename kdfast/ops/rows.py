@@ -115,6 +115,17 @@ def check_labels(labels: Tensor | None, lead: torch.Size, device: torch.device, 
     return labels.reshape(-1).long()
 
 
+def check_overwrite(student_logits: Tensor, reduction: str) -> None:
+    """Raises when the gradient cannot take the place of the logits."""
+    if not student_logits.is_contiguous():
+        raise ValueError("overwrite_logits: expected contiguous student_logits, got a strided view; call .contiguous() first")
+    if reduction == "none" or student_logits.dtype == torch.float16:
+        raise ValueError(
+            "overwrite_logits: expected reduction 'mean' or 'sum' and a dtype other than float16 (the gradient is formed"
+            f" before the incoming gradient is known), got {reduction!r} and {student_logits.dtype}"
+        )
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """`[..., V]` as `[N, V]` with unit stride along V; copies only when the strides leave no other way."""
     rows = tensor.reshape(-1, tensor.shape[-1])

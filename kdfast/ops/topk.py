@@ -149,6 +149,8 @@ def topk_kd_loss(
     column = targets.column(options.temperature)
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
+    if overwrite_logits:
+        rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)
     backend = dispatch.choose("topk", student.device, student.dtype)
     target_rows = (

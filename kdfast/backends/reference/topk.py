@@ -51,7 +51,8 @@ def forward(
     z = poison(wide(student))
     tempered = z[:, :vocab_size] / options.temperature
     valid, mask = _selected(ids, vocab_size, vocab_size)
-    stats = torch.stack([tempered.masked_fill(mask, -torch.inf).logsumexp(-1), tempered.logsumexp(-1), z.logsumexp(-1)], -1)
+    log_sums = [tempered.masked_fill(mask, -torch.inf).logsumexp(-1), tempered.logsumexp(-1), z.logsumexp(-1)]
+    stats = torch.stack(log_sums, -1).double()
     log_q = tempered.log_softmax(-1).gather(1, ids.long().clamp(0, vocab_size - 1))
     log_p = (logprobs / options.temperature - log_z[:, None]).masked_fill(~valid, -torch.inf)
     buckets_p = torch.cat([log_p, log_tail[:, None]], -1)

@@ -1,0 +1,54 @@
+# `make quickstart` and `make test` prepare everything they need: Python >= 3.10 and a C++ compiler are enough.
+PYTHON ?= python3
+BIN = .venv/bin
+SEEDS ?= 1
+QUICKSTART_ARGS ?=
+SOURCES = $(shell find csrc -type f) setup.py
+
+.PHONY: help quickstart test lint format build aot bench clean
+
+help:
+	@echo "make quickstart [SEEDS=1,2,3]  teacher -> cache -> student on real text, table and picture in runs/quickstart"
+	@echo "make test                      every test that can run on this machine"
+	@echo "make lint | format             ruff and mypy | ruff format"
+	@echo "make build                     the C++ extension, in place"
+	@echo "make aot                       compile every Triton kernel ahead of time, no GPU needed"
+	@echo "make bench                     kdfast against its peers on this machine"
+
+# The stamp holds what was installed; the extension is rebuilt, incrementally, whenever a source is newer.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,bench,dev]'
+	touch .venv/installed .venv/built
+
+.venv/built: .venv/installed $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch .venv/built
+
+build: .venv/built
+
+quickstart: build
+	$(BIN)/kdfast quickstart --seeds $(SEEDS) $(QUICKSTART_ARGS)
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+aot: build
+	$(BIN)/python -m bench aot
+
+bench: build
+	$(BIN)/python -m bench logits
+	$(BIN)/python -m bench linear
+	$(BIN)/python -m bench topk
+
+clean:
+	rm -rf build *.egg-info kdfast/_C*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,128 @@
+"""The choice between backends, instruction sets and threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import kdfast
+from kdfast import _C, dispatch, kd_loss, use_backend
+
+
+def python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_backends_lists_every_one_with_its_reason() -> None:
+    rows = {row.name: row for row in kdfast.backends()}
+    assert rows["cpp"].available
+    assert rows["reference"].available
+    assert rows["triton"].available or "TRITON_INTERPRET" in rows["triton"].reason or "pip install" in rows["triton"].reason
+    for row in rows.values():
+        assert row.available == (row.reason == "")
+        assert set(row.ops) >= {"logits", "linear", "topk", "scale"}
+
+
+def test_cpu_prefers_cpp_and_float64_is_the_reference_without_a_warning() -> None:
+    assert dispatch.choose("logits", torch.device("cpu"), torch.bfloat16) == "cpp"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose("logits", torch.device("cpu"), torch.float64) == "reference"
+
+
+def test_use_backend_is_undone() -> None:
+    device = torch.device("cpu")
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        assert dispatch.choose("logits", device, torch.float32) == "reference"
+        _ = 1 / 0
+    assert dispatch.choose("logits", device, torch.float32) == "cpp"
+
+
+def test_falling_back_warns_once_and_says_why() -> None:
+    code = """
+import importlib.util, warnings
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "kdfast._C" else find(name, *a)
+import torch, kdfast
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        kdfast.kd_loss(torch.randn(2, 5), torch.randn(2, 5))
+print(len(seen), seen[0].message)
+"""
+    out = python(code)
+    assert out.startswith("1 kdfast logits on cpu runs on the slow reference backend")
+    assert "install a C++ compiler" in out
+
+
+def test_importing_needs_neither_triton_nor_the_training_libraries() -> None:
+    names = ("triton", "transformers", "accelerate", "safetensors", "yaml", "rich", "matplotlib")
+    code = f"import sys, kdfast; print([n for n in {names} if n in sys.modules])"
+    assert python(code) == "[]"
+
+
+ISA_SCRIPT = """
+import torch, kdfast
+from kdfast import _C, use_backend
+torch.manual_seed(0)
+worst = 0.0
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for vocab in (1, 17, 5003):
+        student, teacher = torch.randn(5, vocab).mul(5).to(dtype), torch.randn(5, vocab).mul(5).to(dtype)
+        labels = torch.randint(0, vocab, (5,))
+        results = []
+        for backend in ("cpp", "reference"):
+            with use_backend(backend):
+                x = student.clone().requires_grad_()
+                targets = kdfast.topk_targets(teacher, min(9, vocab), temperatures=(2.0,))
+                loss = kdfast.kd_loss(x, teacher, labels, temperature=2.0, hard_weight=0.5)
+                loss = loss + kdfast.topk_kd_loss(x, targets, labels, temperature=2.0, hard_weight=0.5)
+                results.append((loss.double(), torch.autograd.grad(loss, x)[0].double()))
+        for a, b in zip(*results):
+            eps = {torch.float32: 1.0, torch.bfloat16: 4e3, torch.float16: 500.0}[dtype]
+            worst = max(worst, float((a - b).norm() / b.norm().clamp(min=1e-6)) / eps)
+print(_C.isa(), worst)
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_numbers(isa: str) -> None:
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(isa) > order.index(_C.isa()):
+        pytest.skip(f"this processor stops at {_C.isa()}")
+    got, worst = python(ISA_SCRIPT, KDFAST_ISA=isa).split()
+    assert got == isa
+    assert float(worst) < 2e-6
+
+
+class LossInWorker(Dataset):
+    """Each item is a loss computed in the worker process."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        torch.set_num_threads(2)  # DataLoader says 1; a user may say otherwise
+        generator = torch.Generator().manual_seed(index)
+        a, b = torch.randn(64, 500, generator=generator), torch.randn(64, 500, generator=generator)
+        return torch.stack([kd_loss(a, b), torch.tensor(float(_C.safe_threads(8)))])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_workers_do_not_hang() -> None:
+    parent = LossInWorker()[0]
+    assert parent[1] == 8
+    loader = DataLoader(LossInWorker(), batch_size=1, num_workers=2, multiprocessing_context="fork", timeout=60)
+    values = torch.cat(list(loader))
+    assert torch.equal(values[0, 0], parent[0])
+    assert (values[:, 1] == 1).all()

@@ -1,0 +1,83 @@
+"""The architecture as a test: a room imports only rooms below it, and an op has one name on every floor."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kdfast"
+
+#: Rooms from the ground up, each with the rooms it may import beside itself.
+ROOMS = {
+    "_C": set(),
+    "options": set(),
+    "dispatch": set(),
+    "chunks": {"options"},
+    "backends.reference": {"options", "dispatch", "chunks"},
+    "backends.compiled": {"options", "dispatch", "chunks", "_C"},
+    "backends.triton": {"options", "dispatch", "chunks"},
+    "ops": {"options", "dispatch", "chunks"},
+    "losses": {"options", "ops"},
+    "cache": {"options", "ops", "_C"},
+    "train": {"options", "ops", "losses", "cache"},
+    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C"},
+}
+OPS = ["linear", "logits", "scale", "topk"]
+
+
+def room_of(module: str) -> str:
+    """The room a dotted module below kdfast belongs to; "" for the package itself."""
+    parts = module.split(".")
+    if parts[0] == "backends":
+        return ".".join(parts[:2])
+    return parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms a file imports, imports inside functions included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "kdfast" else [node.module]
+        else:
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+            continue
+        found |= {room_of(name.removeprefix("kdfast.")) for name in names if name.startswith("kdfast.")}
+    return found
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p not in (PACKAGE / "__init__.py", PACKAGE / "backends" / "__init__.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_upward_import(path: Path) -> None:
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    room = room_of(module)
+    assert room in ROOMS, f"{path}: no floor is known for {room}; add it to ROOMS with what it may import"
+    for target in imports(path):
+        if target in ROOMS:
+            assert target == room or target in ROOMS[room], f"{path} imports {target}, which is not below {room}"
+        else:  # a name from the package itself: the public functions, above every floor but training and the commands
+            assert room in ("cache", "train", "cli", "losses"), f"{path} imports kdfast.{target} from below it"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_name_per_op_on_every_floor(op: str) -> None:
+    for folder in ("backends/reference", "backends/compiled", "backends/triton", "ops"):
+        assert (PACKAGE / folder / f"{op}.py").exists(), f"{folder} has no {op}.py"
+
+
+def test_the_extension_knows_nothing_of_torch() -> None:
+    sources = list((ROOT / "csrc").rglob("*.[hc]*"))
+    assert sources
+    assert not [str(p) for p in sources if any(word in p.read_text() for word in ("<torch/", "<ATen/", "<c10/"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
