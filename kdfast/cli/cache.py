@@ -62,6 +62,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number >= {least}, got {getattr(args, name)}")
 
     import torch
+    from transformers.utils import logging
 
     from kdfast.cache import CacheReader, CacheWriter, capture
     from kdfast.cli.progress import bar
@@ -73,6 +74,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer, tokenizer_file = load_tokenizer(args.teacher)
     files = [file for _, file in list_files(args.data, args.glob, key="--data")]
     documents = list(tokenize(tokenizer, files, args.sequence_length, args.separator, "--data").ids.long())
+    logging.disable_progress_bar()  # it draws one for the weights, even when piped
     teacher = load_folder(args.teacher, "teacher").to(device).eval()
     with torch.no_grad():
         vocab_size = teacher(documents[0][None, :1].to(device)).logits.shape[-1]
