@@ -53,13 +53,16 @@ class LogitsCase:
     teacher: Tensor
     labels: Tensor
     objective: Objective = Objective()
+    ignored: int = 0  # rows whose label is ignore_index, known to the host
 
     @classmethod
-    def make(cls, n: int, vocab: int, dtype: torch.dtype, *, device: str = "cpu", ignored: int = 0, seed: int = 0) -> LogitsCase:
+    def make(
+        cls, n: int, vocab: int, dtype: torch.dtype, *, device: str = "cpu", ignored: int = 0, seed: int = 0
+    ) -> LogitsCase:
         random = _generator(device, seed)
         teacher = torch.randn(n, vocab, device=device, dtype=dtype, generator=random).mul_(3)
         student = torch.randn(n, vocab, device=device, dtype=dtype, generator=random).mul_(2).add_(teacher, alpha=0.5)
-        return cls(student.requires_grad_(), teacher, _labels(n, vocab, ignored, device, random))
+        return cls(student.requires_grad_(), teacher, _labels(n, vocab, ignored, device, random), ignored=ignored)
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:
@@ -104,10 +107,11 @@ class TopKCase(LogitsCase):
 
     @property
     def shape(self) -> str:
-        return f"{super().shape} k={self._targets.k}"
+        return f"{super().shape} k={self.held.k}"
 
     @property
-    def _targets(self) -> TopKTargets:
+    def held(self) -> TopKTargets:
+        """The targets, which a case for this loss always has."""
         if self.targets is None:
             raise ValueError("TopKCase: expected targets, got None; make it with TopKCase.captured")
         return self.targets
@@ -115,10 +119,10 @@ class TopKCase(LogitsCase):
     @classmethod
     def captured(cls, case: LogitsCase, targets: TopKTargets) -> TopKCase:
         """The case with its teacher reduced to `targets`, captured from `case.teacher`."""
-        return cls(case.student, case.teacher, case.labels, case.objective, targets)
+        return cls(case.student, case.teacher, case.labels, case.objective, case.ignored, targets)
 
     def _sum(self, student: Tensor, rows: slice) -> Tensor:
-        return ghost_sum(student, self._targets[rows], self.labels[rows], self.objective)
+        return ghost_sum(student, self.held[rows], self.labels[rows], self.objective)
 
 
 def ghost_sum(student: Tensor, targets: TopKTargets, labels: Tensor, objective: Objective) -> Tensor:

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -138,10 +139,11 @@ def timed(row: Row, timing: Timing, model: Model, limits: Limits) -> Row:
     if timing.error or not timing.seconds:
         return dataclasses.replace(row, error=timing.error or "no timed call")
     moved, worked = model.bytes / timing.median, model.flops / timing.median
+    share = worked / limits.gemm if worked else moved / limits.copy if moved else math.nan
     return dataclasses.replace(
         row, median_ms=timing.median * 1e3, p10_ms=timing.percentile(10) * 1e3, p90_ms=timing.percentile(90) * 1e3,
         calls=len(timing.seconds), model=model.text, gb_per_s=moved / 1e9 if moved else math.nan,
-        tflop_per_s=worked / 1e12 if worked else math.nan, limit_share=worked / limits.gemm if worked else moved / limits.copy,
+        tflop_per_s=worked / 1e12 if worked else math.nan, limit_share=share,
     )  # fmt: skip
 
 
@@ -183,7 +185,7 @@ def read_csv(path: str | Path) -> list[Row]:
 _TYPES = {f.name: str(f.type) for f in dataclasses.fields(Row)}
 
 
-def _value(name: str, text: str) -> str | int | float:
+def _value(name: str, text: str) -> Any:
     if _TYPES[name] == "float":
         return float(text) if text else math.nan
     return int(text) if _TYPES[name] == "int" else text
@@ -192,7 +194,8 @@ def _value(name: str, text: str) -> str | int | float:
 def to_json(rows: Iterable[Row]) -> str:
     """A JSON list; what was not measured is null."""
     plain = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in dataclasses.asdict(r).items()} for r in rows
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in dataclasses.asdict(r).items()}
+        for r in rows
     ]
     return json.dumps(plain, indent=1)
 
@@ -209,7 +212,17 @@ def table(rows: Sequence[Row]) -> str:
     width = max(len(_HEADER[0]), *(len(r.contestant) for r in rows))
     lines.append(f"  {_HEADER[0]:<{width}}" + "".join(f"{h:>10}" for h in _HEADER[1:]))
     for r in rows:
-        numbers = (r.median_ms, r.p10_ms, r.p90_ms, r.time_ratio, r.gb_per_s, r.tflop_per_s, r.limit_share, r.peak_mib, r.error_f64)
+        numbers = (
+            r.median_ms,
+            r.p10_ms,
+            r.p90_ms,
+            r.time_ratio,
+            r.gb_per_s,
+            r.tflop_per_s,
+            r.limit_share,
+            r.peak_mib,
+            r.error_f64,
+        )
         cells = "".join(f"{'-' if math.isnan(x) else format(x, '.3g' if abs(x) < 1e3 else '.0f'):>10}" for x in numbers)
         remarks = [f"NOT FIRST: {r.behind}" if r.behind else "", f"no number: {r.error}" if r.error else "", r.note]
         lines.append(f"  {r.contestant:<{width}}{cells}  {'; '.join(x for x in remarks if x)}".rstrip())
