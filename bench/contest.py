@@ -64,8 +64,11 @@ class Contest:
 
 def contest(job: Contest, limits: Limits, settings: Settings) -> list[Row]:
     """Rows of one case, kdfast first; every peer has its row whatever happens to it."""
-    # On a GPU two sets of inputs take turns, so that neither is warm in L2; on a CPU they exceed any cache already.
-    cases = [job.make(seed) for seed in range(2 if settings.device == "cuda" else 1)]
+    try:
+        # On a GPU two sets of inputs take turns, so that neither is warm in L2; on a CPU they exceed any cache already.
+        cases = [job.make(seed) for seed in range(2 if settings.device == "cuda" else 1)]
+    except failures() as error:
+        return unmeasured(job, f"no inputs: {reason(error)}", settings.device)
     errors = {p.name: p.missing or _disagreement(p, job) for p in job.peers}
     ready = [p for p in job.peers if not errors[p.name]]
     accuracy = _measure_accuracy(ready, cases[0], job.dtype, errors, settings.device)
@@ -88,6 +91,14 @@ def contest(job: Contest, limits: Limits, settings: Settings) -> list[Row]:
         rows.append(stamp(row, settings.device))
     release(settings.device)
     return compared(rows, job.peers, timings)
+
+
+def unmeasured(job: Contest, why: str, device: str) -> list[Row]:
+    """The rows of a case that was not run, each with the reason."""
+    return [
+        stamp(Row(job.op, p.name, dtype=dtype_name(job.dtype), shape=job.shape, note=p.note, error=p.missing or why), device)
+        for p in job.peers
+    ]
 
 
 def _inputs(peer: Peer, case: Any) -> Callable[[], Any]:
