@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.cases import Outcome
 from bench.measure import (
     Timing,
     Work,
@@ -67,11 +68,12 @@ def contest(job: Contest, limits: Limits, settings: Settings) -> list[Row]:
     try:
         # On a GPU two sets of inputs take turns, so that neither is warm in L2; on a CPU they exceed any cache already.
         cases = [job.make(seed) for seed in range(2 if settings.device == "cuda" else 1)]
+        truth = cases[0].truth()
     except failures() as error:
-        return unmeasured(job, f"no inputs: {reason(error)}", settings.device)
+        return unmeasured(job, f"no inputs or no float64 truth: {reason(error)}", settings.device)
     errors = {p.name: p.missing or _disagreement(p, job) for p in job.peers}
     ready = [p for p in job.peers if not errors[p.name]]
-    accuracy = _measure_accuracy(ready, cases[0], job.dtype, errors, settings.device)
+    accuracy = _measure_accuracy(ready, cases[0], truth, job.dtype, errors, settings.device)
     works = {p.name: Work(p.run, [_inputs(p, c) for c in cases]) for p in ready if not errors[p.name]}
     if "kdfast" in works:
         works[AGAIN] = works["kdfast"]
@@ -86,11 +88,19 @@ def contest(job: Contest, limits: Limits, settings: Settings) -> list[Row]:
         )
         if not row.error and peer.name in timings:
             row = timed(row, timings[peer.name], job.model if peer.modelled else Model(), limits)
-            peak = None if row.error or peer.name == AGAIN else peak_bytes(works[peer.name], settings.device)
-            row = dataclasses.replace(row, peak_mib=math.nan if peak is None else peak / 2**20)
+            if not row.error and peer.name != AGAIN:
+                row = _with_peak(row, works[peer.name], settings.device)
         rows.append(stamp(row, settings.device))
     release(settings.device)
     return compared(rows, job.peers, timings)
+
+
+def _with_peak(row: Row, work: Work, device: str) -> Row:
+    try:
+        peak = peak_bytes(work, device)
+    except failures() as error:
+        return dataclasses.replace(row, note=f"{row.note}; peak memory: {reason(error)}".lstrip("; "))
+    return row if peak is None else dataclasses.replace(row, peak_mib=peak / 2**20)
 
 
 def unmeasured(job: Contest, why: str, device: str) -> list[Row]:
@@ -125,10 +135,9 @@ def _disagreement(peer: Peer, job: Contest) -> str:
 
 
 def _measure_accuracy(
-    peers: Sequence[Peer], case: Any, dtype: torch.dtype, errors: dict[str, str], device: str
+    peers: Sequence[Peer], case: Any, truth: Outcome, dtype: torch.dtype, errors: dict[str, str], device: str
 ) -> dict[str, float]:
     """Error against float64 on the very inputs that are timed; a peer beyond the gate loses its time."""
-    truth = case.truth()
     accuracy = {}
     for peer in peers:
         if not peer.comparable:

@@ -57,30 +57,32 @@ def stem(device: str, today: datetime.date) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}-{today.isoformat()}"
 
 
-def command_row(op: str, contestant: str, command: Sequence[str], timeout: float, device: str) -> Row:
-    """Runs a command from the repository's root; its last line of output is the note, a failure the error."""
+def command_row(op: str, contestant: str, command: Sequence[str], timeout: float, device: str, log: Path) -> Row:
+    """Runs a command from the repository's root, its output in `log`; the last line is the note, or the error's end."""
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=_ROOT, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-    except subprocess.TimeoutExpired:
-        return stamp(Row(op, contestant, error=f"stopped after {timeout:.0f} s"), device)
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    last = lines[-1][:200] if lines else ""
-    seconds = f"{time.monotonic() - start:.0f} s"
-    if done.returncode == 0:
-        return stamp(Row(op, contestant, note=f"{last} ({seconds})".strip()), device)
-    return stamp(Row(op, contestant, note=seconds, error=f"exit code {done.returncode}: {last}"), device)
+    with log.open("w+", errors="replace") as file:
+        try:
+            code = subprocess.run(command, cwd=_ROOT, timeout=timeout, stdout=file, stderr=subprocess.STDOUT).returncode
+            failed = f"exit code {code}: " if code else ""
+        except subprocess.TimeoutExpired:
+            failed = f"stopped after {timeout:.0f} s: "
+        file.seek(0)
+        lines = [line.strip() for line in file if line.strip()]
+    last, took = lines[-1][:200] if lines else "no output", f"took {time.monotonic() - start:.0f} s"
+    if failed:
+        return stamp(Row(op, contestant, note=f"{took}, see {log.name}", error=failed + last), device)
+    return stamp(Row(op, contestant, note=f"{last}; {took}"), device)
 
 
-def prepare(budget: Budget, device: str, tests: bool) -> list[Row]:
-    """The rows of the build and, correctness first, of the tests on the device."""
+def prepare(budget: Budget, device: str, tests: bool, target: Path) -> list[Row]:
+    """The rows of the build and, correctness first, of the tests on the device; their output beside the results."""
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    rows = [command_row("build", "extension", build, min(_BUILD_S, budget.left), device)]
+    log = target.with_suffix(".build.log")
+    rows = [command_row("build", "extension", build, min(_BUILD_S, budget.left), device, log)]
     if tests:
-        suite = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "-p", "no:cacheprovider", "tests"]
-        rows.append(command_row("tests", "pytest -m gpu", suite, min(_TESTS_S, budget.left), device))
+        suite = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", "--continue-on-collection-errors", "tests"]
+        log = target.with_suffix(".tests.log")
+        rows.append(command_row("tests", "pytest -m gpu", suite, min(_TESTS_S, budget.left), device, log))
     return rows
 
 
@@ -126,7 +128,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     """The whole run; the CSV is rewritten after every step, so that a kill loses the step in progress only."""
     budget = Budget(args.minutes * 60, time.monotonic())
     target = Path(args.out) / f"{stem(args.device, datetime.date.today())}.csv"
-    rows = [] if args.skip_build else prepare(budget, args.device, tests=args.device == "cuda")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rows = [] if args.skip_build else prepare(budget, args.device, args.device == "cuda", target)
     write_csv(rows, target)
     dtypes = sweep.dtypes(args.size)
     try:
