@@ -33,6 +33,8 @@ from bench.report import Limits, Model, Row, dtype_name, heading, stamp, table, 
 _GATE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 AGAIN = "kdfast (again)"
+#: How far apart two medians of the same contestant may be before a run is too disturbed to quote.
+_QUOTABLE = 1.15
 
 
 @dataclass(frozen=True)
@@ -164,13 +166,18 @@ def compared(rows: Sequence[Row], peers: Sequence[Peer], timings: dict[str, Timi
     behind = ""
     if fastest is not None and rivals[fastest].median < base.median:
         behind = f"{fastest} takes {ratio(rivals[fastest], base):.2f} of its time"
+    spread = ratio(timings[AGAIN], base) if AGAIN in timings else 1.0
+    spread = max(spread, 1 / spread)
+    wide = f"; SPREAD TOO WIDE TO QUOTE: {spread:.2f}x" if spread > _QUOTABLE else ""
     return [
         dataclasses.replace(
-            row, time_ratio=ratio(timings[row.contestant], base) if row.contestant in timings else math.nan,
+            row,
+            time_ratio=ratio(timings[row.contestant], base) if row.contestant in timings else math.nan,
             behind=behind if row.contestant == "kdfast" else "",
+            note=row.note + wide if row.contestant == AGAIN else row.note,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def measure_limits(device: str, *, copy: bool = False, gemm: torch.dtype | None = None) -> Limits:

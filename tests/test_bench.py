@@ -199,6 +199,20 @@ def test_kdfast_is_marked_where_it_is_not_first() -> None:
     assert compared(rows, peers, times(2.0))[0].behind == ""
 
 
+@pytest.mark.parametrize(
+    ("seconds", "note"),
+    [(1.1, "again"), (1.5, "again; SPREAD TOO WIDE TO QUOTE: 1.50x"), (0.5, "again; SPREAD TOO WIDE TO QUOTE: 2.00x")],
+    ids=["calm", "slower", "faster"],
+)
+def test_a_disturbed_run_says_so(seconds: float, note: str) -> None:
+    rows = compared(
+        [Row("logits", "kdfast"), Row("logits", AGAIN, note="again")],
+        [Peer("kdfast", trained(len), ours=True)],
+        {"kdfast": Timing((1.0,)), AGAIN: Timing((seconds,))},
+    )
+    assert rows[1].note == note
+
+
 def test_rates_follow_from_the_model() -> None:
     timing = Timing((0.5,))
     bytes_row = timed(Row("x", "y"), timing, Model(bytes=1e9, text="b"), Limits(copy=4e9))
