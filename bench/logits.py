@@ -12,7 +12,7 @@ from bench.peers import Peer, logits_peers
 from bench.report import Model
 from bench.shapes import LLAMA3
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def model(n: int, vocab: int, dtype: torch.dtype) -> Model:
