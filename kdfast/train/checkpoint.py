@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from kdfast.train.models import save_folder
 
 # The optimiser's state is keyed by parameter names, so it survives another wrapping (none, DDP, FSDP).
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -73,12 +73,12 @@ def save(
         if not accelerator.is_main_process:
             return
         tensors = {f"module.{k}": v for k, v in weights.items()}
-        tensors |= {f"optimizer.{k}": v for k, v in states.items() if isinstance(v, Tensor)}
+        for name, state in states["state"].items():
+            tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items()}
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part / "training.safetensors")
         scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-        state = {"step": step, "seconds": seconds, "scaler": scaler,
-                 "optimizer": {k: v for k, v in states.items() if not isinstance(v, Tensor)}}  # fmt: skip
-        (part / "state.json").write_text(json.dumps(state))
+        rest = {"step": step, "seconds": seconds, "scaler": scaler, "param_groups": states["param_groups"]}
+        (part / "state.json").write_text(json.dumps(rest))
 
     write_folder(folder / "checkpoints" / f"step-{step:08d}", accelerator, fill)
     if accelerator.is_main_process:
@@ -91,9 +91,14 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
     state = json.loads((path / "state.json").read_text())
     tensors = load_file(path / "training.safetensors")
     weights = {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
-    states = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, _, field = key.removeprefix("optimizer.").rpartition("/")
+            states.setdefault(name, {})[field] = value
     set_model_state_dict(module, weights, options=_OPTIONS)
-    set_optimizer_state_dict(module, optimizer, states | _tuples(state["optimizer"]), options=_OPTIONS)
+    groups = [_tuples(group) for group in state["param_groups"]]
+    set_optimizer_state_dict(module, optimizer, {"state": states, "param_groups": groups}, options=_OPTIONS)
     if state["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     rng = path / f"rng-{accelerator.process_index:05d}.safetensors"
@@ -118,9 +123,9 @@ def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: n
     write_folder(folder / "model", accelerator, fill)
 
 
-def _tuples(scalars: dict[str, Any]) -> dict[str, Any]:
-    """JSON turned the betas into lists; AdamW wants the tuples it wrote."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in scalars.items()}
+def _tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """JSON turned the betas into a list; AdamW wants the tuple it wrote."""
+    return {k: tuple(v) if k == "betas" else v for k, v in group.items()}
 
 
 def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -23,7 +23,7 @@ from kdfast.train.models import build_student, load_weights, vocab_of
 from kdfast.train.recipe import Optimizer, Recipe
 from kdfast.train.recipes import make_loss
 from kdfast.train.step import DistillStep
-from kdfast.train.teacher import alignment_line
+from kdfast.train.teacher import CachedTeacher, alignment_line
 
 #: Makes a progress bar: `bar(description, total, unit)` is a context manager yielding an object with `.update(done)`.
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
@@ -125,7 +125,7 @@ class _Run:
             if evaluating or saving or step % recipe.log_every == 0:
                 row = log.flush()
                 if not math.isfinite(row["loss"]):
-                    raise ValueError(f"step {step}: the loss is {row['loss']}; lower optimizer.lr or set optimizer.clip")
+                    raise RuntimeError(f"step {step}: the loss is {row['loss']}; lower optimizer.lr or set optimizer.clip")
                 if shown is not None:
                     shown.update(step)
             if evaluating and self.inputs.validation is not None:
@@ -185,6 +185,14 @@ class _Run:
                 f"student: its vocabulary has {student} ids, expected at least the data's {self.inputs.vocab_size};"
                 " set student.config.vocab_size"
             )
+        # Heads padded to another size are one vocabulary only when the tokenizers are known to be one.
+        if isinstance(self.inputs.signal, CachedTeacher) and self.inputs.tokenizer is None:
+            cached = self.inputs.signal.reader.info.vocab_size
+            if student != cached:
+                raise ValueError(
+                    f"student: its vocabulary has {student} ids, the cache {cached}; set tokenizer: PATH in the recipe so"
+                    " that both can be seen to use the same one"
+                )
 
     def check(self) -> Result:
         """Two steps, then memory, alignment and time left; leaves nothing behind."""

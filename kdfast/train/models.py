@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kdfast.train.recipe import Model, Teacher
@@ -86,6 +87,7 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> 
 def save_folder(model: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Path | None = None) -> None:
     """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors."""
     if isinstance(model, PreTrainedModel):
+        transformers_logging.disable_progress_bar()  # it draws one for a single small file, even when piped
         model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
     else:
         save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")

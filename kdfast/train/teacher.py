@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from kdfast import topk_targets
-from kdfast.cache import CacheReader
-from kdfast.cache.verify import check_alignment
+from kdfast.cache import CacheReader, check_alignment
 from kdfast.train.data import Batch
 from kdfast.train.models import logits_of
 
@@ -37,15 +36,15 @@ class CachedTeacher:
     """A cache as training data and teacher at once: each batch carries its targets.
 
     Raises:
-        CacheMismatch: the vocabulary or the tokenizer is not the student's.
+        CacheMismatch: the tokenizer is not the one the cache was made with.
         ValueError: the temperature was not captured.
     """
 
     def __init__(
-        self, path: str | Path, *, vocab_size: int | None = None, tokenizer_hash: str | None = None, temperature: float = 1.0
+        self, path: str | Path, *, tokenizer_hash: str | None = None, temperature: float = 1.0
     ) -> None:
         self.path = Path(path)
-        self.reader = CacheReader(path, vocab_size=vocab_size, tokenizer_hash=tokenizer_hash)
+        self.reader = CacheReader(path, tokenizer_hash=tokenizer_hash)
         captured = self.reader.info.temperatures
         if not any(abs(t - temperature) <= 1e-6 * t for t in captured):
             listed = ", ".join(f"{t:g}" for t in captured)
@@ -56,8 +55,8 @@ class CachedTeacher:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         read = self.reader.batch(list(indices))
-        whole = bool(read.attention_mask.all())
-        return Batch(read.input_ids, read.labels, None if whole else read.attention_mask, read.targets)
+        mask = None if bool(read.attention_mask.all()) else read.attention_mask
+        return Batch(read.input_ids, read.labels, mask, read.targets)
 
     def __call__(self, batch: Batch) -> Any:
         return batch.targets
@@ -71,11 +70,4 @@ def alignment_line(signal: Any, batch: Batch) -> str:
     """
     if isinstance(signal, torch.Tensor):
         signal = topk_targets(signal, min(64, signal.shape[-1]))
-    found = check_alignment(signal, batch.labels)
-    shown = ", ".join(f"shift {shift:+d} {value:.3f}" for shift, value in sorted(_by_shift(found).items()))
-    return f"alignment of the teacher with the labels, nats per token: {shown}"
-
-
-def _by_shift(found: Any) -> dict[int, float]:
-    """`check_alignment` returns the mean negative log-likelihoods at shifts -1, 0, +1."""
-    return dict(zip((-1, 0, 1), map(float, found), strict=True))
+    return f"alignment: {check_alignment(signal, batch.labels)}"
