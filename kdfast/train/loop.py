@@ -135,7 +135,8 @@ class _Run:
                 checkpoint.save(
                     self.folder, step, log.seconds, recipe.keep, self.accelerator, self.module, self.optimizer.optimizer
                 )
-            log.start_clock()
+            if evaluating or saving:
+                log.start_clock()
         return evaluation
 
     def _step(self, step: int, log: MetricLog) -> Tensor:
