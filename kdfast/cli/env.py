@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "tokenize
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "env", help="versions, processor, threads, backends", epilog="example: kdfast env --json",
-        description="Prints versions, the processor's instruction set, threads, GPUs and every backend with its reason and remedy.",
+        description="Prints versions, the processor's instruction set, threads, GPUs, and every backend with its remedy.",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -59,7 +59,7 @@ def _version(name: str) -> str | None:
 def _extension() -> str:
     if util.find_spec("kdfast._C") is None:
         return "not built: install a C++ compiler (g++ or clang++), then reinstall kdfast"
-    from kdfast import _C  # type: ignore[attr-defined]
+    from kdfast import _C
 
     return f"built, kernels for {_C.isa()}" if hasattr(_C, "isa") else "built"
 

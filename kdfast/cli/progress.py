@@ -31,8 +31,8 @@ def bar(description: str, total: int, unit: str) -> Iterator[Shown]:
         yield Shown(None, None)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}  {{task.fields[rate]}} {unit}/s"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn(f"{unit}  {{task.fields[rate]}} {unit}/s"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield Shown(progress, progress.add_task(description, total=total, rate="-"))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,8 +40,8 @@ class Plan:
     vocab_size: int = 4096
     length: int = 128
     batch_size: int = 16
-    teacher_steps: int = 450
-    student_steps: int = 300
+    teacher_steps: int = 350
+    student_steps: int = 250
     teacher: dict[str, int] = field(default_factory=lambda: _llama(256, 4))
     student: dict[str, int] = field(default_factory=lambda: _llama(128, 2))
     teacher_lr: float = 2e-3
@@ -52,7 +51,7 @@ class Plan:
     temperature: float = 1.0
     soft_weight: float = 0.9
     hard_weight: float = 0.1
-    test_sequences: int = 512
+    held_out_sequences: int = 512
     part: float = 1.0
 
     @classmethod
@@ -60,7 +59,7 @@ class Plan:
         """The same path in about a minute: small enough for CI, too small for a claim."""
         return replace(
             cls(), vocab_size=1024, length=64, batch_size=8, teacher_steps=60, student_steps=40, teacher=_llama(96, 2),
-            student=_llama(48, 1), test_sequences=64, part=0.1,
+            student=_llama(48, 1), held_out_sequences=64, part=0.1,
         )  # fmt: skip
 
 
@@ -123,7 +122,9 @@ class Job:
         packed = self._packed(tokenizer_file, {"train": train, "validation": validation, "test": test})
         splits = {name: Sequences(ids) for name, ids in packed.items()}
         counts = (len(train), len(validation), len(test))
-        return Corpus(splits["train"], splits["validation"], splits["test"], tokenizer_file, counts, folder)
+        n = self.plan.held_out_sequences
+        held_out = {name: _shuffled(splits[name].ids, n) for name in ("validation", "test")}
+        return Corpus(splits["train"], held_out["validation"], held_out["test"], tokenizer_file, counts, folder)
 
     def _packed(self, tokenizer_file: Path, splits: dict[str, list[Path]]) -> dict[str, torch.Tensor]:
         file = self.out / "corpus.safetensors"
@@ -140,11 +141,13 @@ class Job:
         recipe = self._recipe("teacher", corpus, plan.teacher, plan.teacher_steps, plan.teacher_lr, seed=0)
         return distill(recipe, train_data=corpus.train, validation_data=corpus.validation, bar=self.bar, say=_quiet)
 
-    def students_data(self, corpus: Corpus) -> Sequences:
-        """The sequences that are captured, and that every student is trained on."""
-        wanted = self.plan.student_steps * self.plan.batch_size
-        order = Order(len(corpus.train), _SPLIT_SEED).take(0, min(wanted, len(corpus.train)))
-        return Sequences(corpus.train.ids[order])
+    def students_data(self, corpus: Corpus, steps: int) -> Sequences:
+        """Fresh sequences for every step, as far as there are any; fewer steps get the beginning of the same walk."""
+        return _shuffled(corpus.train.ids, steps * self.plan.batch_size)
+
+    def longer_steps(self, plain: Result, capture_seconds: float) -> int:
+        """Steps that training on hard labels does in its own time and the capture's."""
+        return plain.steps + round(capture_seconds * plain.steps / plain.seconds)
 
     def capture(self, corpus: Corpus, data: Sequences, teacher: Result) -> dict[str, float]:
         """The teacher's targets on `data`; a capture that was killed goes on where its last shard ended."""
@@ -182,7 +185,7 @@ class Job:
 
     def test(self, corpus: Corpus, result: Result) -> dict[str, float]:
         """The model on the test files, which nothing was chosen on."""
-        found = evaluate(load_folder(result.model, "model"), corpus.test, batch_size=32, limit=self.plan.test_sequences)
+        found = evaluate(load_folder(result.model, "model"), corpus.test, batch_size=32)
         return {"ppl": found.ppl, "top1": found.top1, "tokens": found.tokens, "seconds": result.seconds, "steps": result.steps}
 
     def _recipe(self, name: str, corpus: Corpus, config: dict[str, int], steps: int, lr: float, seed: int) -> Recipe:
@@ -190,7 +193,7 @@ class Job:
             "method": "supervised", "out": str(self.out / name), "tokenizer": str(corpus.tokenizer),
             "student": {"model_type": "llama", "config": {**config, "vocab_size": self.plan.vocab_size}},
             "optimizer": {"lr": lr, "warmup_steps": max(steps // 15, 1), "schedule": "cosine", "final_lr_share": 0.05},
-            "steps": steps, "batch_size": self.plan.batch_size, "seed": seed, "eval_sequences": 128, "save_every": 100,
+            "steps": steps, "batch_size": self.plan.batch_size, "seed": seed, "eval_sequences": 256, "save_every": 100,
             "keep": 1, "tracker": "none",
         })  # fmt: skip
 
@@ -201,10 +204,16 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[SEPARATOR], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+        vocab_size=vocab_size, special_tokens=[SEPARATOR], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
     tokenizer.train_from_iterator((read_text(file) for file in files), trainer)
     return tokenizer
+
+
+def _shuffled(ids: torch.Tensor, count: int) -> Sequences:
+    """The first `count` sequences of a fixed shuffle, so that a part of a split is drawn from all of its files."""
+    return Sequences(ids[Order(len(ids), _SPLIT_SEED).take(0, min(count, len(ids)))])
 
 
 def _quiet(line: str) -> None:

@@ -12,7 +12,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train", help="train a student (or a teacher) from a recipe",
         epilog="example: kdfast train student.yaml steps=2000 optimizer.lr=5e-4 check=true",
-        description="Trains what the recipe says; run again after a kill, it goes on from the last checkpoint to the same result.",
+        description="Trains what a recipe says; killed and run again, it goes on from the last checkpoint to the same result.",
     )  # fmt: skip
     parser.add_argument("recipe", help="a YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values as in YAML")

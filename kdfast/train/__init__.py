@@ -1,7 +1,7 @@
 """A thin trainer on `accelerate`: recipes read from YAML, live or cached teachers, exact resume.
 
-    from kdfast.train import Recipe, distill
-    result = distill(Recipe.load("student.yaml", ["steps=1000"]))
+from kdfast.train import Recipe, distill
+result = distill(Recipe.load("student.yaml", ["steps=1000"]))
 """
 
 from importlib.util import find_spec

@@ -60,13 +60,19 @@ def write_folder(target: Path, accelerator: Accelerator, fill: Any) -> None:
 
 
 def save(
-    folder: Path, step: int, seconds: float, keep: int, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    step: int,
+    seconds: float,
+    keep: int,
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Writes the checkpoint of `step` and removes all but the newest `keep`."""
 
     def fill(part: Path) -> None:
-        weights = get_model_state_dict(module, options=_OPTIONS)
-        states = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+        weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
+        states: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
         rng_tensors, rng_plain = _rng_state()
         save_file(rng_tensors, part / f"rng-{accelerator.process_index:05d}.safetensors")
         (part / f"rng-{accelerator.process_index:05d}.json").write_text(json.dumps(rng_plain))
@@ -90,8 +96,8 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
     """Puts a checkpoint back: weights, optimiser, random states. Returns its step and the seconds trained so far."""
     state = json.loads((path / "state.json").read_text())
     tensors = load_file(path / "training.safetensors")
-    weights = {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
-    states: dict[str, dict[str, Tensor]] = {}
+    weights: dict[str, Any] = {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
+    states: dict[str, Any] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             name, _, field = key.removeprefix("optimizer.").rpartition("/")
@@ -113,7 +119,7 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
 
 def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, tokenizer: Path | None) -> None:
     """Writes `folder/model`, the student alone, to be loaded by anyone."""
-    weights = get_model_state_dict(module, options=_OPTIONS)
+    weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
 
     def fill(part: Path) -> None:
         if accelerator.is_main_process:

@@ -30,7 +30,12 @@ class Batch(NamedTuple):
     targets: TopKTargets | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True),
+            None if self.targets is None else self.targets.to(device, non_blocking=True),
+        )
 
 
 class Source(Protocol):
@@ -83,7 +88,9 @@ class Order:
         return out
 
 
-def list_files(paths: Iterable[str | Path], glob: str, exclude: Iterable[str] = (), key: str = "data") -> list[tuple[str, Path]]:
+def list_files(
+    paths: Iterable[str | Path], glob: str, exclude: Iterable[str] = (), key: str = "data"
+) -> list[tuple[str, Path]]:
     """(name, file) of every file, sorted by name: the path inside the folder it was found under.
 
     Raises:
@@ -162,5 +169,5 @@ def tokenize(tokenizer: Tokenizer, files: Sequence[Path], length: int, separator
                 pieces.append(np.asarray([end], dtype=np.int32))
     ids = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
     if len(ids) < length:
-        raise ValueError(f"{key}: expected at least one sequence of {length} tokens, got {len(ids)} tokens in {len(files)} files")
+        raise ValueError(f"{key}: expected at least one sequence of {length} tokens, got {len(ids)} in {len(files)} files")
     return Sequences(torch.from_numpy(ids[: len(ids) // length * length].reshape(-1, length).copy()))

@@ -44,6 +44,6 @@ def evaluate(model: nn.Module, data: Source, *, batch_size: int = 16, limit: int
     model.train(was_training)
     nll_sum, right, tokens = totals.tolist()
     if tokens == 0:
-        raise ValueError("validation: expected at least one labelled position, got none; add files or lower data.sequence_length")
+        raise ValueError("validation: expected at least one labelled position, got none; add files")
     mean = nll_sum / tokens
     return Evaluation(math.exp(min(mean, 700.0)), mean, right / tokens, int(tokens))

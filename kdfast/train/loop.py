@@ -76,7 +76,9 @@ def distill(
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, inputs: Inputs, folder: Path, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, inputs: Inputs, folder: Path, accelerator: Accelerator, say: Callable[[str], None]
+    ) -> None:
         self.recipe, self.inputs, self.folder, self.accelerator = recipe, inputs, folder, accelerator
         self.say: Callable[[str], None] = say if accelerator.is_main_process else lambda line: None
         set_seed(recipe.seed)
@@ -128,8 +130,9 @@ class _Run:
                     raise RuntimeError(f"step {step}: the loss is {row['loss']}; lower optimizer.lr or set optimizer.clip")
                 if shown is not None:
                     shown.update(step)
-            if evaluating and self.inputs.validation is not None:
-                evaluation = evaluate(self.student, self.inputs.validation, batch_size=recipe.batch_size, limit=recipe.eval_sequences)
+            data = self.inputs.validation
+            if evaluating and data is not None:
+                evaluation = evaluate(self.student, data, batch_size=recipe.batch_size, limit=recipe.eval_sequences)
                 log.evaluation(step, {"validation_ppl": evaluation.ppl, "validation_top1": evaluation.top1})
             if saving:
                 checkpoint.save(
@@ -204,7 +207,8 @@ class _Run:
         loss = float(self._step(2, log))  # type: ignore[arg-type]
         seconds = time.perf_counter() - began
         self.say(f"peak memory {run_folder.peak_memory_gb():.2f} GB on {self.accelerator.device}")
-        self.say(f"loss {loss:.4f}, {seconds:.3f} s a step, {self.recipe.steps * seconds / 60:.1f} minutes for {self.recipe.steps} steps")
+        steps = self.recipe.steps
+        self.say(f"loss {loss:.4f}, {seconds:.3f} s a step, {steps * seconds / 60:.1f} minutes for {steps} steps")
         return Result(self.folder, self.folder / "model", 2, seconds, None)
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from kdfast.train.recipe import Model, Teacher
 from kdfast.train.schema import unknown_key

@@ -41,7 +41,7 @@ def build(cls: type, values: Any, path: str = "") -> Any:
         where = _join(path, name)
         if name not in values:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise ValueError(f"{where}: expected a value of type {_type_name(hints[name])}, got nothing; add it to the recipe")
+                raise ValueError(f"{where}: expected {_type_name(hints[name])}, got nothing; add it to the recipe")
             continue
         made[name] = _convert(hints[name], values[name], where)
         _check_range(field.metadata, made[name], where)
@@ -106,7 +106,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return _scalar(hint, value, where)
 
 
-def _scalar(hint: type, value: Any, where: str) -> Any:
+def _scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):

@@ -40,9 +40,7 @@ class CachedTeacher:
         ValueError: the temperature was not captured.
     """
 
-    def __init__(
-        self, path: str | Path, *, tokenizer_hash: str | None = None, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, path: str | Path, *, tokenizer_hash: str | None = None, temperature: float = 1.0) -> None:
         self.path = Path(path)
         self.reader = CacheReader(path, tokenizer_hash=tokenizer_hash)
         captured = self.reader.info.temperatures
