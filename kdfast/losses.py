@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.topk import topk_kd_loss
 
@@ -18,6 +20,7 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        inspect.signature(type(self).function).bind_partial(**options)
         self.options = options
 
     def forward(self, *args: Any, **options: Any) -> Any:
@@ -31,6 +34,13 @@ class KDLoss(_Loss):
     """`KDLoss(**options)(student_logits, teacher_logits, labels)` equals `kd_loss(..., **options)`."""
 
     function = staticmethod(kd_loss)
+
+
+class LinearKDLoss(_Loss):
+    """`LinearKDLoss(**options)(student_hidden, student_weight, teacher_hidden, teacher_weight, labels)` equals
+    `linear_kd_loss(..., **options)`."""
+
+    function = staticmethod(linear_kd_loss)
 
 
 class TopKKDLoss(_Loss):

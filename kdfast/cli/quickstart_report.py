@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 LABELS = {
     "teacher": ("teacher", "#7a7a7a"),
     "student_ce": ("student, hard labels", "#d1495b"),
-    "student_ce_longer": ("student, hard labels, given the capture time too", "#edae49"),
+    "student_ce_longer": ("student, hard labels + capture time", "#edae49"),
     "student_kd": ("student, from the cache", "#00798c"),
 }
 
@@ -35,16 +35,17 @@ def show(summary: dict[str, Any], out: Path) -> None:
         table.add_row(label, f"{row['ppl']:.2f}", spread, f"{row['top1']:.1%}", f"{row['steps']:.0f}", f"{row['seconds']:.1f}")
     cache, speed = summary["cache"], summary["speed"]
     console = Console()
-    console.print(table)
-    console.print(
+    # Piped, rich would cut the table at 80 columns.
+    (console if console.is_terminal else Console(width=110)).print(table)
+    print(
         f"cache: {cache['tokens']:,} tokens, {cache['bytes_per_token']:.1f} bytes a token at k={cache['k']},"
         f" KL {cache['kl']:.1e}, captured in {cache['capture_seconds']:.0f} s ({cache['capture_tokens_per_s']:,.0f} tokens/s)"
     )
-    console.print(
+    print(
         f"speed against plain PyTorch, {speed['rows']} x {speed['vocab']}, forward and backward:"
         f" kd_loss {speed['logits_vs_eager']:.1f}x, linear_kd_loss {speed['linear_vs_eager']:.1f}x"
     )
-    console.print(f"{summary['seconds']:.0f} s in all; {out / 'summary.json'}, {out / 'report.png'}")
+    print(f"{summary['seconds']:.0f} s in all; {out / 'summary.json'}, {out / 'report.png'}")
 
 
 def draw(out: Path, seeds: list[int], summary: dict[str, Any]) -> None:
