@@ -6,15 +6,13 @@ import json as some_package
 from pathlib import Path
 from typing import Any
 
-from kdfast.train.data import Sequences, load_tokenizer, tokenize
+from kdfast.train.data import Sequences, load_tokenizer, tokenize, train_tokenizer
 
 TEXT = Path(some_package.__file__).parent
 STUDENT = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.1}
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 300) -> Path:
-    from kdfast.cli.quickstart_job import train_tokenizer
-
     file = folder / "tokenizer.json"
     train_tokenizer(sorted(TEXT.glob("*.py")), vocab_size).save(str(file))
     return file

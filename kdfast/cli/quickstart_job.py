@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from kdfast.cache import CacheReader, CacheWriter, capture
 from kdfast.train import Recipe, Result, distill
-from kdfast.train.data import Order, Sequences, list_files, read_text, split_files, tokenize
+from kdfast.train.data import SEPARATOR, Order, Sequences, list_files, split_files, tokenize, train_tokenizer
 from kdfast.train.evaluate import evaluate
 from kdfast.train.inputs import file_hash
 from kdfast.train.loop import Bar
@@ -29,7 +29,6 @@ from kdfast.train.run_folder import write_json
 
 #: Tests repeat themselves, and the rest is generated tables or not Python's own.
 EXCLUDE = ("test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "pydoc_data", "encodings", "lib2to3")
-SEPARATOR = "<|endoftext|>"
 _SPLIT_SEED = 0
 
 
@@ -196,19 +195,6 @@ class Job:
             "steps": steps, "batch_size": self.plan.batch_size, "seed": seed, "eval_sequences": 256, "save_every": 100,
             "keep": 1, "tracker": "none",
         })  # fmt: skip
-
-
-def train_tokenizer(files: Sequence[Path], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[SEPARATOR], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator((read_text(file) for file in files), trainer)
-    return tokenizer
 
 
 def _shuffled(ids: torch.Tensor, count: int) -> Sequences:

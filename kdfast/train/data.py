@@ -13,12 +13,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from kdfast import TopKTargets
 
 IGNORE = -100
+SEPARATOR = "<|endoftext|>"
 
 
 class Batch(NamedTuple):
@@ -171,3 +172,16 @@ def tokenize(tokenizer: Tokenizer, files: Sequence[Path], length: int, separator
     if len(ids) < length:
         raise ValueError(f"{key}: expected at least one sequence of {length} tokens, got {len(ids)} in {len(files)} files")
     return Sequences(torch.from_numpy(ids[: len(ids) // length * length].reshape(-1, length).copy()))
+
+
+def train_tokenizer(files: Sequence[Path], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with `SEPARATOR` as its only special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[SEPARATOR], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator((read_text(file) for file in files), trainer)
+    return tokenizer
