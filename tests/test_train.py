@@ -123,9 +123,9 @@ def test_word_kd_equals_plain_pytorch(tokenizer: Path, teacher: Path) -> None:
     q, p = F.log_softmax(logits / 2, -1), F.log_softmax(signal_ / 2, -1)
     kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE]
     ce = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-    assert float(loss) == pytest.approx(float(0.7 * 4 * kl.mean() + 0.3 * ce), rel=1e-5)
+    assert loss.item() == pytest.approx((0.7 * 4 * kl.mean() + 0.3 * ce).item(), rel=1e-5)
     assert float(metrics["soft"].mean) == pytest.approx(float(kl.mean()), rel=1e-5)
-    assert float(metrics["hard"].mean) == pytest.approx(float(ce), rel=1e-5)
+    assert float(metrics["hard"].mean) == pytest.approx(ce.item(), rel=1e-5)
 
 
 def test_training_from_a_cache_logs_every_metric(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
@@ -158,6 +158,26 @@ def test_accumulation_equals_a_larger_batch(tokenizer: Path, tmp_path: Path) -> 
         models.append(build_teacher(Teacher(path=str(result.model))).state_dict())
     for name, weights in models[0].items():
         torch.testing.assert_close(weights, models[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_equal_one(tokenizer: Path, tmp_path: Path) -> None:
+    config = {**STUDENT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    student = {"model_type": "gpt2", "config": config}
+    one = recipe_values(tokenizer, tmp_path / "one", steps=3, batch_size=8, student=student)
+    two = recipe_values(tokenizer, tmp_path / "two", steps=3, batch_size=4, student=student)
+    (tmp_path / "two.yaml").write_text(Recipe.build(two).to_yaml())
+    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "kdfast.cli", "train"]
+    subprocess.run(
+        [sys.executable, "-m", *launch, str(tmp_path / "two.yaml")], check=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    result = distill(Recipe.build(one), say=_quiet)
+    weights = [build_teacher(Teacher(path=str(tmp_path / name / "model"))).state_dict() for name in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-5)
+    rows = [json.loads((result.out.parent / n / "metrics.jsonl").read_text().splitlines()[2]) for n in ("one", "two")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
 
 
 def test_another_recipe_does_not_continue_a_run(tokenizer: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,8 @@ def load_folder(path: str | Path, key: str) -> nn.Module:
     """The causal language model in a local folder, in float32; never reaches for a network."""
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{key}: expected a folder with config.json and safetensors weights, got {str(path)!r}")
-    return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+    with _no_bars():
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=torch.float32)
 
 
 def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> None:
@@ -87,12 +90,24 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> 
 def save_folder(model: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Path | None = None) -> None:
     """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors."""
     if isinstance(model, PreTrainedModel):
-        transformers_logging.disable_progress_bar()  # it draws one for a single small file, even when piped
-        model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
+        with _no_bars():
+            model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
     else:
         save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar for every file it touches, even when the output is piped."""
+    was = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            transformers_logging.enable_progress_bar()
 
 
 def _call(name: str, arguments: dict[str, Any], key: str) -> nn.Module:
