@@ -166,9 +166,9 @@ def test_two_processes_equal_one(tokenizer: Path, tmp_path: Path) -> None:
     one = recipe_values(tokenizer, tmp_path / "one", steps=3, batch_size=8, student=student)
     two = recipe_values(tokenizer, tmp_path / "two", steps=3, batch_size=4, student=student)
     (tmp_path / "two.yaml").write_text(Recipe.build(two).to_yaml())
-    launch = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "kdfast.cli", "train"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kdfast.cli", "train"]
     subprocess.run(
-        [sys.executable, "-m", *launch, str(tmp_path / "two.yaml")], check=True, capture_output=True,
+        [sys.executable, "-m", *launch, str(tmp_path / "two.yaml")], check=True, capture_output=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     result = distill(Recipe.build(one), say=_quiet)

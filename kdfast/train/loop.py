@@ -30,13 +30,17 @@ Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
 
 
 class Result(NamedTuple):
-    """A finished run. `seconds` is time spent in training steps; `evaluation` is None without validation data."""
+    """A finished run. `seconds` is time spent in training steps; `evaluation` is None without validation data.
+
+    `main_process` is False on every process of a distributed run but the first, which should keep quiet.
+    """
 
     out: Path
     model: Path
     steps: int
     seconds: float
     evaluation: Evaluation | None
+    main_process: bool = True
 
 
 def distill(
@@ -108,13 +112,15 @@ class _Run:
         if recipe.tracker != "none":
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start}})
         self._align()
-        with bar(f"{recipe.method} {self.folder.name}", recipe.steps, "steps") if bar else contextlib.nullcontext() as shown:
+        drawn = bar if accelerator.is_main_process else None
+        title = f"{recipe.method} {self.folder.name}"
+        with drawn(title, recipe.steps, "steps") if drawn else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown)
         checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs.tokenizer)
         if accelerator.is_main_process:
             run_folder.finish(self.folder, recipe.steps, log.seconds, evaluation)
         accelerator.end_training()
-        return Result(self.folder, self.folder / "model", recipe.steps, log.seconds, evaluation)
+        return Result(self.folder, self.folder / "model", recipe.steps, log.seconds, evaluation, accelerator.is_main_process)
 
     def _steps(self, start: int, log: MetricLog, shown: Any) -> Evaluation | None:
         recipe, evaluation = self.recipe, None
