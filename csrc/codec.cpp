@@ -48,8 +48,9 @@ py::tuple encode(std::int64_t k, std::int64_t vocab, const std::vector<double>& 
     codec::Result result;
     {
         const py::gil_scoped_release release;
-        result = codec::encode(layout, tokens, pointer<const std::int32_t>(ids), pointer<const float>(logprobs), pointer<const float>(log_z),
-                               pointer<const float>(log_tail), max_kl, values_bits, out, pointer<float>(kl));
+        result = codec::encode(layout, tokens, pointer<const std::int32_t>(ids), pointer<const float>(logprobs),
+                               pointer<const float>(log_z), pointer<const float>(log_tail), max_kl, values_bits, out,
+                               pointer<float>(kl));
     }
     const auto* bytes = reinterpret_cast<const char*>(out.bytes.data());
     return py::make_tuple(static_cast<int>(result.status), result.token, py::bytes(bytes, out.bytes.size()), out.id_bytes,
@@ -63,8 +64,9 @@ py::tuple decode(std::int64_t k, std::int64_t vocab, const std::vector<double>& 
     codec::Result result;
     {
         const py::gil_scoped_release release;
-        result = codec::decode(layout, tokens, pointer<const std::uint8_t>(data), size, id_bytes, has_counts, pointer<std::int32_t>(ids),
-                               pointer<float>(logprobs), pointer<float>(log_z), pointer<float>(log_tail));
+        result = codec::decode(layout, tokens, pointer<const std::uint8_t>(data), size, id_bytes, has_counts,
+                               pointer<std::int32_t>(ids), pointer<float>(logprobs), pointer<float>(log_z),
+                               pointer<float>(log_tail));
     }
     return py::make_tuple(static_cast<int>(result.status), result.token);
 }

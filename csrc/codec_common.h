@@ -14,15 +14,12 @@
 #include <vector>
 
 #include "codec.h"
+#include "cpu/codec.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the cache codec reads its streams as little-endian words");
 
 namespace kdfast::codec {
 
-constexpr std::uint32_t kMaxLevel = 65535;  // largest quantised value
-constexpr unsigned kEscape = 20;            // a gap quotient of this and more is written raw
-constexpr unsigned kRawBits = 24;           // bits of a raw gap; vocabularies reach 2^24
-constexpr unsigned kMaxPrefix = 16;         // longest prefix of a value
 constexpr std::uint16_t kTailNone = 0;      // nothing is left over
 constexpr std::uint16_t kTailAll = 65535;   // no entries: everything is left over
 constexpr double kTailScale = 1024.0;       // codes per unit of log(tail / (1 - tail))
@@ -46,11 +43,7 @@ class Levels {
     // log of the sum over entries of (2q + 1)^(2/T).
     double log_sum(std::size_t temperature, const std::uint32_t* q, std::int64_t count) const {
         const double t = temperatures_[temperature];
-        if (t == 1.0) {
-            std::uint64_t sum = 0;
-            for (std::int64_t i = 0; i < count; ++i) sum += (2ull * q[i] + 1) * (2ull * q[i] + 1);
-            return std::log(static_cast<double>(sum));
-        }
+        if (t == 1.0) return std::log(static_cast<double>(KDFAST_CALL(codec_square_sum, q, count)));
         const double* power = power_[temperature];
         double sum = 0;
         for (std::int64_t i = 0; i < count; ++i)
@@ -74,7 +67,8 @@ inline Tail tail_of(std::uint16_t code) {
     if (code == kTailNone) return {-kInf, 0.0};
     if (code == kTailAll) return {0.0, -kInf};
     const double x = (static_cast<int>(code) - kTailZero) / kTailScale;
-    return {-std::log1p(std::exp(-x)), -std::log1p(std::exp(x))};
+    const double log_rest = -std::log(1.0 + std::exp(x));
+    return {x + log_rest, log_rest};
 }
 
 inline std::size_t column_of_one(const std::vector<double>& temperatures) {

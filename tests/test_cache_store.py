@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,30 @@ def test_worker_processes_read_what_the_parent_reads(cache: Path) -> None:
     loader = torch.utils.data.DataLoader(range(5), batch_size=2, num_workers=2, collate_fn=reader.batch)
     for i, batch in enumerate(loader):
         assert_same(batch.targets, reader.batch(list(range(5))[2 * i : 2 * i + 2]).targets)
+
+
+def test_threads_read_what_one_thread_reads(cache: Path) -> None:
+    reader = CacheReader(cache)
+    with ThreadPoolExecutor(4) as pool:
+        batches = list(pool.map(lambda i: reader.batch([i % 5, (i + 1) % 5]), range(40)))
+    for i, batch in enumerate(batches):
+        assert_same(batch.targets, reader.batch([i % 5, (i + 1) % 5]).targets)
+
+
+DEVICES = [pytest.param("meta", id="no-data"), pytest.param("cuda", id="pinned-copy", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_moves_to_its_device(cache: Path, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    batch, here = CacheReader(cache).batch([0, 1], device=device), CacheReader(cache).batch([0, 1])
+    for name in ("input_ids", "loss_mask", "labels", "attention_mask"):
+        moved = getattr(batch, name)
+        assert (moved.device.type, moved.shape) == (device, getattr(here, name).shape)
+    assert batch.targets.log_tail.device.type == device
+    if device == "cuda":
+        assert_same(batch.targets.to("cpu"), here.targets)
 
 
 def test_the_manifest_is_json_that_people_can_read(cache: Path) -> None:

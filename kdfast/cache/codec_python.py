@@ -51,7 +51,8 @@ def _tail_of(code: int) -> tuple[float, float]:
     if code == TAIL_ALL:
         return 0.0, -_INF
     x = (code - TAIL_ZERO) / TAIL_SCALE
-    return -math.log1p(math.exp(-x)), -math.log1p(math.exp(x))
+    log_rest = -math.log(1.0 + math.exp(x))
+    return x + log_rest, log_rest
 
 
 def _tail_code(log_tail: float, log_rest: float, empty: bool) -> int:

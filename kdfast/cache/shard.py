@@ -92,7 +92,7 @@ class Shard:
             raise CorruptCache(f"{self.path}: the manifest lists this shard, but it is gone") from None
         except safetensors.SafetensorError as error:
             raise CorruptCache(f"{self.path}: not a safetensors file: {error}") from error
-        data = np.memmap(self.path, np.uint8, mode="r")
+        data = np.memmap(self.path, np.uint8, mode="r").view(np.ndarray)
         start, end = _payload_span(data.data)
         if digest(data[:start], data[end:]) != entry.index_digest:
             raise CorruptCache(f"{self.path}: header or index does not match the digest in the manifest")

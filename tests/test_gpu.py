@@ -1,0 +1,291 @@
+"""Every op on the device, in every backend that runs there, against plain PyTorch in float64. Needs a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdfast
+
+DEVICE = "cuda"
+BACKENDS = ["triton", "reference"]
+OPTIONS = {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, **HALVES}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def batch(n: int, vs: int, vt: int, spread: float = 3.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = (torch.randn(n, v, device=DEVICE).mul(spread).to(dtype) for v in (vs, vt))
+    labels = torch.randint(0, vs, (n,), device=DEVICE)
+    labels[n // 2] = -100
+    return student, teacher, labels
+
+
+def eager(teacher: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    def loss(x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in HALVES.values() else x
+        return plain.mean(plain.rows(wide, teacher.to(wide.dtype), labels, temperature=2.0, soft=0.7, hard=0.3), labels)
+
+    return loss
+
+
+def check(student: Tensor, teacher: Tensor, labels: Tensor, **options: bool) -> None:
+    """kd_loss at least as near to float64 as plain PyTorch with float32 arithmetic, value and gradient."""
+    dtype = student.dtype
+    truth = plain.gradient(eager(teacher, labels), student, torch.float64)
+    same = plain.gradient(eager(teacher, labels), student, dtype)
+    got = plain.gradient(lambda x: kdfast.kd_loss(x.mul(1), teacher, labels, **OPTIONS, **options), student, dtype)
+    plain.assert_as_good(got[0], same[0], truth[0], torch.float32, "value")
+    plain.assert_as_good(got[1], same[1], truth[1], dtype, "gradient")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kdfast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("vs", "vt"),
+    [(1, 1), (2, 2), (17, 17), (1000, 1000), (50257, 50257), (151936, 151936), (5003, 4000), (4000, 5003)],
+    ids=["V1", "V2", "V17-one-ragged-block", "V1000", "V50257-odd", "V151936-many-blocks", "student-larger", "teacher-larger"],
+)
+@pytest.mark.usefixtures("backend")
+def test_logits_value_and_gradient(vs: int, vt: int, dtype: torch.dtype) -> None:
+    check(*batch(9, vs, vt, dtype=dtype))
+
+
+@pytest.mark.parametrize("spread", [30.0, 640.0])
+@pytest.mark.usefixtures("backend")
+def test_logits_saturated_rows(spread: float) -> None:
+    student, teacher, labels = batch(9, 4001, 4001)
+    check(student.sign() * spread, teacher.sign() * spread, labels)
+
+
+@pytest.mark.parametrize("distance", [0.3, 0.1, 0.01, 0.001])
+@pytest.mark.usefixtures("backend")
+def test_logits_near_agreement(distance: float) -> None:
+    """The value to 1e-3 of float64 and never negative, where plain float32 is off by tens of percent."""
+    _, teacher, _ = batch(16, 32000, 32000)
+    student = teacher + distance * torch.randn_like(teacher)
+    truth = F.kl_div(student.double().log_softmax(-1), teacher.double().log_softmax(-1), log_target=True, reduction="batchmean")
+    value = kdfast.kd_loss(student, teacher)
+    assert float(value) >= 0
+    assert abs(float(value) - float(truth)) <= 1e-3 * float(truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.usefixtures("backend")
+def test_logits_overwrite(dtype: torch.dtype) -> None:
+    check(*batch(9, 5003, 5003, dtype=dtype), overwrite_logits=True)
+
+
+@pytest.mark.usefixtures("backend")
+def test_logits_overwrite_keeps_one_buffer() -> None:
+    student, teacher, labels = batch(8, 4096, 4096)
+    student.requires_grad_()
+    loss = kdfast.kd_loss(student, teacher, labels, overwrite_logits=True, **OPTIONS)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert grad.data_ptr() == student.data_ptr()
+
+
+@pytest.mark.usefixtures("backend")
+def test_logits_strided_rows_and_leading_dimensions() -> None:
+    student, teacher, labels = batch(12, 2048, 2048)
+    labels = labels.clamp(max=1000)
+    _, wanted = plain.gradient(eager(teacher[:, :1001], labels), student[:, :1001], torch.float64)
+    rows = [x.view(3, 4, -1)[..., :1001] for x in (student.requires_grad_(), teacher)]
+    (grad,) = torch.autograd.grad(kdfast.kd_loss(*rows, labels.view(3, 4), **OPTIONS), student)
+    assert plain.error(grad[:, :1001], wanted) <= 1e-5
+    assert float(grad[:, 1001:].abs().max()) == 0
+
+
+@pytest.mark.usefixtures("backend")
+def test_logits_backward_twice_with_another_incoming_gradient() -> None:
+    student, teacher, labels = batch(9, 3001, 3001)
+    student.requires_grad_()
+    loss = kdfast.kd_loss(student, teacher, labels, **OPTIONS)
+    first = torch.autograd.grad(3 * loss, student, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(0.5 * loss, student)[0]
+    torch.testing.assert_close(second * 6, kept, rtol=1e-6, atol=0)
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("backend")
+def test_bad_rows_are_nan_and_the_others_untouched() -> None:
+    """Nothing is read back on a GPU, so a bad row cannot raise: it is NaN, alone, and never out of bounds."""
+    student, teacher, labels = batch(9, 1001, 1001)
+    good = kdfast.kd_loss(student, teacher, labels, reduction="none", **OPTIONS)
+    student[0, 3], teacher[1, 5], labels[2] = torch.nan, torch.inf, 1001
+    got = kdfast.kd_loss(student, teacher, labels, reduction="none", **OPTIONS)
+    assert got[:3].isnan().all()
+    torch.testing.assert_close(got[3:], good[3:], rtol=0, atol=0)
+    with kdfast.debug_checks(), pytest.raises(ValueError, match="row 0"):
+        kdfast.kd_loss(student, teacher, labels, **OPTIONS)
+
+
+@pytest.mark.usefixtures("backend")
+def test_parts_match_plain_pytorch() -> None:
+    student, teacher, labels = batch(9, 1001, 1001)
+    _, parts = kdfast.kd_loss(student, teacher, labels, return_parts=True, **OPTIONS)
+    keep = labels != -100
+    log_q, log_p = student.double().log_softmax(-1)[keep], teacher.double().log_softmax(-1)[keep]
+    wanted = {
+        "hard": F.nll_loss(log_q, labels[keep]),
+        "kl_at_1": F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"),
+        "teacher_nll": F.nll_loss(log_p, labels[keep]),
+        "teacher_entropy": torch.special.entr(log_p.exp()).sum(-1).mean(),
+        "top1_agreement": (log_q.argmax(-1) == log_p.argmax(-1)).double().mean(),
+    }
+    for name, value in wanted.items():
+        assert abs(float(getattr(parts, name).mean) - float(value)) <= 1e-5 * max(1, abs(float(value))), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("n", "vocab"), [(13, 1001), (300, 5003)], ids=["one-chunk", "odd-chunks"])
+@pytest.mark.usefixtures("backend")
+def test_linear_value_and_gradients(n: int, vocab: int, dtype: torch.dtype) -> None:
+    shapes = [(n, 48), (vocab, 48), (n, 80), (vocab, 80)]
+    tensors = [torch.randn(s, device=DEVICE).mul(0.4 if s[0] == vocab else 1.0).to(dtype) for s in shapes]
+    labels = torch.randint(0, vocab, (n,), device=DEVICE)
+    labels[n // 2] = -100
+
+    def in_dtype(to: torch.dtype, loss: Callable[..., Tensor]) -> list[Tensor]:
+        hidden, weight, *teacher = (t.to(to) for t in tensors)
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        value = loss(hidden, weight, *teacher)
+        return [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
+
+    def materialised(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+        return eager((teacher_hidden @ teacher_weight.t()).to(hidden.dtype), labels)(hidden @ weight.t())
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return kdfast.linear_kd_loss(*tensors, labels, workspace_mb=8, **OPTIONS)
+
+    truth, same, got = in_dtype(torch.float64, materialised), in_dtype(dtype, materialised), in_dtype(dtype, ours)
+    for name, mine, theirs, true in zip(("value", "hidden", "weight"), got, same, truth, strict=True):
+        plain.assert_as_good(mine, theirs.double(), true, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("vocab", "k"), [(17, 17), (1000, 5), (151936, 64)], ids=["k-is-V", "V1000", "V151936-k64"])
+@pytest.mark.usefixtures("backend")
+def test_topk_capture(vocab: int, k: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(9, vocab, device=DEVICE).mul(3).to(dtype)
+    targets = kdfast.topk_targets(logits, k, temperatures=(1.0, 2.5))
+    logp = logits.double().log_softmax(-1)
+    torch.testing.assert_close(targets.logprobs.double(), logp.topk(k).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logp.gather(-1, targets.ids.long()), logp.topk(k).values, rtol=1e-12, atol=1e-12)
+    for column, temperature in enumerate(targets.temperatures):
+        tempered = logp / temperature
+        log_z = tempered.logsumexp(-1)
+        torch.testing.assert_close(targets.log_z[:, column].double(), log_z, rtol=1e-5, atol=1e-5)
+        tail = tempered.scatter(-1, targets.ids.long(), -torch.inf).logsumexp(-1) - log_z
+        torch.testing.assert_close(targets.log_tail[:, column].double(), tail, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("vocab", "k"), [(129, 5), (50257, 64)], ids=["V129", "V50257-odd"])
+@pytest.mark.usefixtures("backend")
+def test_topk_loss(vocab: int, k: int, dtype: torch.dtype) -> None:
+    student, teacher, labels = batch(9, vocab, vocab, dtype=dtype)
+    targets = kdfast.topk_targets(teacher, k, temperatures=(1.0, 2.0))
+
+    def ghost(x: Tensor) -> Tensor:
+        x = x.float() if x.dtype in HALVES.values() else x
+        ids, log_q = targets.ids.long(), (x / 2).log_softmax(-1)
+        log_p = targets.logprobs.to(x.dtype) / 2 - targets.log_z[:, 1:].to(x.dtype)
+        log_tail = targets.log_tail[:, 1].to(x.dtype)
+        q_tail = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        kl = (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1) + log_tail.exp() * (log_tail - q_tail)
+        hard = F.cross_entropy(x, labels, reduction="none", ignore_index=-100)
+        return plain.mean(0.7 * 4 * kl + 0.3 * hard, labels)
+
+    truth, same = plain.gradient(ghost, student, torch.float64), plain.gradient(ghost, student, dtype)
+    got = plain.gradient(lambda x: kdfast.topk_kd_loss(x, targets, labels, **OPTIONS), student, dtype)
+    plain.assert_as_good(got[0], same[0], truth[0], torch.float32, "value")
+    plain.assert_as_good(got[1], same[1], truth[1], dtype, "gradient")
+
+
+def _losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Each op as a loss of one tensor, and that tensor."""
+    student, teacher, labels = batch(64, 4099, 4099)
+    targets = kdfast.topk_targets(teacher, 16, temperatures=(2.0,))
+    hidden, weight = torch.randn(64, 32, device=DEVICE), torch.randn(4099, 32, device=DEVICE)
+    return {
+        "logits": (lambda x: kdfast.kd_loss(x, teacher, labels, **OPTIONS), student),
+        "overwrite": (lambda x: kdfast.kd_loss(x, teacher, labels, overwrite_logits=True, **OPTIONS), student),
+        "topk": (lambda x: kdfast.topk_kd_loss(x, targets, labels, **OPTIONS), student),
+        "linear": (lambda x: kdfast.linear_kd_loss(x, weight, hidden, weight, labels, **OPTIONS), hidden * 0.5),
+    }
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="synchronisation is a CUDA matter")
+@pytest.mark.parametrize("op", ["logits", "overwrite", "topk", "linear"])
+def test_no_host_synchronisation(op: str) -> None:
+    """Forward and backward, with an incoming gradient other than 1, enqueue work and ask the device nothing."""
+    with kdfast.use_backend("triton"):
+        loss, at = _losses()[op]
+        first, second = (at.clone().requires_grad_() for _ in range(2))
+        torch.autograd.grad(loss(first) * 2, first)
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            torch.autograd.grad(loss(second) * 2, second)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("op", ["logits", "topk", "linear"])
+@pytest.mark.usefixtures("backend")
+def test_compiles_as_one_graph(op: str) -> None:
+    loss, at = _losses()[op]
+    x = at.requires_grad_()
+    value = loss(x)
+    (wanted,) = torch.autograd.grad(value, x)
+    torch.compiler.reset()
+    got = torch.compile(loss, fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(got, x)
+    torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("upstream", [1.0, -3.0], ids=["leaves-at-once", "full-pass"])
+@pytest.mark.usefixtures("backend")
+def test_scale(upstream: float, backend: str) -> None:
+    grad = torch.randn(7, 1001, device=DEVICE)
+    wanted = grad * upstream
+    torch.ops.kdfast.scale_(grad, torch.tensor(upstream, device=DEVICE), backend)
+    torch.testing.assert_close(grad, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs memory a CPU run should not take")
+def test_rows_beyond_two_to_the_31() -> None:
+    """Offsets are 64-bit: the last of 2^31 + elements gets its gradient."""
+    vocab = 262144
+    n = 2**31 // vocab + 2
+    if torch.cuda.mem_get_info()[0] < 4 * n * vocab * 2:
+        pytest.skip("needs 17 GB of free GPU memory")
+    student = torch.randn(n, vocab, device=DEVICE, dtype=torch.bfloat16)
+    teacher = torch.randn(n, vocab, device=DEVICE, dtype=torch.bfloat16)
+    last = student[-1:].clone(), teacher[-1:].clone()
+    with kdfast.use_backend("triton"):
+        student.requires_grad_()
+        (grad,) = torch.autograd.grad(kdfast.kd_loss(student, teacher, reduction="sum"), student)
+        alone = last[0].requires_grad_()
+        (wanted,) = torch.autograd.grad(kdfast.kd_loss(alone, last[1], reduction="sum"), alone)
+    torch.testing.assert_close(grad[-1:], wanted, rtol=0, atol=0)
