@@ -44,7 +44,7 @@ class Plan:
     teacher: dict[str, int] = field(default_factory=lambda: _llama(256, 4))
     student: dict[str, int] = field(default_factory=lambda: _llama(128, 2))
     teacher_lr: float = 2e-3
-    student_lr: float = 4e-3
+    student_lr: float = 2e-3
     k: int = 64
     temperatures: tuple[float, ...] = (1.0, 2.0)
     temperature: float = 1.0
