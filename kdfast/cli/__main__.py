@@ -1,0 +1,7 @@
+"""`python -m kdfast.cli`."""
+
+import sys
+
+from kdfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,76 @@
+"""`kdfast env`: what is here, what runs, and what to do about what does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata, util
+from typing import Any
+
+_PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "tokenizers", "safetensors", "rich", "matplotlib")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "env", help="versions, processor, threads, backends", epilog="example: kdfast env --json",
+        description="Prints versions, the processor's instruction set, threads, GPUs, and every backend with its remedy.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    found = collect()
+    print(json.dumps(found, indent=2)) if args.json else _show(found)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything `kdfast env` prints, as plain values."""
+    import torch
+
+    import kdfast
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "kdfast": kdfast.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "extension": _extension(),
+        "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "gpus": gpus,
+        "backends": [
+            {"name": b.name, "available": b.available, "reason": b.reason, "devices": list(b.devices), "ops": list(b.ops),
+             "proven": b.proven}
+            for b in kdfast.backends()
+        ],
+    }  # fmt: skip
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _extension() -> str:
+    if util.find_spec("kdfast._C") is None:
+        return "not built: install a C++ compiler (g++ or clang++), then reinstall kdfast"
+    from kdfast import _C
+
+    return f"built, kernels for {_C.isa()}" if hasattr(_C, "isa") else "built"
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(f"kdfast {found['kdfast']}, Python {found['python']}, {found['system']}")
+    print("packages  " + ", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items()))
+    print(f"cpu       {found['cpu']['capability']}, {found['cpu']['threads']} threads")
+    print(f"gpu       {', '.join(found['gpus']) or 'none'}")
+    print(f"extension {found['extension']}")
+    for b in found["backends"]:
+        state = "ready" if b["available"] else f"missing: {b['reason']}"
+        unproven = "" if b["proven"] else " (unproven: only use_backend reaches it)"
+        print(f"backend   {b['name']:<10}{state}{unproven}; devices {', '.join(b['devices'])}; ops {', '.join(b['ops'])}")

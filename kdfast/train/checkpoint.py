@@ -1,0 +1,160 @@
+"""Checkpoints: everything a run needs to go on exactly, as safetensors and JSON, never a pickle.
+
+A checkpoint is a folder `checkpoints/step-00000100` that appears by one rename:
+
+    training.safetensors    the wrapped module's and the optimiser's tensors, by parameter name
+    rng-00000.safetensors   random states of process 0, and so on
+    state.json              step, seconds, the optimiser's scalars, Python's random state, loss scale
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from kdfast.train.models import save_folder
+
+# The optimiser's state is keyed by parameter names, so it survives another wrapping (none, DDP, FSDP).
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest finished checkpoint of a run folder."""
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def write_folder(target: Path, accelerator: Accelerator, fill: Any) -> None:
+    """Calls `fill(temporary)` on every process and renames the folder into place once all are done."""
+    part = target.with_name(f".{target.name}.part")
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    fill(part)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for file in part.rglob("*"):
+            _sync(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(part, target)
+        _sync(target.parent)
+    accelerator.wait_for_everyone()
+
+
+def save(
+    folder: Path,
+    step: int,
+    seconds: float,
+    keep: int,
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Writes the checkpoint of `step` and removes all but the newest `keep`."""
+
+    def fill(part: Path) -> None:
+        weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
+        states: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
+        rng_tensors, rng_plain = _rng_state()
+        save_file(rng_tensors, part / f"rng-{accelerator.process_index:05d}.safetensors")
+        (part / f"rng-{accelerator.process_index:05d}.json").write_text(json.dumps(rng_plain))
+        if not accelerator.is_main_process:
+            return
+        tensors = {f"module.{k}": v for k, v in weights.items()}
+        for name, state in states["state"].items():
+            tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items()}
+        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part / "training.safetensors")
+        scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+        rest = {"step": step, "seconds": seconds, "scaler": scaler, "param_groups": states["param_groups"]}
+        (part / "state.json").write_text(json.dumps(rest))
+
+    write_folder(folder / "checkpoints" / f"step-{step:08d}", accelerator, fill)
+    if accelerator.is_main_process:
+        for old in sorted((folder / "checkpoints").glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+
+def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Puts a checkpoint back: weights, optimiser, random states. Returns its step and the seconds trained so far."""
+    state = json.loads((path / "state.json").read_text())
+    tensors = load_file(path / "training.safetensors")
+    weights: dict[str, Any] = {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
+    states: dict[str, Any] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, _, field = key.removeprefix("optimizer.").rpartition("/")
+            states.setdefault(name, {})[field] = value
+    set_model_state_dict(module, weights, options=_OPTIONS)
+    groups = [_tuples(group) for group in state["param_groups"]]
+    set_optimizer_state_dict(module, optimizer, {"state": states, "param_groups": groups}, options=_OPTIONS)
+    if state["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    rng = path / f"rng-{accelerator.process_index:05d}.safetensors"
+    if not rng.is_file():
+        raise ValueError(
+            f"{path}: holds no random state for process {accelerator.process_index}; resume with as many processes as it was"
+            " written by, or start afresh in another out"
+        )
+    _set_rng_state(load_file(rng), json.loads(rng.with_suffix(".json").read_text()))
+    return state["step"], state["seconds"]
+
+
+def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, tokenizer: Path | None) -> None:
+    """Writes `folder/model`, the student alone, to be loaded by anyone."""
+    weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
+
+    def fill(part: Path) -> None:
+        if accelerator.is_main_process:
+            own = {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
+            save_folder(student, part, own, tokenizer)
+
+    write_folder(folder / "model", accelerator, fill)
+
+
+def _tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """JSON turned the betas into a list; AdamW wants the tuple it wrote."""
+    return {k: tuple(v) if k == "betas" else v for k, v in group.items()}
+
+
+def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"python": random.getstate(), "numpy": [name, position, has_gauss, cached]}
+
+
+def _set_rng_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    name, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

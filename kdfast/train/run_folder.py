@@ -1,0 +1,117 @@
+"""What a run folder says about itself: recipe, seed, versions, commit, data hash, result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import kdfast
+from kdfast.train.evaluate import Evaluation
+from kdfast.train.recipe import Recipe
+from kdfast.train.schema import plain
+
+#: Keys that change how a run is watched, not what it computes.
+_FREE = ("log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")
+
+
+def begin(folder: Path, recipe: Recipe, digest: str) -> None:
+    """Writes `recipe.yaml` and `run.json`.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe or of other data, which this one must not continue.
+    """
+    if (folder / "run.json").is_file():
+        _check_same(folder, recipe, digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_json(folder / "run.json", {"seed": recipe.seed, "data_hash": digest, **environment()})
+
+
+def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | None) -> None:
+    """Writes `result.json`, the mark of a finished run."""
+    values = None if evaluation is None else evaluation._asdict()
+    write_json(folder / "result.json", {"steps": steps, "seconds": seconds, "evaluation": values})
+
+
+def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None:
+    """The result of a finished run of this very recipe and data, or None.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe.
+    """
+    if not (folder / "run.json").is_file() or recipe.check:
+        return None
+    _check_same(folder, recipe, digest)
+    if not (folder / "result.json").is_file():
+        return None
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine a result belongs to."""
+    packages = {}
+    for name in ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy"):
+        packages[name] = metadata.version(name)
+    return {"kdfast": kdfast.__version__, "commit": _commit(), "python": platform.python_version(), "packages": packages,
+            "threads": torch.get_num_threads(), "machine": platform.machine()}  # fmt: skip
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of the device so far, of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes under a temporary name and renames."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes readable JSON under a temporary name and renames."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def _check_same(folder: Path, recipe: Recipe, digest: str) -> None:
+    before = _flat(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    now = _flat(plain(recipe))
+    differs = [k for k in sorted(before.keys() | now.keys()) if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)]
+    if not differs and json.loads((folder / "run.json").read_text())["data_hash"] != digest:
+        differs = ["the training data"]
+    if differs:
+        raise ValueError(
+            f"out: {folder} holds a run that differs in {', '.join(differs[:4])}; set another out, or remove the folder"
+        )
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {path: values}
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{path}.{key}" if path else key)
+    return out
+
+
+def _commit() -> str | None:
+    """The commit of the source tree kdfast is imported from, when it is one."""
+    root = Path(kdfast.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

@@ -1,0 +1,151 @@
+"""Frozen dataclasses from plain mappings, strictly: every error is one line that names the dotted path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+
+def ranged(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
+    """A field whose number must be >= low, > above and <= high."""
+    return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high})
+
+
+def one_of(default: Any, *choices: str) -> Any:
+    """A field that takes one of a few words."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+def build(cls: type, values: Any, path: str = "") -> Any:
+    """An instance of the dataclass `cls` from a mapping, checked key by key.
+
+    Raises:
+        ValueError: an unknown key (the nearest valid one is named), a missing one, a wrong type, a number out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path or 'recipe'}: expected a mapping of keys to values, got {_show(values)}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(unknown_key(_join(path, str(key)), str(key), fields))
+    made = {}
+    for name, field in fields.items():
+        where = _join(path, name)
+        if name not in values:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where}: expected {_type_name(hints[name])}, got nothing; add it to the recipe")
+            continue
+        made[name] = _convert(hints[name], values[name], where)
+        _check_range(field.metadata, made[name], where)
+    return cls(**made)
+
+
+def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> str:
+    """The message for a key that does not exist."""
+    valid = list(valid)
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}"
+    return f"{where}: unknown key; {hint}"
+
+
+def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """`values` with `dotted.key=value` settings applied; a value is read as YAML."""
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {setting!r}: expected key=value with a dotted key, e.g. optimizer.lr=1e-3")
+        *parents, last = key.split(".")
+        node = values
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ValueError(f"{key}: {parent} holds {_show(node)}, not a mapping, so nothing can be set inside it")
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key}: expected a YAML value, got {text!r} ({error.__class__.__name__})") from None
+    return values
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as mappings, lists and scalars, ready for YAML."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {_show(value)}")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: expected a mapping, got {_show(value)}")
+        return dict(value)
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as a string: it wants 1.0e-3
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{where}: expected a number, got {_show(value)}") from None
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where}: expected {_type_name(hint)}, got {_show(value)}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value}")
+    return value
+
+
+def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        near = difflib.get_close_matches(str(value), limits["choices"], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{where}: expected one of {', '.join(limits['choices'])}, got {value!r}{hint}")
+    for name, sign, holds in (
+        ("low", ">=", lambda limit: value >= limit),
+        ("above", ">", lambda limit: value > limit),
+        ("high", "<=", lambda limit: value <= limit),
+    ):
+        if limits.get(name) is not None and not holds(limits[name]):
+            raise ValueError(f"{where}: expected a number {sign} {limits[name]}, got {value}")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+
+
+def _type_name(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "mapping"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
