@@ -262,7 +262,7 @@ def forward(
     if rows == 0:
         return loss, stats, parts
     out = student if grad is None else grad
-    size = tiles.launch(common, student.dtype, teacher.dtype, out.dtype)
+    size = tiles.launch(common, student.dtype, teacher.dtype, heavy=need_parts)
     with tiles.on(student):
         forward_kernel[tiles.grid(rows, student.device, size.warps)](
             student, teacher, out, scale if labels is None else labels.contiguous(), scale.contiguous(), loss, stats, parts,
@@ -271,7 +271,7 @@ def forward(
             UNIT_T=options.temperature == 1, LABELS=labels is not None,
             HARD=labels is not None and (need_parts or options.hard_weight != 0),
             PARTS=need_parts, GRAD=grad is not None, EXTRA=width > common,
-            LANES=size.lanes, VEC=size.vec, num_warps=size.warps, enable_fp_fusion=True,
+            LANES=size.lanes, VEC=size.vec, **size.options,
         )  # fmt: skip
     return loss, stats, parts
 
@@ -289,12 +289,12 @@ def backward(
     common = min(width, teacher.shape[1])
     if rows == 0:
         return
-    size = tiles.launch(common, student.dtype, teacher.dtype, grad.dtype)
+    size = tiles.launch(common, student.dtype, teacher.dtype)
     with tiles.on(student):
         backward_kernel[tiles.grid(rows, student.device, size.warps)](
             student, teacher, grad, scale if labels is None else labels.contiguous(), scale.contiguous(), stats,
             rows, width, common, student.stride(0), teacher.stride(0), grad.stride(0),
             options.temperature, 1 / options.temperature, options.soft_scale, options.hard_weight,
             HARD=labels is not None and options.hard_weight != 0, EXTRA=width > common,
-            LANES=size.lanes, VEC=size.vec, num_warps=size.warps, enable_fp_fusion=True,
+            LANES=size.lanes, VEC=size.vec, **size.options,
         )  # fmt: skip

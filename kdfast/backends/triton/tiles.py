@@ -33,17 +33,33 @@ class Launch:
     vec: int
     warps: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Compiler options. The register limit is what 16 warps can have (32 warps: half): left to itself, ptxas spills
+        row constants to reach an occupancy that a persistent grid does not use."""
+        limit = {} if torch.version.hip else {"maxnreg": 64 if self.warps == 32 else 128}
+        return {"num_warps": self.warps, "enable_fp_fusion": True, **limit}
 
-#: (largest vocabulary, columns a tile, warps). Wide rows want few programs in flight, so that a row read in the first
-#: pass is still in L2 in the second.
-_TILES = ((1024, 1024, 4), (16384, 4096, 8), (65536, 8192, 16), (1 << 31, 8192, 32))
+
+#: (largest vocabulary, warps, 16-byte loads a thread and tensor). Wide rows want few programs in flight, so that a row
+#: read in the first pass is still in L2 in the second.
+_SIZES = ((1024, 4, 1), (16384, 8, 2), (65536, 16, 2), (1 << 31, 32, 1))
 
 
-def launch(vocab: int, *dtypes: torch.dtype) -> Launch:
-    """Size of the programs that walk rows of `vocab` columns of these dtypes; a pure function of its arguments."""
+def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False) -> Launch:
+    """Size of the programs that walk rows of `vocab` columns of these dtypes; a pure function of its arguments.
+
+    `heavy` kernels hold more statistics a column: they get half the columns, and twice the registers of 32 warps.
+    """
     vec = 16 // max(d.itemsize for d in dtypes)
-    _, columns, warps = next(t for t in _TILES if vocab <= t[0])
-    return Launch(columns // vec, vec, warps)
+    _, warps, loads = next(size for size in _SIZES if vocab <= size[0])
+    if vec == 4:
+        loads = 2
+    if heavy:
+        warps, loads = min(warps, 16), 8 // vec
+    if torch.version.hip:
+        warps = min(warps, 16)
+    return Launch(warps * 32 * loads, vec, warps)
 
 
 @functools.cache
