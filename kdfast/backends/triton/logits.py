@@ -13,13 +13,11 @@ from torch import Tensor
 
 from kdfast.backends.triton import tiles
 from kdfast.backends.triton.divergence import forward_kl
-from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, raised, tile_columns, zero_row
+from kdfast.backends.triton.tiles import (
+    INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, extra_grad, load_tile, raised, tile_columns, with_extra, zero_outputs,
+    zero_row,
+)  # fmt: skip
 from kdfast.options import PARTS, RowOptions
-
-
-@triton.jit
-def _load(row_ptr, columns, width, policy: tl.constexpr):
-    return tl.load(row_ptr + columns, mask=columns < width, other=-INF, eviction_policy=policy).to(tl.float32)
 
 
 @triton.jit
@@ -33,8 +31,8 @@ def _maxima_and_sums(s_ptr, t_ptr, common, c, AT_1: tl.constexpr, TEACHER_AT_1: 
     b_t = tl.zeros([LANES], tl.float32)
     for start in range(0, common, LANES * VEC):
         columns = tile_columns(start, LANES, VEC)
-        s = _load(s_ptr, columns, common, "evict_last")
-        t = _load(t_ptr, columns, common, "evict_last")
+        s = load_tile(s_ptr, columns, common, "evict_last")
+        t = load_tile(t_ptr, columns, common, "evict_last")
         m = raised(m_s, s)
         a_s = add_exp2(a_s, m_s, m, s, c)
         if AT_1:
@@ -59,24 +57,6 @@ def _maxima_and_sums(s_ptr, t_ptr, common, c, AT_1: tl.constexpr, TEACHER_AT_1: 
 
 
 @triton.jit
-def _with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.constexpr):
-    """(maximum, log2 sum at 1) over the whole vocabulary, given those over the common columns."""
-    m = tl.full([LANES], LOWEST, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    for start in range(common, width, LANES * VEC):
-        s = _load(s_ptr, tile_columns(start, LANES, VEC), width, "evict_last")
-        m_new = raised(m, s)
-        total = add_exp2(total, m, m_new, s, LOG2E)
-        m = m_new
-    top_x = tl.max(m, 0)
-    both = tl.maximum(top, top_x)
-    # Each side moves to the common maximum by itself: the smaller one may vanish, the larger one must not.
-    here = tl.exp2((top - both) * LOG2E + l1)
-    there = tl.sum(total * tl.exp2((m - top_x) * LOG2E), 0) * tl.exp2((top_x - both) * LOG2E)
-    return both, tl.log2(here + there)
-
-
-@triton.jit
 def _pair(s, t, m_s, l_s, m_t, l_t, inv_t):
     """(p, q, log p - log q) of a tile, from maxima and log2 sums."""
     c = inv_t * LOG2E
@@ -97,12 +77,7 @@ def forward_kernel(
         at = tl.cast(row, tl.int64)
         scale = tl.load(scale_ptr + row)
         if scale == 0:
-            tl.store(loss_ptr + row, 0.0)
-            for i in tl.static_range(3):
-                tl.store(stats_ptr + at * 3 + i, 0.0)
-            if PARTS:
-                for i in tl.static_range(6):
-                    tl.store(parts_ptr + at * 6 + i, 0.0)
+            zero_outputs(loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6, PARTS)
             if GRAD:
                 zero_row(grad_ptr + at * grad_stride, width, LANES, VEC)
         else:
@@ -133,7 +108,7 @@ def _forward_row(
     m_h = m_s
     l_h = l_s1
     if HARD and EXTRA:
-        m_h, l_h = _with_extra(s_ptr, common, width, m_s, l_s1, LANES, VEC)
+        m_h, l_h = with_extra(s_ptr, common, width, m_s, l_s1, LANES, VEC)
     lse_h = m_h + LN2 * l_h
     tl.store(stats_ptr, m_s * inv_t + LN2 * l_s)
     tl.store(stats_ptr + 1, m_t * inv_t + LN2 * l_t)
@@ -148,8 +123,8 @@ def _forward_row(
     tiles_in_row = tl.cdiv(common, LANES * VEC)
     for i in range(0, tiles_in_row):
         columns = tile_columns((tiles_in_row - 1 - i) * (LANES * VEC), LANES, VEC)
-        s = _load(s_ptr, columns, common, "evict_first")
-        t = _load(t_ptr, columns, common, "evict_first")
+        s = load_tile(s_ptr, columns, common, "evict_first")
+        t = load_tile(t_ptr, columns, common, "evict_first")
         p, q, d = _pair(s, t, m_s, l_s, m_t, l_t, inv_t)
         term, diff = forward_kl(p, q, d)
         soft += tl.sum(term, 1)
@@ -170,7 +145,7 @@ def _forward_row(
                 g += (scale * hard_weight) * tl.where(columns == label, q - 1, q)
             tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < common, eviction_policy="evict_first")
     if GRAD and EXTRA:
-        _extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, scale * hard_weight, HARD, LANES, VEC)
+        extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, scale * hard_weight, HARD, LANES, VEC)
 
     kl = tl.sum(soft, 0)
     # A row that is -inf throughout has no distribution; its log2 sums are -inf.
@@ -197,18 +172,6 @@ def _forward_row(
 
 
 @triton.jit
-def _extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, weight, HARD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
-    """Gradient of the student's columns that the teacher lacks: the hard loss alone."""
-    for start in range(common, width, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC)
-        g = tl.zeros([LANES, VEC], tl.float32)
-        if HARD:
-            q = tl.exp2((_load(s_ptr, columns, width, "evict_first") - m_h) * LOG2E - l_h)
-            g = weight * tl.where(columns == label, q - 1, q)
-        tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < width, eviction_policy="evict_first")
-
-
-@triton.jit
 def backward_kernel(
     student_ptr, teacher_ptr, grad_ptr, labels_ptr, scale_ptr, stats_ptr,
     rows, width, common, student_stride, teacher_stride, grad_stride, temperature, inv_t, soft_scale, hard_weight,
@@ -232,8 +195,8 @@ def backward_kernel(
                 label = tl.load(labels_ptr + at).to(tl.int32)
             for start in range(0, common, LANES * VEC):
                 columns = tile_columns(start, LANES, VEC)
-                s = _load(s_ptr, columns, common, "evict_first")
-                t = _load(t_ptr, columns, common, "evict_first")
+                s = load_tile(s_ptr, columns, common, "evict_first")
+                t = load_tile(t_ptr, columns, common, "evict_first")
                 p, q, d = _pair(s, t, m_s, 0.0, m_t, 0.0, inv_t)
                 _, diff = forward_kl(p, q, d)
                 g = (scale * soft_scale * inv_t) * diff
@@ -242,7 +205,7 @@ def backward_kernel(
                     g += (scale * hard_weight) * tl.where(columns == label, q - 1, q)
                 tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < common, eviction_policy="evict_first")
             if EXTRA:
-                _extra_grad(s_ptr, g_ptr, common, width, label, lse_1, 0.0, scale * hard_weight, HARD, LANES, VEC)
+                extra_grad(s_ptr, g_ptr, common, width, label, lse_1, 0.0, scale * hard_weight, HARD, LANES, VEC)
 
 
 def forward(

@@ -86,6 +86,11 @@ def tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def load_tile(row_ptr, columns, width, policy: tl.constexpr):
+    return tl.load(row_ptr + columns, mask=columns < width, other=-INF, eviction_policy=policy).to(tl.float32)
+
+
+@triton.jit
 def raised(m, x):
     """Each lane's running maximum [LANES] after a tile [LANES, VEC]."""
     return tl.maximum(m, tl.max(x, 1))
@@ -112,3 +117,44 @@ def zero_row(row_ptr, width, LANES: tl.constexpr, VEC: tl.constexpr):
         columns = tile_columns(start, LANES, VEC)
         zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
         tl.store(row_ptr + columns, zeros, mask=columns < width, eviction_policy="evict_first")
+
+
+@triton.jit
+def zero_outputs(loss_ptr, stats_ptr, parts_ptr, PARTS: tl.constexpr):
+    """What a row with scale 0 reports."""
+    tl.store(loss_ptr, 0.0)
+    for i in tl.static_range(3):
+        tl.store(stats_ptr + i, 0.0)
+    if PARTS:
+        for i in tl.static_range(6):
+            tl.store(parts_ptr + i, 0.0)
+
+
+@triton.jit
+def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.constexpr):
+    """(maximum, log2 sum at 1) over the whole vocabulary, given those over the common columns."""
+    m = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    for start in range(common, width, LANES * VEC):
+        s = load_tile(s_ptr, tile_columns(start, LANES, VEC), width, "evict_last")
+        m_new = raised(m, s)
+        total = add_exp2(total, m, m_new, s, LOG2E)
+        m = m_new
+    top_x = tl.max(m, 0)
+    both = tl.maximum(top, top_x)
+    # Each side moves to the common maximum by itself: the smaller one may vanish, the larger one must not.
+    here = tl.exp2((top - both) * LOG2E + l1)
+    there = tl.sum(total * tl.exp2((m - top_x) * LOG2E), 0) * tl.exp2((top_x - both) * LOG2E)
+    return both, tl.log2(here + there)
+
+
+@triton.jit
+def extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, weight, HARD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+    """Gradient of the student's columns beyond the teacher's vocabulary: the hard loss alone."""
+    for start in range(common, width, LANES * VEC):
+        columns = tile_columns(start, LANES, VEC)
+        g = tl.zeros([LANES, VEC], tl.float32)
+        if HARD:
+            q = tl.exp2((load_tile(s_ptr, columns, width, "evict_first") - m_h) * LOG2E - l_h)
+            g = weight * tl.where(columns == label, q - 1, q)
+        tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < width, eviction_policy="evict_first")
