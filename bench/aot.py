@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -78,27 +79,53 @@ class Report:
 
 def cases() -> Iterator[Case]:
     """Every kernel at every launch size, in representative types and flags."""
-    from kdfast.backends.triton import logits, scale, tiles
+    yield from _logits_cases()
+    yield from _topk_cases()
+    from kdfast.backends.triton import scale, selection
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        options = {"num_warps": scale.WARPS, "enable_fp_fusion": True}
+        yield Case(scale.scale_kernel, name, {"grad": dtype}, {"BLOCK": scale.BLOCK}, options)
+        options = {"num_warps": selection.SELECT_WARPS, "enable_fp_fusion": True}
+        flags = {"DIGITS": selection.DIGITS[dtype], "BLOCK": selection.SELECT_BLOCK}
+        yield Case(selection.select_kernel, name, {"logits": dtype}, flags, options)
+
+
+_SOFT = {"UNIT_T": False, "LABELS": False, "HARD": False, "PARTS": False, "GRAD": True, "EXTRA": False}
+_HARD = {**_SOFT, "LABELS": True, "HARD": True}
+#: Flags of the forward kernels: the usual ones, and those that hold the most registers.
+_FORWARD = {"soft": _SOFT, "hard": _HARD, "hard T=1 parts": {**_HARD, "UNIT_T": True, "PARTS": True},
+            "hard parts extra": {**_HARD, "PARTS": True, "EXTRA": True}}  # fmt: skip
+_BACKWARD = {"hard": {"HARD": True, "EXTRA": False}, "hard extra": {"HARD": True, "EXTRA": True}}
+
+
+def _logits_cases() -> Iterator[Case]:
+    from kdfast.backends.triton import logits, tiles
 
     bf16, fp32 = torch.bfloat16, torch.float32
     mixes = {"bf16": (bf16, bf16), "fp32": (fp32, fp32), "fp32+bf16": (fp32, bf16)}
-    plain = {"UNIT_T": False, "LABELS": False, "HARD": False, "PARTS": False, "GRAD": True, "EXTRA": False}
-    hard = {**plain, "LABELS": True, "HARD": True}
-    flags = {"soft": plain, "hard": hard, "hard T=1 parts": {**hard, "UNIT_T": True, "PARTS": True},
-             "hard parts extra": {**hard, "PARTS": True, "EXTRA": True}}  # fmt: skip
-    for vocab in _VOCABS:
-        for mix, (student, teacher) in mixes.items():
-            pointers = {"student": student, "grad": student, "teacher": teacher}
-            for name, flag in flags.items():
-                size = tiles.launch(vocab, student, teacher, heavy=flag["PARTS"])
-                yield _row_case(logits.forward_kernel, f"{mix} V={vocab} {name}", pointers, flag, size)
-            for extra in (False, True):
-                flag = {"HARD": True, "EXTRA": extra}
-                size = tiles.launch(vocab, student, teacher)
-                name = f"{mix} V={vocab} hard{' extra' if extra else ''}"
-                yield _row_case(logits.backward_kernel, name, pointers, flag, size)
-    for dtype in (bf16, fp32):
-        yield Case(scale.scale_kernel, str(dtype), {"grad": dtype}, {"BLOCK": scale.BLOCK}, {"num_warps": scale.WARPS, "enable_fp_fusion": True})
+    for vocab, (mix, (student, teacher)) in itertools.product(_VOCABS, mixes.items()):
+        pointers = {"student": student, "grad": student, "teacher": teacher}
+        for name, flags in _FORWARD.items():
+            size = tiles.launch(vocab, student, teacher, heavy=flags["PARTS"])
+            yield _row_case(logits.forward_kernel, f"{mix} V={vocab} {name}", pointers, flags, size)
+        for name, flags in _BACKWARD.items():
+            size = tiles.launch(vocab, student, teacher)
+            yield _row_case(logits.backward_kernel, f"{mix} V={vocab} {name}", pointers, flags, size)
+
+
+def _topk_cases() -> Iterator[Case]:
+    from kdfast.backends.triton import selection, tiles, topk
+
+    for vocab, (name, dtype) in itertools.product(_VOCABS, (("bf16", torch.bfloat16), ("fp32", torch.float32))):
+        pointers = {"student": dtype, "grad": dtype, "logits": dtype}
+        for flag, flags in _FORWARD.items():
+            size = tiles.launch(vocab, dtype, heavy=flags["PARTS"])
+            yield _row_case(topk.forward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
+        size = tiles.launch(vocab, dtype)
+        for flag, flags in _BACKWARD.items():
+            yield _row_case(topk.backward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
+        yield _row_case(selection.sums_kernel, f"{name} V={vocab}", pointers, {"DIGITS": selection.DIGITS[dtype]}, size)
 
 
 def _row_case(kernel: Any, label: str, pointers: dict[str, torch.dtype], flags: dict[str, Any], size: Any) -> Case:
@@ -124,7 +151,7 @@ def compile_case(case: Case, target: str) -> Report:
     try:
         built = triton.compile(source, target=gpu, options=options)
     except (triton.CompilationError, RuntimeError, subprocess.CalledProcessError) as failure:
-        report.error = str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__
+        report.error = _root_cause(failure)
         return report
     report.seconds = round(time.perf_counter() - begun, 2)
     report.shared_bytes = built.metadata.shared
@@ -133,6 +160,14 @@ def compile_case(case: Case, target: str) -> Report:
     else:
         _read_cubin(built.asm["cubin"], report)
     return report
+
+
+def _root_cause(failure: BaseException) -> str:
+    """The last line of the innermost error: Triton wraps one for every function it was inlining."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    lines = str(failure).strip().splitlines()
+    return lines[-1] if lines else type(failure).__name__
 
 
 def _module(kernel: Any) -> str:
@@ -181,7 +216,7 @@ def _failed(report: Report) -> bool:
 
 
 def _line(report: Report) -> str:
-    name = f"{report.kernel:24} {report.case:32} {report.target:7} {report.warps:5}"
+    name = f"{report.kernel:25} {report.case:34} {report.target:7} {report.warps:5}"
     if report.error:
         return f"{name}  does not compile: {report.error}"
     width = "" if report.loads_128 is None else f"{report.loads_128:9} {report.loads_narrower:9}"
@@ -209,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     failures = 0
     if not options.json:
-        print(f"{'kernel':24} {'case':32} target  warps registers spills shared 128-bit / narrower loads")
+        print(f"{'kernel':25} {'case':34} target  warps registers spills shared 128-bit / narrower loads")
     reports = (compile_case(case, target) for case in _pick(chosen, options.quick) for target in targets)
     for report in reports:
         failures += _failed(report)

@@ -16,8 +16,8 @@ from kdfast.backends.triton import tiles
 from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST, load_tile, tile_columns
 
 #: 8-bit digits that tell the values of a dtype apart once they are float32.
-_DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
-SELECT_BLOCK, SELECT_WARPS = 4096, 8
+DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
+SELECT_BLOCK, SELECT_WARPS = 2048, 8
 
 
 @triton.jit
@@ -29,28 +29,33 @@ def _ordered(x, DIGITS: tl.constexpr):
 
 
 @triton.jit
+def _narrow(row_ptr, width, found, need, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
+    """One more digit of the threshold; `need` keys with the digits in `found` belong to the k largest."""
+    bins = tl.arange(0, 512)
+    counts = tl.zeros([512], tl.int32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + columns, mask=columns < width, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        key = _ordered(x, DIGITS)
+        in_race = columns < width
+        if SHIFT < 24:
+            in_race = in_race & ((key >> (SHIFT + 8)) == (found >> (SHIFT + 8)))
+        # Keys that left the race, and columns that are not there, go to the bins above 255.
+        counts += tl.histogram(tl.where(in_race, ((key >> SHIFT) & 255).to(tl.int32), 256), 512)
+    counts = tl.where(bins < 256, counts, 0)
+    at_least = tl.cumsum(counts, 0, reverse=True)
+    chosen = tl.max(tl.where(at_least >= need, bins, 0), 0)
+    need -= tl.sum(tl.where(bins > chosen, counts, 0), 0)
+    return found | (chosen.to(tl.uint32) << SHIFT), need
+
+
+@triton.jit
 def _threshold(row_ptr, width, k, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
     """(the k-th largest key of a row, how many of those that equal it belong to the k largest)."""
-    bins = tl.arange(0, 512)
-    found = tl.zeros([], tl.uint32)
+    found = tl.full([], 0, tl.uint32)
     need = k
     for digit in tl.static_range(DIGITS):
-        shift: tl.constexpr = 24 - 8 * digit
-        counts = tl.zeros([512], tl.int32)
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(row_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-            key = _ordered(x, DIGITS)
-            # Keys that left the race, and columns that are not there, go to the bins above 255.
-            in_race = columns < width
-            if digit > 0:
-                in_race = in_race & ((key >> (shift + 8)) == (found >> (shift + 8)))
-            counts += tl.histogram(tl.where(in_race, (key >> shift) & 255, 256).to(tl.int32), 512)
-        counts = tl.where(bins < 256, counts, 0)
-        at_least = tl.cumsum(counts, 0, reverse=True)
-        chosen = tl.max(tl.where(at_least >= need, bins, 0), 0)
-        need -= tl.sum(tl.where(bins > chosen, counts, 0), 0)
-        found = found | (chosen.to(tl.uint32) << shift)
+        found, need = _narrow(row_ptr, width, found, need, 24 - 8 * digit, DIGITS, BLOCK)
     return found, need
 
 
@@ -62,8 +67,8 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     threshold, need = _threshold(row_ptr, width, k, DIGITS, BLOCK)
-    taken = tl.zeros([], tl.int32)
-    ties = tl.zeros([], tl.int32)
+    taken = tl.full([], 0, tl.int32)
+    ties = tl.full([], 0, tl.int32)
     last_tie = tl.full([], -1, tl.int32)
     top = tl.full([BLOCK], LOWEST, tl.float32)
     top_rest = tl.full([BLOCK], LOWEST, tl.float32)
@@ -127,7 +132,7 @@ def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Te
     log_sums = {t: torch.empty(rows, **new) for t in at}
     log_tails = {t: torch.empty(rows, **new) for t in at}
     if rows and k:
-        digits = _DIGITS[logits.dtype]
+        digits = DIGITS[logits.dtype]
         size = tiles.launch(width, logits.dtype)
         with tiles.on(logits):
             select_kernel[(rows,)](
