@@ -29,7 +29,7 @@ TARGETS = (*GATED, "sm_100", "gfx942")
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _FLOATS = ("inv_t", "soft_scale", "hard_weight", "temperature")
 #: What the row kernels' other pointers point to, by argument name.
-_FIXED = {"labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32"}
+_FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32"}
 _VOCABS = (1000, 16384, 57344, 151936)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from kdfast.backends.triton import tiles
 from kdfast.backends.triton.divergence import forward_kl
 from kdfast.backends.triton.tiles import (
-    INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, extra_grad, load_tile, raised, tile_columns, with_extra, zero_outputs,
-    zero_row,
+    INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, extra_grad, joined, load_tile, raised, split, tile_columns,
+    with_extra, zero_outputs, zero_row,
 )  # fmt: skip
 from kdfast.options import PARTS, RowOptions
 
@@ -69,7 +69,7 @@ def _pair(s, t, m_s, l_s, m_t, l_t, inv_t):
 @triton.jit
 def forward_kernel(
     student_ptr, teacher_ptr, grad_ptr, labels_ptr, scale_ptr, loss_ptr, stats_ptr, parts_ptr,
-    rows, width, common, student_stride, teacher_stride, grad_stride, inv_t, soft_scale, hard_weight,
+    rows, width, common, student_stride, teacher_stride, grad_stride, temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
     EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def forward_kernel(
             _forward_row(
                 student_ptr + at * student_stride, teacher_ptr + at * teacher_stride, grad_ptr + at * grad_stride,
                 labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6,
-                scale, width, common, inv_t, soft_scale, hard_weight,
+                scale, width, common, temperature, inv_t, soft_scale, hard_weight,
                 UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, LANES, VEC,
             )  # fmt: skip
 
@@ -92,7 +92,7 @@ def forward_kernel(
 @triton.jit
 def _forward_row(
     s_ptr, t_ptr, g_ptr, label_ptr, loss_ptr, stats_ptr, parts_ptr,
-    scale, width, common, inv_t, soft_scale, hard_weight,
+    scale, width, common, temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
     EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -109,11 +109,9 @@ def _forward_row(
     l_h = l_s1
     if HARD and EXTRA:
         m_h, l_h = with_extra(s_ptr, common, width, m_s, l_s1, LANES, VEC)
-    lse_h = m_h + LN2 * l_h
-    tl.store(stats_ptr, m_s * inv_t + LN2 * l_s)
-    tl.store(stats_ptr + 1, m_t * inv_t + LN2 * l_t)
-    known = HARD or ((UNIT_T or PARTS) and not EXTRA)
-    tl.store(stats_ptr + 2, lse_h if known else NAN)
+    tl.store(stats_ptr, joined(m_s, l_s, temperature))
+    tl.store(stats_ptr + 1, joined(m_t, l_t, temperature))
+    tl.store(stats_ptr + 2, joined(m_h, l_h, 1.0) if HARD or ((UNIT_T or PARTS) and not EXTRA) else NAN)
 
     soft = tl.zeros([LANES], tl.float32)
     kl_1 = tl.zeros([LANES], tl.float32)
@@ -151,7 +149,7 @@ def _forward_row(
     # A row that is -inf throughout has no distribution; its log2 sums are -inf.
     kl = tl.where((l_s > -INF) & (l_t > -INF), kl, NAN)
     loss = soft_scale * kl
-    hard = lse_h - s_label
+    hard = (m_h - s_label) + LN2 * l_h
     if HARD:
         loss += tl.where(hard_weight == 0, 0.0, hard_weight * hard)
     if LABELS:
@@ -186,26 +184,27 @@ def backward_kernel(
         else:
             s_ptr = student_ptr + at * student_stride
             t_ptr = teacher_ptr + at * teacher_stride
-            m_s = tl.load(stats_ptr + at * 3) * temperature
-            m_t = tl.load(stats_ptr + at * 3 + 1) * temperature
-            lse_1 = 0.0
+            m_s, l_s = split(tl.load(stats_ptr + at * 3), temperature)
+            m_t, l_t = split(tl.load(stats_ptr + at * 3 + 1), temperature)
+            m_h = 0.0
+            l_h = 0.0
             label = -1
             if HARD:
-                lse_1 = tl.load(stats_ptr + at * 3 + 2)
+                m_h, l_h = split(tl.load(stats_ptr + at * 3 + 2), 1.0)
                 label = tl.load(labels_ptr + at).to(tl.int32)
             for start in range(0, common, LANES * VEC):
                 columns = tile_columns(start, LANES, VEC)
                 s = load_tile(s_ptr, columns, common, "evict_first")
                 t = load_tile(t_ptr, columns, common, "evict_first")
-                p, q, d = _pair(s, t, m_s, 0.0, m_t, 0.0, inv_t)
+                p, q, d = _pair(s, t, m_s, l_s, m_t, l_t, inv_t)
                 _, diff = forward_kl(p, q, d)
                 g = (scale * soft_scale * inv_t) * diff
                 if HARD:
-                    q = tl.exp2((s - lse_1) * LOG2E)
+                    q = tl.exp2((s - m_h) * LOG2E - l_h)
                     g += (scale * hard_weight) * tl.where(columns == label, q - 1, q)
                 tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < common, eviction_policy="evict_first")
             if EXTRA:
-                extra_grad(s_ptr, g_ptr, common, width, label, lse_1, 0.0, scale * hard_weight, HARD, LANES, VEC)
+                extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, scale * hard_weight, HARD, LANES, VEC)
 
 
 def forward(
@@ -220,7 +219,7 @@ def forward(
     rows, width = student.shape
     common = min(width, teacher.shape[1])
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    stats = torch.empty(rows, 3, dtype=torch.float32, device=student.device)
+    stats = torch.empty(rows, 3, dtype=torch.float64, device=student.device)
     parts = torch.empty((rows, len(PARTS)) if need_parts else 0, dtype=torch.float32, device=student.device)
     if rows == 0:
         return loss, stats, parts
@@ -230,7 +229,7 @@ def forward(
         forward_kernel[tiles.grid(rows, student.device, size.warps)](
             student, teacher, out, scale if labels is None else labels.contiguous(), scale.contiguous(), loss, stats, parts,
             rows, width, common, student.stride(0), teacher.stride(0), out.stride(0),
-            1 / options.temperature, options.soft_scale, options.hard_weight,
+            options.temperature, 1 / options.temperature, options.soft_scale, options.hard_weight,
             UNIT_T=options.temperature == 1, LABELS=labels is not None,
             HARD=labels is not None and (need_parts or options.hard_weight != 0),
             PARTS=need_parts, GRAD=grad is not None, EXTRA=width > common,

@@ -2,8 +2,8 @@
 
 A row is read in tiles of LANES x VEC columns, VEC neighbours filling one 16-byte load, so that a reduction over VEC
 stays inside a thread and a row statistic costs one register per lane instead of one per column. Statistics are kept
-as (maximum, log2 of the sum relative to it): subtracting the maximum first is exact where a log-sum-exp of 640 would
-round away 3e-5.
+as (maximum, log2 of the sum relative to it), in float64 between forward and backward: subtracting the maximum first is
+exact where a float32 log-sum-exp of 640 would round away 3e-5.
 """
 
 from __future__ import annotations
@@ -109,6 +109,20 @@ def closed(m, total, top, c):
     A lane whose maximum is +inf contributes inf - inf, so a row that holds NaN or +inf gives NaN.
     """
     return tl.log2(tl.sum(total * tl.exp2((m - top) * c), 0))
+
+
+@triton.jit
+def joined(m, l, temperature):
+    """The log-sum-exp at T, in float64, of a maximum and a log2 sum."""
+    return m.to(tl.float64) / temperature + l.to(tl.float64) * LN2
+
+
+@triton.jit
+def split(lse, temperature):
+    """(m, l) with m + T * ln2 * l = T * lse, both float32: l is what rounding m to float32 lost."""
+    wide = lse * temperature
+    m = wide.to(tl.float32)
+    return m, ((wide - m.to(tl.float64)) / temperature * LOG2E).to(tl.float32)
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from kdfast.backends.triton import tiles
 from kdfast.backends.triton.divergence import forward_kl
 from kdfast.backends.triton.selection import capture
 from kdfast.backends.triton.tiles import (
-    INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, extra_grad, load_tile, raised, tile_columns, with_extra, zero_outputs,
-    zero_row,
+    INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, extra_grad, joined, load_tile, raised, split, tile_columns,
+    with_extra, zero_outputs, zero_row,
 )  # fmt: skip
 from kdfast.options import PARTS, RowOptions
 
@@ -103,7 +103,7 @@ def _write_grad(
 def forward_kernel(
     student_ptr, grad_ptr, ids_ptr, logprobs_ptr, log_z_ptr, log_tail_ptr, labels_ptr, scale_ptr, bits_ptr,
     loss_ptr, stats_ptr, parts_ptr, rows, width, vocab, words, k, student_stride, grad_stride,
-    inv_t, soft_scale, hard_weight,
+    temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
     EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def forward_kernel(
                 student_ptr + at * student_stride, grad_ptr + at * grad_stride, logprobs_ptr + at * k, bits_ptr,
                 labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6,
                 ids, inside, k, tl.load(log_z_ptr + row), tl.load(log_tail_ptr + row),
-                scale, width, vocab, inv_t, soft_scale, hard_weight,
+                scale, width, vocab, temperature, inv_t, soft_scale, hard_weight,
                 UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, K, LANES, VEC,
             )  # fmt: skip
             tl.debug_barrier()
@@ -136,7 +136,7 @@ def forward_kernel(
 @triton.jit
 def _forward_row(
     s_ptr, g_ptr, logprobs_ptr, bits_ptr, label_ptr, loss_ptr, stats_ptr, parts_ptr,
-    ids, inside, k, log_z, log_tail, scale, width, vocab, inv_t, soft_scale, hard_weight,
+    ids, inside, k, log_z, log_tail, scale, width, vocab, temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
     EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -159,17 +159,16 @@ def _forward_row(
         l_h = tl.log2(tl.exp2((m_u - top) * LOG2E + l_u1) + tl.sum(tl.exp2((z - top) * LOG2E), 0))
     if HARD and EXTRA:
         m_h, l_h = with_extra(s_ptr, vocab, width, top, l_h, LANES, VEC)
-    lse_h = m_h + LN2 * l_h
     log_q_tail = (m_u - top) * inv_t + LN2 * (l_u - l)
-    tl.store(stats_ptr, m_u * inv_t + LN2 * l_u)
-    tl.store(stats_ptr + 1, top * inv_t + LN2 * l)
-    tl.store(stats_ptr + 2, lse_h if HARD or (UNIT_T and not EXTRA) else NAN)
+    tl.store(stats_ptr, joined(m_u, l_u, temperature))
+    tl.store(stats_ptr + 1, joined(top, l, temperature))
+    tl.store(stats_ptr + 2, joined(m_h, l_h, 1.0) if HARD or (UNIT_T and not EXTRA) else NAN)
 
     soft, diff, tail_diff = _buckets(logprobs, inside, log_z, log_tail, (z - top) * inv_t - LN2 * l, log_q_tail, inv_t)
     # A student that is -inf throughout has no distribution; an id outside the vocabulary names no column.
     soft = tl.where((l > -INF) & (tl.max(ids, 0) < vocab), soft, NAN)
     loss = soft_scale * soft
-    hard = lse_h - s_label
+    hard = (m_h - s_label) + LN2 * l_h
     if HARD:
         loss += tl.where(hard_weight == 0, 0.0, hard_weight * hard)
     if LABELS:
@@ -217,18 +216,22 @@ def backward_kernel(
             z = tl.load(s_ptr + ids, mask=inside, other=-INF).to(tl.float32)
             lse_u = tl.load(stats_ptr + at * 3)
             lse = tl.load(stats_ptr + at * 3 + 1)
-            lse_h = 0.0
+            # -inf: nothing is unselected, or it is -inf throughout.
+            m_u, l_u = split(tl.where(lse_u == -INF, 0.0, lse_u), temperature)
+            m, l = split(lse, temperature)
+            m_h = 0.0
+            l_h = 0.0
             label = -1
             if HARD:
-                lse_h = tl.load(stats_ptr + at * 3 + 2)
+                m_h, l_h = split(tl.load(stats_ptr + at * 3 + 2), 1.0)
                 label = tl.load(labels_ptr + at).to(tl.int32)
             _, diff, tail_diff = _buckets(
-                logprobs, inside, tl.load(log_z_ptr + row), tl.load(log_tail_ptr + row), z * inv_t - lse, lse_u - lse, inv_t
-            )
-            m_u = tl.where(lse_u == -INF, 0.0, lse_u * temperature)
+                logprobs, inside, tl.load(log_z_ptr + row), tl.load(log_tail_ptr + row),
+                (z - m) * inv_t - LN2 * l, (lse_u - lse).to(tl.float32), inv_t,
+            )  # fmt: skip
             tl.debug_barrier()
             _write_grad(
-                s_ptr, g_ptr, bits_ptr, width, vocab, ids, inside, z, diff, tail_diff, m_u, 0.0, lse_h, 0.0, label,
+                s_ptr, g_ptr, bits_ptr, width, vocab, ids, inside, z, diff, tail_diff, m_u, l_u, m_h, l_h, label,
                 scale * soft_scale * inv_t, scale * hard_weight, inv_t * LOG2E, HARD, EXTRA, LANES, VEC,
             )  # fmt: skip
             tl.debug_barrier()
@@ -257,7 +260,7 @@ def forward(
     rows, width = student.shape
     vocab = min(width, vocab_size)
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    stats = torch.empty(rows, 3, dtype=torch.float32, device=student.device)
+    stats = torch.empty(rows, 3, dtype=torch.float64, device=student.device)
     parts = torch.empty((rows, len(PARTS)) if need_parts else 0, dtype=torch.float32, device=student.device)
     if rows == 0:
         return loss, stats, parts
@@ -270,7 +273,7 @@ def forward(
             student, out, ids.contiguous(), logprobs.contiguous(), log_z.contiguous(), log_tail.contiguous(),
             scale if labels is None else labels.contiguous(), scale.contiguous(), bits, loss, stats, parts,
             rows, width, vocab, bits.shape[1], ids.shape[1], student.stride(0), out.stride(0),
-            1 / options.temperature, options.soft_scale, options.hard_weight,
+            options.temperature, 1 / options.temperature, options.soft_scale, options.hard_weight,
             UNIT_T=options.temperature == 1, LABELS=labels is not None,
             HARD=labels is not None and (need_parts or options.hard_weight != 0),
             PARTS=need_parts, GRAD=grad is not None, EXTRA=width > vocab, K=triton.next_power_of_2(max(ids.shape[1], 1)),
