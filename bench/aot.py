@@ -250,5 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         failures += _failed(report)
         print(json.dumps(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
     if not options.json:
-        print(f"{failures} failed" if failures else f"no spills on {' and '.join(t for t in GATED if t in targets)}; all compile")
+        print(
+            f"{failures} failed" if failures else f"no spills on {' and '.join(t for t in GATED if t in targets)}; all compile"
+        )
     return 1 if failures else 0

@@ -22,6 +22,7 @@ from kdfast.options import PARTS, RowOptions
 
 __all__ = ["backward", "capture", "forward"]
 
+
 @triton.jit
 def _marked(bits_ptr, start, columns, width, LANES: tl.constexpr, VEC: tl.constexpr):
     """Which columns of a tile are entries; VEC neighbours share one word."""
