@@ -30,7 +30,8 @@ _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 _FLOATS = ("inv_t", "soft_scale", "hard_weight", "temperature")
 #: What the row kernels' other pointers point to, by argument name.
 _FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32"}
-_VOCABS = (1000, 16384, 57344, 151936)
+#: One for each launch size, and one whose rows are not aligned.
+_VOCABS = (1024, 16384, 57344, 151936, 50257)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Case:
     pointers: dict[str, torch.dtype]
     constants: dict[str, Any]
     options: dict[str, int | bool]
+    aligned: bool = True
 
     def signature(self) -> dict[str, str]:
         return {name: self._type(name) for name in self.kernel.arg_names}
@@ -54,9 +56,9 @@ class Case:
         return "fp32" if name in _FLOATS else "i32"
 
     def hints(self) -> dict[tuple[int], list[list[Any]]]:
-        """Divisibility by 16 of every pointer, size and stride but the number of rows."""
+        """Divisibility by 16 of every pointer and, in aligned rows, of every size and stride but the number of rows."""
         types = self.signature()
-        aligned = [n for n, t in types.items() if t.startswith("*") or (t == "i32" and n != "rows")]
+        aligned = [n for n, t in types.items() if t.startswith("*") or (self.aligned and t == "i32" and n != "rows")]
         return {(self.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
 
 
@@ -129,7 +131,8 @@ def _topk_cases() -> Iterator[Case]:
 
 
 def _row_case(kernel: Any, label: str, pointers: dict[str, torch.dtype], flags: dict[str, Any], size: Any) -> Case:
-    return Case(kernel, label, pointers, {**flags, "LANES": size.lanes, "VEC": size.vec}, size.options)
+    aligned = int(label.split("V=")[1].split()[0]) % 16 == 0
+    return Case(kernel, label, pointers, {**flags, "LANES": size.lanes, "VEC": size.vec}, size.options, aligned)
 
 
 def compile_case(case: Case, target: str) -> Report:
@@ -220,7 +223,8 @@ def _line(report: Report) -> str:
     if report.error:
         return f"{name}  does not compile: {report.error}"
     width = "" if report.loads_128 is None else f"{report.loads_128:9} {report.loads_narrower:9}"
-    return f"{name} {report.registers!s:>9} {report.spills:6} {report.shared_bytes:6} {width}{'  SPILLS' if _failed(report) else ''}"
+    verdict = "  SPILLS" if _failed(report) else ""
+    return f"{name} {report.registers!s:>9} {report.spills:6} {report.shared_bytes:6} {width}{verdict}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

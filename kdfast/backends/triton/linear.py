@@ -1,4 +1,4 @@
-"""Knowledge distillation through linear heads on a GPU: torch's GEMMs around the Triton row kernel. Contract: `kdfast.backends`.
+"""Knowledge distillation through linear heads: torch's GEMMs around the Triton row kernel. Contract: `kdfast.backends`.
 
 Logits are float32 whatever the inputs are: bfloat16 and float16 products accumulate and leave in float32. Gradients of
 logits enter bfloat16 products as bfloat16; float16 would lose 1/N to underflow, so there they stay float32.

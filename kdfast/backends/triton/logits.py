@@ -14,14 +14,30 @@ from torch import Tensor
 from kdfast.backends.triton import tiles
 from kdfast.backends.triton.divergence import forward_kl
 from kdfast.backends.triton.tiles import (
-    INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, extra_grad, joined, load_tile, raised, split, tile_columns,
-    with_extra, zero_outputs, zero_row,
-)  # fmt: skip
+    INF,
+    LN2,
+    LOG2E,
+    LOWEST,
+    NAN,
+    add_exp2,
+    closed,
+    extra_grad,
+    joined,
+    load_tile,
+    raised,
+    split,
+    tile_columns,
+    with_extra,
+    zero_outputs,
+    zero_row,
+)
 from kdfast.options import PARTS, RowOptions
 
 
 @triton.jit
-def _maxima_and_sums(s_ptr, t_ptr, common, c, AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):  # fmt: skip
+def _maxima_and_sums(
+    s_ptr, t_ptr, common, c, AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
     """(maximum, log2 sum at T, log2 sum at 1) of the student and of the teacher over the common columns."""
     m_s = tl.full([LANES], LOWEST, tl.float32)
     m_t = tl.full([LANES], LOWEST, tl.float32)

@@ -7,6 +7,8 @@ pass in id order collects what is above it and the first of its ties. A row is r
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -123,14 +125,14 @@ def sums_kernel(
 
 def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = logits.shape
-    new = {"dtype": torch.float32, "device": logits.device}
+    new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
-    values = torch.empty(rows, k, **new)
+    values = new(rows, k)
     kept = torch.empty(rows, 2, dtype=torch.int32, device=logits.device)
-    tops = torch.empty(rows, 2, **new)
+    tops = new(rows, 2)
     at = dict.fromkeys((1.0, *temperatures))
-    log_sums = {t: torch.empty(rows, **new) for t in at}
-    log_tails = {t: torch.empty(rows, **new) for t in at}
+    log_sums = {t: new(rows) for t in at}
+    log_tails = {t: new(rows) for t in at}
     if rows and k:
         digits = DIGITS[logits.dtype]
         size = tiles.launch(width, logits.dtype)

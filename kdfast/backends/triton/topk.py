@@ -15,9 +15,23 @@ from kdfast.backends.triton import tiles
 from kdfast.backends.triton.divergence import forward_kl
 from kdfast.backends.triton.selection import capture
 from kdfast.backends.triton.tiles import (
-    INF, LN2, LOG2E, LOWEST, NAN, add_exp2, closed, extra_grad, joined, load_tile, raised, split, tile_columns,
-    with_extra, zero_outputs, zero_row,
-)  # fmt: skip
+    INF,
+    LN2,
+    LOG2E,
+    LOWEST,
+    NAN,
+    add_exp2,
+    closed,
+    extra_grad,
+    joined,
+    load_tile,
+    raised,
+    split,
+    tile_columns,
+    with_extra,
+    zero_outputs,
+    zero_row,
+)
 from kdfast.options import PARTS, RowOptions
 
 __all__ = ["backward", "capture", "forward"]
