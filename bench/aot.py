@@ -109,10 +109,10 @@ def _logits_cases() -> Iterator[Case]:
     for vocab, (mix, (student, teacher)) in itertools.product(_VOCABS, mixes.items()):
         pointers = {"student": student, "grad": student, "teacher": teacher}
         for name, flags in _FORWARD.items():
-            size = tiles.launch(vocab, student, teacher, heavy=flags["PARTS"])
+            size = tiles.launch(vocab, student, teacher, heavy=flags["PARTS"], ragged=vocab % 16 != 0)
             yield _row_case(logits.forward_kernel, f"{mix} V={vocab} {name}", pointers, flags, size)
         for name, flags in _BACKWARD.items():
-            size = tiles.launch(vocab, student, teacher)
+            size = tiles.launch(vocab, student, teacher, ragged=vocab % 16 != 0)
             yield _row_case(logits.backward_kernel, f"{mix} V={vocab} {name}", pointers, flags, size)
 
 
@@ -122,17 +122,16 @@ def _topk_cases() -> Iterator[Case]:
     for vocab, (name, dtype) in itertools.product(_VOCABS, (("bf16", torch.bfloat16), ("fp32", torch.float32))):
         pointers = {"student": dtype, "grad": dtype, "logits": dtype}
         for flag, flags in _FORWARD.items():
-            size = tiles.launch(vocab, dtype, heavy=flags["PARTS"])
+            size = tiles.launch(vocab, dtype, heavy=flags["PARTS"], ragged=vocab % 16 != 0)
             yield _row_case(topk.forward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
-        size = tiles.launch(vocab, dtype)
+        size = tiles.launch(vocab, dtype, ragged=vocab % 16 != 0)
         for flag, flags in _BACKWARD.items():
             yield _row_case(topk.backward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
         yield _row_case(selection.sums_kernel, f"{name} V={vocab}", pointers, {"DIGITS": selection.DIGITS[dtype]}, size)
 
 
 def _row_case(kernel: Any, label: str, pointers: dict[str, torch.dtype], flags: dict[str, Any], size: Any) -> Case:
-    aligned = int(label.split("V=")[1].split()[0]) % 16 == 0
-    return Case(kernel, label, pointers, {**flags, "LANES": size.lanes, "VEC": size.vec}, size.options, aligned)
+    return Case(kernel, label, pointers, {**flags, **size.shape}, size.options, not size.ragged)
 
 
 def compile_case(case: Case, target: str) -> Report:

@@ -36,8 +36,9 @@ from kdfast.options import PARTS, RowOptions
 
 @triton.jit
 def _maxima_and_sums(
-    s_ptr, t_ptr, common, c, AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr
-):  # fmt: skip
+    s_ptr, t_ptr, common, c, AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip  # fmt: skip
     """(maximum, log2 sum at T, log2 sum at 1) of the student and of the teacher over the common columns."""
     m_s = tl.full([LANES], LOWEST, tl.float32)
     m_t = tl.full([LANES], LOWEST, tl.float32)
@@ -46,7 +47,7 @@ def _maxima_and_sums(
     b_s = tl.zeros([LANES], tl.float32)
     b_t = tl.zeros([LANES], tl.float32)
     for start in range(0, common, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC)
+        columns = tile_columns(start, LANES, VEC, RAGGED)
         s = load_tile(s_ptr, columns, common, "evict_last")
         t = load_tile(t_ptr, columns, common, "evict_last")
         m = raised(m_s, s)
@@ -87,7 +88,7 @@ def forward_kernel(
     student_ptr, teacher_ptr, grad_ptr, labels_ptr, scale_ptr, loss_ptr, stats_ptr, parts_ptr,
     rows, width, common, student_stride, teacher_stride, grad_stride, temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
-    EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64)
@@ -95,13 +96,13 @@ def forward_kernel(
         if scale == 0:
             zero_outputs(loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6, PARTS)
             if GRAD:
-                zero_row(grad_ptr + at * grad_stride, width, LANES, VEC)
+                zero_row(grad_ptr + at * grad_stride, width, LANES, VEC, RAGGED)
         else:
             _forward_row(
                 student_ptr + at * student_stride, teacher_ptr + at * teacher_stride, grad_ptr + at * grad_stride,
                 labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6,
                 scale, width, common, temperature, inv_t, soft_scale, hard_weight,
-                UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, LANES, VEC,
+                UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, LANES, VEC, RAGGED,
             )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def _forward_row(
     s_ptr, t_ptr, g_ptr, label_ptr, loss_ptr, stats_ptr, parts_ptr,
     scale, width, common, temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
-    EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     label = -1
     if LABELS:
@@ -119,12 +120,13 @@ def _forward_row(
     # Read before the second pass, whose gradient may take the place of the student.
     s_label = tl.load(s_ptr + label, mask=inside, other=0.0).to(tl.float32)
     m_s, l_s, l_s1, m_t, l_t, l_t1 = _maxima_and_sums(
-        s_ptr, t_ptr, common, inv_t * LOG2E, (HARD or PARTS) and not UNIT_T, PARTS and not UNIT_T, LANES, VEC
-    )
+        s_ptr, t_ptr, common, inv_t * LOG2E, (HARD or PARTS) and not UNIT_T, PARTS and not UNIT_T,
+        LANES, VEC, RAGGED,
+    )  # fmt: skip
     m_h = m_s
     l_h = l_s1
     if HARD and EXTRA:
-        m_h, l_h = with_extra(s_ptr, common, width, m_s, l_s1, LANES, VEC)
+        m_h, l_h = with_extra(s_ptr, common, width, m_s, l_s1, LANES, VEC, RAGGED)
     tl.store(stats_ptr, joined(m_s, l_s, temperature))
     tl.store(stats_ptr + 1, joined(m_t, l_t, temperature))
     tl.store(stats_ptr + 2, joined(m_h, l_h, 1.0) if HARD or ((UNIT_T or PARTS) and not EXTRA) else NAN)
@@ -136,7 +138,7 @@ def _forward_row(
     best_t = tl.full([LANES], 2147483647, tl.int32)
     tiles_in_row = tl.cdiv(common, LANES * VEC)
     for i in range(0, tiles_in_row):
-        columns = tile_columns((tiles_in_row - 1 - i) * (LANES * VEC), LANES, VEC)
+        columns = tile_columns((tiles_in_row - 1 - i) * (LANES * VEC), LANES, VEC, RAGGED)
         s = load_tile(s_ptr, columns, common, "evict_first")
         t = load_tile(t_ptr, columns, common, "evict_first")
         p, q, d = _pair(s, t, m_s, l_s, m_t, l_t, inv_t)
@@ -159,7 +161,7 @@ def _forward_row(
                 g += (scale * hard_weight) * tl.where(columns == label, q - 1, q)
             tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < common, eviction_policy="evict_first")
     if GRAD and EXTRA:
-        extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, scale * hard_weight, HARD, LANES, VEC)
+        extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, scale * hard_weight, HARD, LANES, VEC, RAGGED)
 
     kl = tl.sum(soft, 0)
     # A row that is -inf throughout has no distribution; its log2 sums are -inf.
@@ -189,14 +191,14 @@ def _forward_row(
 def backward_kernel(
     student_ptr, teacher_ptr, grad_ptr, labels_ptr, scale_ptr, stats_ptr,
     rows, width, common, student_stride, teacher_stride, grad_stride, temperature, inv_t, soft_scale, hard_weight,
-    HARD: tl.constexpr, EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HARD: tl.constexpr, EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64)
         scale = tl.load(scale_ptr + row)
         g_ptr = grad_ptr + at * grad_stride
         if scale == 0:
-            zero_row(g_ptr, width, LANES, VEC)
+            zero_row(g_ptr, width, LANES, VEC, RAGGED)
         else:
             s_ptr = student_ptr + at * student_stride
             t_ptr = teacher_ptr + at * teacher_stride
@@ -209,7 +211,7 @@ def backward_kernel(
                 m_h, l_h = split(tl.load(stats_ptr + at * 3 + 2), 1.0)
                 label = tl.load(labels_ptr + at).to(tl.int32)
             for start in range(0, common, LANES * VEC):
-                columns = tile_columns(start, LANES, VEC)
+                columns = tile_columns(start, LANES, VEC, RAGGED)
                 s = load_tile(s_ptr, columns, common, "evict_first")
                 t = load_tile(t_ptr, columns, common, "evict_first")
                 p, q, d = _pair(s, t, m_s, l_s, m_t, l_t, inv_t)
@@ -220,7 +222,7 @@ def backward_kernel(
                     g += (scale * hard_weight) * tl.where(columns == label, q - 1, q)
                 tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < common, eviction_policy="evict_first")
             if EXTRA:
-                extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, scale * hard_weight, HARD, LANES, VEC)
+                extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, scale * hard_weight, HARD, LANES, VEC, RAGGED)
 
 
 def forward(
@@ -240,7 +242,7 @@ def forward(
     if rows == 0:
         return loss, stats, parts
     out = student if grad is None else grad
-    size = tiles.launch(common, student.dtype, teacher.dtype, heavy=need_parts)
+    size = tiles.launch_for(common, student, teacher, out, heavy=need_parts)
     with tiles.on(student):
         forward_kernel[tiles.grid(rows, student.device, size.warps)](
             student, teacher, out, scale if labels is None else labels.contiguous(), scale.contiguous(), loss, stats, parts,
@@ -249,7 +251,7 @@ def forward(
             UNIT_T=options.temperature == 1, LABELS=labels is not None,
             HARD=labels is not None and (need_parts or options.hard_weight != 0),
             PARTS=need_parts, GRAD=grad is not None, EXTRA=width > common,
-            LANES=size.lanes, VEC=size.vec, **size.options,
+            **size.shape, **size.options,
         )  # fmt: skip
     return loss, stats, parts
 
@@ -267,12 +269,12 @@ def backward(
     common = min(width, teacher.shape[1])
     if rows == 0:
         return
-    size = tiles.launch(common, student.dtype, teacher.dtype)
+    size = tiles.launch_for(common, student, teacher, grad)
     with tiles.on(student):
         backward_kernel[tiles.grid(rows, student.device, size.warps)](
             student, teacher, grad, scale if labels is None else labels.contiguous(), scale.contiguous(), stats,
             rows, width, common, student.stride(0), teacher.stride(0), grad.stride(0),
             options.temperature, 1 / options.temperature, options.soft_scale, options.hard_weight,
             HARD=labels is not None and options.hard_weight != 0, EXTRA=width > common,
-            LANES=size.lanes, VEC=size.vec, **size.options,
+            **size.shape, **size.options,
         )  # fmt: skip

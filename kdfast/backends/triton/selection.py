@@ -100,7 +100,7 @@ def select_kernel(
 @triton.jit
 def sums_kernel(
     logits_ptr, kept_ptr, tops_ptr, log_sum_ptr, log_tail_ptr, width, stride, inv_t,
-    DIGITS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    DIGITS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """log of sum exp((x - max) / T), and the log mass of the unselected columns at T."""
     row = tl.program_id(0).to(tl.int64)
@@ -112,7 +112,7 @@ def sums_kernel(
     total = tl.zeros([LANES], tl.float32)
     rest = tl.zeros([LANES], tl.float32)
     for start in range(0, width, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC)
+        columns = tile_columns(start, LANES, VEC, RAGGED)
         x = load_tile(logits_ptr + row * stride, columns, width, "evict_last")
         key = _ordered(x, DIGITS)
         taken = (key > threshold) | ((key == threshold) & (columns <= last_tie))
@@ -135,7 +135,7 @@ def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Te
     log_tails = {t: new(rows) for t in at}
     if rows and k:
         digits = DIGITS[logits.dtype]
-        size = tiles.launch(width, logits.dtype)
+        size = tiles.launch_for(width, logits)
         with tiles.on(logits):
             select_kernel[(rows,)](
                 logits, ids, values, kept, tops, width, logits.stride(0), k,
@@ -144,7 +144,7 @@ def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Te
             for t in at:
                 sums_kernel[(rows,)](
                     logits, kept, tops, log_sums[t], log_tails[t], width, logits.stride(0), 1 / t,
-                    DIGITS=digits, LANES=size.lanes, VEC=size.vec, **size.options,
+                    DIGITS=digits, **size.shape, **size.options,
                 )  # fmt: skip
     # The kernel leaves id order, so a stable sort by value gives ties to the lower id.
     order = values.sort(dim=-1, descending=True, stable=True).indices

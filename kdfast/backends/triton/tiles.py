@@ -27,11 +27,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Launch:
-    """Size of one program: `lanes` x `vec` columns a tile, on `warps` warps."""
+    """Size of one program: `lanes` x `vec` columns a tile, on `warps` warps.
+
+    `ragged` rows start anywhere, so that nothing wider than one value can be loaded; there a lane takes every
+    `lanes`-th column, which keeps the loads of a warp next to each other.
+    """
 
     lanes: int
     vec: int
     warps: int
+    ragged: bool
+
+    @property
+    def shape(self) -> dict[str, int | bool]:
+        """The arguments of a kernel that say how it tiles a row."""
+        return {"LANES": self.lanes, "VEC": self.vec, "RAGGED": self.ragged}
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -46,7 +56,7 @@ class Launch:
 _SIZES = ((1024, 4, 1), (16384, 8, 2), (65536, 16, 2), (1 << 31, 32, 1))
 
 
-def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False) -> Launch:
+def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False, ragged: bool = False) -> Launch:
     """Size of the programs that walk rows of `vocab` columns of these dtypes; a pure function of its arguments.
 
     `heavy` kernels hold more statistics a column: they get half the columns, and twice the registers of 32 warps.
@@ -57,9 +67,17 @@ def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False) -> Launch:
         loads = 2
     if heavy:
         warps, loads = min(warps, 16), 8 // vec
+    if ragged:
+        warps, vec, loads = min(warps, 16), 8, 1
     if torch.version.hip:
         warps = min(warps, 16)
-    return Launch(warps * 32 * loads, vec, warps)
+    return Launch(warps * 32 * loads, vec, warps, ragged)
+
+
+def launch_for(vocab: int, *rows: Tensor, heavy: bool = False) -> Launch:
+    """`launch` for these `[N, V]` tensors; rows are ragged unless 16 divides every width, stride and address."""
+    numbers = (vocab, *(x for r in rows for x in (r.shape[1], r.stride(0), r.data_ptr())))
+    return launch(vocab, *(r.dtype for r in rows), heavy=heavy, ragged=any(x % 16 for x in numbers))
 
 
 @functools.cache
@@ -80,9 +98,14 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 @triton.jit
-def tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr):
-    """[LANES, VEC] column numbers from `start`."""
-    return start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+def tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """[LANES, VEC] column numbers from `start`: VEC neighbours a lane, or in ragged rows neighbouring lanes."""
+    lane = tl.arange(0, LANES)[:, None]
+    place = tl.arange(0, VEC)[None, :]
+    columns = start + lane * VEC + place
+    if RAGGED:
+        columns = start + place * LANES + lane
+    return columns
 
 
 @triton.jit
@@ -126,9 +149,9 @@ def split(lse, temperature):
 
 
 @triton.jit
-def zero_row(row_ptr, width, LANES: tl.constexpr, VEC: tl.constexpr):
+def zero_row(row_ptr, width, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
     for start in range(0, width, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC)
+        columns = tile_columns(start, LANES, VEC, RAGGED)
         zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
         tl.store(row_ptr + columns, zeros, mask=columns < width, eviction_policy="evict_first")
 
@@ -145,12 +168,12 @@ def zero_outputs(loss_ptr, stats_ptr, parts_ptr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.constexpr):
+def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
     """(maximum, log2 sum at 1) over the whole vocabulary, given those over the common columns."""
     m = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     for start in range(common, width, LANES * VEC):
-        s = load_tile(s_ptr, tile_columns(start, LANES, VEC), width, "evict_last")
+        s = load_tile(s_ptr, tile_columns(start, LANES, VEC, RAGGED), width, "evict_last")
         m_new = raised(m, s)
         total = add_exp2(total, m, m_new, s, LOG2E)
         m = m_new
@@ -164,11 +187,12 @@ def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.const
 
 @triton.jit
 def extra_grad(
-    s_ptr, g_ptr, common, width, label, m_h, l_h, weight, HARD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr
-):  # fmt: skip
+    s_ptr, g_ptr, common, width, label, m_h, l_h, weight, HARD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip  # fmt: skip
     """Gradient of the student's columns beyond the teacher's vocabulary: the hard loss alone."""
     for start in range(common, width, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC)
+        columns = tile_columns(start, LANES, VEC, RAGGED)
         g = tl.zeros([LANES, VEC], tl.float32)
         if HARD:
             q = tl.exp2((load_tile(s_ptr, columns, width, "evict_first") - m_h) * LOG2E - l_h)

@@ -38,25 +38,37 @@ __all__ = ["backward", "capture", "forward"]
 
 
 @triton.jit
-def _marked(bits_ptr, start, columns, width, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Which columns of a tile are entries; VEC neighbours share one word."""
-    first = start + tl.arange(0, LANES) * VEC
-    # Straight from L2, where the atomics that set the bits took place.
-    words = tl.load(bits_ptr + first // 32, mask=first < width, other=0, cache_modifier=".cg")
-    return ((words[:, None] >> (columns % 32)) & 1) == 1
+def _marked(bits_ptr, start, columns, width, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """Which columns of a tile are entries; `.cg` reads from L2, where the atomics that set the bits took place."""
+    if RAGGED:
+        words = tl.load(bits_ptr + columns // 32, mask=columns < width, other=0, cache_modifier=".cg")
+    else:
+        first = start + tl.arange(0, LANES) * VEC  # VEC neighbours share a word
+        words = tl.load(bits_ptr + first // 32, mask=first < width, other=0, cache_modifier=".cg")[:, None]
+    return ((words >> (columns % 32)) & 1) == 1
 
 
 @triton.jit
-def _rest(s_ptr, bits_ptr, vocab, c, AT_1: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+def _rest(
+    s_ptr,
+    bits_ptr,
+    vocab,
+    c,
+    AT_1: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """(maximum, log2 sum at T, log2 sum at 1, first column of the maximum) of the student's unselected columns."""
     m = tl.full([LANES], LOWEST, tl.float32)
     a = tl.zeros([LANES], tl.float32)
     b = tl.zeros([LANES], tl.float32)
     best = tl.full([LANES], 2147483647, tl.int32)
     for start in range(0, vocab, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC)
+        columns = tile_columns(start, LANES, VEC, RAGGED)
         x = load_tile(s_ptr, columns, vocab, "evict_last")
-        x = tl.where(_marked(bits_ptr, start, columns, vocab, LANES, VEC), -INF, x)
+        x = tl.where(_marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED), -INF, x)
         m_new = raised(m, x)
         a = add_exp2(a, m, m_new, x, c)
         if AT_1:
@@ -89,23 +101,24 @@ def _buckets(logprobs, valid, log_z, log_tail, log_q, log_q_tail, inv_t):
 @triton.jit
 def _write_grad(
     s_ptr, g_ptr, bits_ptr, width, vocab, ids, inside, z, diff, tail_diff, m_u, l_u, m_h, l_h, label,
-    soft_weight, hard_weight, c, HARD: tl.constexpr, EXTRA: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    soft_weight, hard_weight, c, HARD: tl.constexpr, EXTRA: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row; `z` are the student's logits at the entries, read before anything is written."""
     l_u = tl.where(l_u == -INF, 0.0, l_u)  # nothing is unselected, or it is -inf throughout
     in_row = tl.cdiv(vocab, LANES * VEC)
     for i in range(0, in_row):
         start = (in_row - 1 - i) * (LANES * VEC)
-        columns = tile_columns(start, LANES, VEC)
+        columns = tile_columns(start, LANES, VEC, RAGGED)
         x = load_tile(s_ptr, columns, vocab, "evict_first")
         g = (soft_weight * tail_diff) * tl.exp2((x - m_u) * c - l_u)
-        g = tl.where(_marked(bits_ptr, start, columns, vocab, LANES, VEC), 0.0, g)
+        g = tl.where(_marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED), 0.0, g)
         if HARD:
             q = tl.exp2((x - m_h) * LOG2E - l_h)
             g += hard_weight * tl.where(columns == label, q - 1, q)
         tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < vocab, eviction_policy="evict_first")
     if EXTRA:
-        extra_grad(s_ptr, g_ptr, vocab, width, label, m_h, l_h, hard_weight, HARD, LANES, VEC)
+        extra_grad(s_ptr, g_ptr, vocab, width, label, m_h, l_h, hard_weight, HARD, LANES, VEC, RAGGED)
     g = soft_weight * diff
     if HARD:
         q = tl.exp2((z - m_h) * LOG2E - l_h)
@@ -120,7 +133,7 @@ def forward_kernel(
     loss_ptr, stats_ptr, parts_ptr, rows, width, vocab, words, k, student_stride, grad_stride,
     temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
-    EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     bits_ptr += tl.program_id(0).to(tl.int64) * words
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -129,7 +142,7 @@ def forward_kernel(
         if scale == 0:
             zero_outputs(loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6, PARTS)
             if GRAD:
-                zero_row(grad_ptr + at * grad_stride, width, LANES, VEC)
+                zero_row(grad_ptr + at * grad_stride, width, LANES, VEC, RAGGED)
         else:
             slots = tl.arange(0, K)
             ids = tl.load(ids_ptr + at * k + slots, mask=slots < k, other=-1)
@@ -141,7 +154,7 @@ def forward_kernel(
                 labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6,
                 ids, inside, k, tl.load(log_z_ptr + row), tl.load(log_tail_ptr + row),
                 scale, width, vocab, temperature, inv_t, soft_scale, hard_weight,
-                UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, K, LANES, VEC,
+                UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, K, LANES, VEC, RAGGED,
             )  # fmt: skip
             tl.debug_barrier()
             tl.store(bits_ptr + ids // 32, 0, mask=inside)
@@ -153,7 +166,7 @@ def _forward_row(
     s_ptr, g_ptr, logprobs_ptr, bits_ptr, label_ptr, loss_ptr, stats_ptr, parts_ptr,
     ids, inside, k, log_z, log_tail, scale, width, vocab, temperature, inv_t, soft_scale, hard_weight,
     UNIT_T: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, PARTS: tl.constexpr, GRAD: tl.constexpr,
-    EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     c = inv_t * LOG2E
     slots = tl.arange(0, K)
@@ -165,7 +178,7 @@ def _forward_row(
     s_label = tl.load(s_ptr + label, mask=has_label, other=0.0).to(tl.float32)
     z = tl.load(s_ptr + ids, mask=inside, other=-INF).to(tl.float32)
 
-    m_u, l_u, l_u1, best_u = _rest(s_ptr, bits_ptr, vocab, c, HARD and not UNIT_T, PARTS, LANES, VEC)
+    m_u, l_u, l_u1, best_u = _rest(s_ptr, bits_ptr, vocab, c, HARD and not UNIT_T, PARTS, LANES, VEC, RAGGED)
     top = tl.maximum(m_u, tl.max(z, 0))
     l = tl.log2(tl.exp2((m_u - top) * c + l_u) + tl.sum(tl.exp2((z - top) * c), 0))
     m_h = top
@@ -173,7 +186,7 @@ def _forward_row(
     if HARD and not UNIT_T:
         l_h = tl.log2(tl.exp2((m_u - top) * LOG2E + l_u1) + tl.sum(tl.exp2((z - top) * LOG2E), 0))
     if HARD and EXTRA:
-        m_h, l_h = with_extra(s_ptr, vocab, width, top, l_h, LANES, VEC)
+        m_h, l_h = with_extra(s_ptr, vocab, width, top, l_h, LANES, VEC, RAGGED)
     log_q_tail = (m_u - top) * inv_t + LN2 * (l_u - l)
     tl.store(stats_ptr, joined(m_u, l_u, temperature))
     tl.store(stats_ptr + 1, joined(top, l, temperature))
@@ -204,7 +217,7 @@ def _forward_row(
     if GRAD:
         _write_grad(
             s_ptr, g_ptr, bits_ptr, width, vocab, ids, inside, z, diff, tail_diff, m_u, l_u, m_h, l_h, label,
-            scale * soft_scale * inv_t, scale * hard_weight, c, HARD, EXTRA, LANES, VEC,
+            scale * soft_scale * inv_t, scale * hard_weight, c, HARD, EXTRA, LANES, VEC, RAGGED,
         )  # fmt: skip
 
 
@@ -212,7 +225,7 @@ def _forward_row(
 def backward_kernel(
     student_ptr, grad_ptr, ids_ptr, logprobs_ptr, log_z_ptr, log_tail_ptr, labels_ptr, scale_ptr, bits_ptr, stats_ptr,
     rows, width, vocab, words, k, student_stride, grad_stride, temperature, inv_t, soft_scale, hard_weight,
-    HARD: tl.constexpr, EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HARD: tl.constexpr, EXTRA: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     bits_ptr += tl.program_id(0).to(tl.int64) * words
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -221,7 +234,7 @@ def backward_kernel(
         s_ptr = student_ptr + at * student_stride
         g_ptr = grad_ptr + at * grad_stride
         if scale == 0:
-            zero_row(g_ptr, width, LANES, VEC)
+            zero_row(g_ptr, width, LANES, VEC, RAGGED)
         else:
             slots = tl.arange(0, K)
             ids = tl.load(ids_ptr + at * k + slots, mask=slots < k, other=-1)
@@ -247,7 +260,7 @@ def backward_kernel(
             tl.debug_barrier()
             _write_grad(
                 s_ptr, g_ptr, bits_ptr, width, vocab, ids, inside, z, diff, tail_diff, m_u, l_u, m_h, l_h, label,
-                scale * soft_scale * inv_t, scale * hard_weight, inv_t * LOG2E, HARD, EXTRA, LANES, VEC,
+                scale * soft_scale * inv_t, scale * hard_weight, inv_t * LOG2E, HARD, EXTRA, LANES, VEC, RAGGED,
             )  # fmt: skip
             tl.debug_barrier()
             tl.store(bits_ptr + ids // 32, 0, mask=inside)
@@ -280,7 +293,7 @@ def forward(
     if rows == 0:
         return loss, stats, parts
     out = student if grad is None else grad
-    size = tiles.launch(vocab, student.dtype, heavy=need_parts)
+    size = tiles.launch_for(vocab, student, out, heavy=need_parts)
     programs = tiles.grid(rows, student.device, size.warps)
     bits = _bitmaps(programs[0], vocab, student.device)
     with tiles.on(student):
@@ -292,7 +305,7 @@ def forward(
             UNIT_T=options.temperature == 1, LABELS=labels is not None,
             HARD=labels is not None and (need_parts or options.hard_weight != 0),
             PARTS=need_parts, GRAD=grad is not None, EXTRA=width > vocab, K=triton.next_power_of_2(max(ids.shape[1], 1)),
-            LANES=size.lanes, VEC=size.vec, **size.options,
+            **size.shape, **size.options,
         )  # fmt: skip
     return loss, stats, parts
 
@@ -314,7 +327,7 @@ def backward(
     vocab = min(width, vocab_size)
     if rows == 0:
         return
-    size = tiles.launch(vocab, student.dtype)
+    size = tiles.launch_for(vocab, student, grad)
     programs = tiles.grid(rows, student.device, size.warps)
     bits = _bitmaps(programs[0], vocab, student.device)
     with tiles.on(student):
@@ -324,5 +337,5 @@ def backward(
             rows, width, vocab, bits.shape[1], ids.shape[1], student.stride(0), grad.stride(0),
             options.temperature, 1 / options.temperature, options.soft_scale, options.hard_weight,
             HARD=labels is not None and options.hard_weight != 0, EXTRA=width > vocab,
-            K=triton.next_power_of_2(max(ids.shape[1], 1)), LANES=size.lanes, VEC=size.vec, **size.options,
+            K=triton.next_power_of_2(max(ids.shape[1], 1)), **size.shape, **size.options,
         )  # fmt: skip
