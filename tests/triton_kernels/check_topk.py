@@ -112,8 +112,9 @@ def test_capture_of_bad_rows(value: float, device: str) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(
     ("width", "vocab", "k"),
-    [(1, 1, 1), (2, 2, 1), (17, 17, 17), (1008, 1008, 64), (5003, 5003, 100), (5008, 5008, 100), (1100, 1003, 7), (1104, 1008, 7)],
-    ids=["V1-no-rest", "V2", "V17-no-rest", "V1008", "V5003-ragged", "V5008-aligned", "student-larger-ragged", "student-larger-aligned"],
+    [(1, 1, 1), (2, 2, 1), (17, 17, 17), (1008, 1008, 64), (5003, 5003, 99), (5008, 5008, 9), (1100, 1003, 7), (1104, 1008, 7)],
+    ids=["V1-no-rest", "V2", "V17-no-rest", "V1008", "V5003-ragged", "V5008-aligned", "student-larger-ragged",
+         "student-larger-aligned"],
 )  # fmt: skip
 def test_value_and_gradient(width: int, vocab: int, k: int, temperature: float, dtype: torch.dtype, device: str) -> None:
     student, teacher, labels, scale = batch(width, vocab, dtype, device)
