@@ -62,13 +62,13 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number >= {least}, got {getattr(args, name)}")
 
     import torch
+    from transformers.utils import logging
+
+    from kdfast.cache import CacheReader, CacheWriter, capture
     from kdfast.cli.progress import bar
     from kdfast.train.data import list_files, load_tokenizer, tokenize
     from kdfast.train.inputs import file_hash
     from kdfast.train.models import load_folder
-    from transformers.utils import logging
-
-    from kdfast.cache import CacheReader, CacheWriter, capture
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, tokenizer_file = load_tokenizer(args.teacher)
@@ -139,9 +139,8 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    from kdfast.cli.progress import bar
-
     from kdfast.cache import CacheReader, verify
+    from kdfast.cli.progress import bar
 
     with bar("verify", CacheReader(args.path).info.tokens, "tokens") as shown:
         info = verify(args.path, lambda done, total: shown.update(done))
