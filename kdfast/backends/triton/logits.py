@@ -38,7 +38,7 @@ from kdfast.options import PARTS, RowOptions
 def _maxima_and_sums(
     s_ptr, t_ptr, common, c, AT_1: tl.constexpr, TEACHER_AT_1: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip  # fmt: skip
+):  # fmt: skip
     """(maximum, log2 sum at T, log2 sum at 1) of the student and of the teacher over the common columns."""
     m_s = tl.full([LANES], LOWEST, tl.float32)
     m_t = tl.full([LANES], LOWEST, tl.float32)

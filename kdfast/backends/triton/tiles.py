@@ -189,7 +189,7 @@ def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.const
 def extra_grad(
     s_ptr, g_ptr, common, width, label, m_h, l_h, weight, HARD: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip  # fmt: skip
+):  # fmt: skip
     """Gradient of the student's columns beyond the teacher's vocabulary: the hard loss alone."""
     for start in range(common, width, LANES * VEC):
         columns = tile_columns(start, LANES, VEC, RAGGED)
