@@ -62,7 +62,7 @@ def compare(
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (17, 5), (17, 17), (1008, 64), (5003, 100), (20000, 3)])
+@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (17, 5), (17, 17), (1008, 64), (5003, 100), (9000, 3)])
 def test_capture(vocab: int, k: int, ties: bool, dtype: torch.dtype, device: str) -> None:
     logits = torch.randn(3, vocab, device=device).mul(3).to(dtype)
     if ties:
