@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "matrix.h"
 #include "simd.h"
@@ -187,6 +188,14 @@ inline void hard_only_pass(Source s, Sink g, int64_t begin_id, int64_t vs, doubl
         }
         g.commit(begin, n, out);
     }
+}
+
+// A block with the selected ids (ascending) taken out as -inf; `next` moves past those of this block.
+inline const float* without(const float* z, int64_t begin, int64_t n, const std::vector<int32_t>& ids, size_t& next, Buffer& buffer) {
+    if (next >= ids.size() || ids[next] >= begin + n) return z;
+    if (z != buffer.data) std::memcpy(buffer.data, z, size_t(padded(n)) * sizeof(float));
+    for (; next < ids.size() && ids[next] < begin + n; ++next) buffer.data[ids[next] - begin] = -kInf;
+    return buffer.data;
 }
 
 // A row that does not count.

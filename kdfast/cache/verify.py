@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kdfast.cache.format import IGNORE, AlignmentError, CacheInfo
 from kdfast.cache.reader import CacheReader
 from kdfast.ops.targets import TopKTargets
+from kdfast.ops.topk import label_logprobs
 
 
 class Alignment(NamedTuple):
@@ -27,19 +27,6 @@ class Alignment(NamedTuple):
 
     def __str__(self) -> str:
         return f"teacher's loss on the labels: {self.at:.3f} (one earlier {self.before:.3f}, one later {self.after:.3f}) nats"
-
-
-def label_nll(targets: TopKTargets, labels: Tensor) -> Tensor:
-    """-log p(label) of the teacher at T = 1, float32 `[...]`; NaN where the label is -100.
-
-    An id outside the top k gets an even share of the tail: log_tail - log(V - entries).
-    """
-    hit = targets.ids == labels.unsqueeze(-1)
-    listed = torch.where(hit, targets.logprobs, -math.inf).amax(-1)
-    others = (targets.vocab_size - (targets.ids >= 0).sum(-1)).clamp(min=1)
-    spread = targets.log_tail[..., targets.column(1.0)] - others.log()
-    nll = -torch.where(hit.any(-1), listed, spread)
-    return nll.masked_fill(labels == IGNORE, math.nan)
 
 
 def check_alignment(targets: TopKTargets, labels: Tensor, *, margin: float = 0.5, min_labels: int = 32) -> Alignment:
@@ -81,11 +68,16 @@ def check_alignment(targets: TopKTargets, labels: Tensor, *, margin: float = 0.5
     return result
 
 
+def _label_nll(targets: TopKTargets, labels: Tensor) -> Tensor:
+    """-log p(label) of the teacher at T = 1, `[...]`; NaN where the label is -100."""
+    return (-label_logprobs(targets, labels)).masked_fill(labels == IGNORE, math.nan)
+
+
 def _mean_nll(targets: TopKTargets, labels: Tensor, shift: int) -> float:
     n = labels.shape[-1]
     rows, cols = slice(max(-shift, 0), n - max(shift, 0)), slice(max(shift, 0), n - max(-shift, 0))
     index = (slice(None), rows) if labels.ndim == 2 else rows
-    return float(label_nll(targets[index], labels[..., cols]).nanmean())
+    return float(_label_nll(targets[index], labels[..., cols]).nanmean())
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> CacheInfo:

@@ -185,11 +185,15 @@ def label_logprobs(targets: TopKTargets, labels: Tensor) -> Tensor:
         targets: captured at T = 1 among others.
         labels: `[...]` like the targets' leading dimensions; negative labels give the bucket's share.
     """
-    spread = max(targets.vocab_size - targets.k, 1)
-    share = targets.log_tail[..., targets.column(1.0)] - math.log(spread)
+    share = targets.log_tail[..., targets.column(1.0)] - _unlisted(targets).log()
     hit = targets.ids == labels.clamp(min=0)[..., None]
     found = torch.where(hit, targets.logprobs, -torch.inf).amax(-1)
     return torch.where(hit.any(-1), found, share)
+
+
+def _unlisted(targets: TopKTargets) -> Tensor:
+    """How many ids share the bucket of each row, at least 1."""
+    return (targets.vocab_size - (targets.ids >= 0).sum(-1)).clamp(min=1)
 
 
 def _teacher_parts(targets: TopKTargets, labels: Tensor | None) -> dict[str, Tensor]:
@@ -199,7 +203,7 @@ def _teacher_parts(targets: TopKTargets, labels: Tensor | None) -> dict[str, Ten
     if 1.0 not in targets.temperatures:
         return {"teacher_nll": unknown, "teacher_entropy": unknown}
     tail = targets.log_tail[..., targets.column(1.0)]
-    share = tail - math.log(max(targets.vocab_size - targets.k, 1))
+    share = tail - _unlisted(targets).log()
     entropy = torch.special.entr(targets.logprobs.exp()).sum(-1) - torch.where(tail.isneginf(), 0, tail.exp() * share)
     nll = torch.zeros_like(unknown) if labels is None else -label_logprobs(targets, labels.view(tail.shape)).reshape(-1)
     return {"teacher_nll": nll, "teacher_entropy": entropy.reshape(-1)}

@@ -1,0 +1,94 @@
+"""Knowledge distillation through linear heads: torch's GEMMs around the Triton row kernel. Contract: `kdfast.backends`.
+
+Logits are float32 whatever the inputs are: bfloat16 and float16 products accumulate and leave in float32. Gradients of
+logits enter bfloat16 products as bfloat16; float16 would lose 1/N to underflow, so there they stay float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kdfast.backends.triton import logits
+from kdfast.chunks import Needs, Side, linear_rows
+from kdfast.options import RowOptions
+
+#: Rows of a weight gradient that are added at a time where the GEMM cannot add to float32 by itself.
+_SLAB = 8192
+
+
+@functools.cache
+def _leaves_in_float32(device: torch.device, accumulate: bool) -> bool:
+    """Whether half products on this device can be written, or added, to float32: asked by trying one tile."""
+    half = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    wide = torch.zeros(16, 16, device=device)
+    try:
+        if accumulate:
+            torch.addmm(wide, half, half, out_dtype=torch.float32, out=wide)
+        else:
+            torch.mm(half, half, out_dtype=torch.float32, out=wide)
+    except (RuntimeError, TypeError):  # the operator, or this combination of dtypes, is not there
+        return False
+    return True
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b with float32 accumulation; `out` is float32."""
+    if a.dtype != b.dtype or a.dtype == torch.float32:
+        torch.mm(a.float(), b.float(), out=out)
+    elif _leaves_in_float32(a.device, accumulate=False):
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def _add_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b; `out` is float32."""
+    if a.dtype == b.dtype == torch.float32:
+        out.addmm_(a, b)
+    elif a.dtype == b.dtype and _leaves_in_float32(a.device, accumulate=True):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        room = out.new_empty(min(_SLAB, out.shape[0]), out.shape[1])
+        for begin in range(0, out.shape[0], _SLAB):
+            slab = a[begin : begin + _SLAB]
+            _mm(slab, b, room[: slab.shape[0]])
+            out[begin : begin + _SLAB] += room[: slab.shape[0]]
+
+
+def _for_product_with(other: Tensor, grad: Tensor) -> Tensor:
+    return grad.bfloat16() if other.dtype == torch.bfloat16 else grad
+
+
+class _Float32LogitGemms:
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        _mm(hidden, weight.t(), out)
+        if bias is not None:
+            out.add_(bias)
+
+    def grad_hidden(self, grad: Tensor, weight: Tensor, out: Tensor) -> None:
+        grad = _for_product_with(weight, grad)
+        if grad.dtype == weight.dtype == out.dtype:
+            torch.mm(grad, weight, out=out)
+        else:
+            out.copy_(grad.float() @ weight.float())
+
+    def grad_weight(self, grad: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
+        product = _add_mm if accumulate else _mm
+        product(_for_product_with(hidden, grad).t(), hidden, out)
+
+
+def forward(
+    student: Side,
+    teacher: Side,
+    labels: Tensor | None,
+    scale: Tensor,
+    options: RowOptions,
+    chunk_rows: int,
+    need_parts: bool,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gemms = _Float32LogitGemms()
+    return linear_rows(logits.forward, gemms, student, teacher, labels, scale, options, chunk_rows, need_parts, needs)

@@ -1,0 +1,200 @@
+"""What the row kernels share: tiles of columns, online log-sum-exps, launch sizes.
+
+A row is read in tiles of LANES x VEC columns, VEC neighbours filling one 16-byte load, so that a reduction over VEC
+stays inside a thread and a row statistic costs one register per lane instead of one per column. Statistics are kept
+as (maximum, log2 of the sum relative to it), in float64 between forward and backward: subtracting the maximum first is
+exact where a float32 log-sum-exp of 640 would round away 3e-5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Where an online maximum starts: finite, so that exp2(-inf - LOWEST) is 0 and not NaN.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+INF = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Size of one program: `lanes` x `vec` columns a tile, on `warps` warps.
+
+    `ragged` rows start anywhere, so that nothing wider than one value can be loaded; there a lane takes every
+    `lanes`-th column, which keeps the loads of a warp next to each other.
+    """
+
+    lanes: int
+    vec: int
+    warps: int
+    ragged: bool
+
+    @property
+    def shape(self) -> dict[str, int | bool]:
+        """The arguments of a kernel that say how it tiles a row."""
+        return {"LANES": self.lanes, "VEC": self.vec, "RAGGED": self.ragged}
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Compiler options. The register limit is what 16 warps can have (32 warps: half): left to itself, ptxas spills
+        row constants to reach an occupancy that a persistent grid does not use."""
+        limit = {} if torch.version.hip else {"maxnreg": 64 if self.warps == 32 else 128}
+        return {"num_warps": self.warps, "enable_fp_fusion": True, **limit}
+
+
+#: (largest vocabulary, warps, 16-byte loads a thread and tensor). Wide rows want few programs in flight, so that a row
+#: read in the first pass is still in L2 in the second.
+_SIZES = ((1024, 4, 1), (16384, 8, 2), (65536, 16, 2), (1 << 31, 32, 1))
+
+
+def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False, ragged: bool = False) -> Launch:
+    """Size of the programs that walk rows of `vocab` columns of these dtypes; a pure function of its arguments.
+
+    `heavy` kernels hold more statistics a column: they get half the columns, and twice the registers of 32 warps.
+    """
+    vec = 16 // max(d.itemsize for d in dtypes)
+    _, warps, loads = next(size for size in _SIZES if vocab <= size[0])
+    if vec == 4:
+        loads = 2
+    if heavy:
+        warps, loads = min(warps, 16), 8 // vec
+    if ragged:
+        warps, vec, loads = min(warps, 16), 8, 1
+    if torch.version.hip:
+        warps = min(warps, 16)
+    return Launch(warps * 32 * loads, vec, warps, ragged)
+
+
+def launch_for(vocab: int, *rows: Tensor, heavy: bool = False) -> Launch:
+    """`launch` for these `[N, V]` tensors; rows are ragged unless 16 divides every width, stride and address."""
+    numbers = (vocab, *(x for r in rows for x in (r.shape[1], r.stride(0), r.data_ptr())))
+    return launch(vocab, *(r.dtype for r in rows), heavy=heavy, ragged=any(x % 16 for x in numbers))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def grid(rows: int, device: torch.device, warps: int) -> tuple[int]:
+    """Programs for `rows` rows: as many as fill the device once; each walks rows with that stride."""
+    # The interpreter runs programs one after the other: two suffice to walk the loop.
+    programs = _multiprocessors(device) * (32 // warps) if device.type == "cuda" else 2
+    return (min(rows, programs),)
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the device of `tensor` current, which is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """[LANES, VEC] column numbers from `start`: VEC neighbours a lane, or in ragged rows neighbouring lanes."""
+    lane = tl.arange(0, LANES)[:, None]
+    place = tl.arange(0, VEC)[None, :]
+    columns = start + lane * VEC + place
+    if RAGGED:
+        columns = start + place * LANES + lane
+    return columns
+
+
+@triton.jit
+def load_tile(row_ptr, columns, width, policy: tl.constexpr):
+    return tl.load(row_ptr + columns, mask=columns < width, other=-INF, eviction_policy=policy).to(tl.float32)
+
+
+@triton.jit
+def raised(m, x):
+    """Each lane's running maximum [LANES] after a tile [LANES, VEC]."""
+    return tl.maximum(m, tl.max(x, 1))
+
+
+@triton.jit
+def add_exp2(total, m, m_new, x, c):
+    """sum of exp2((x - m) * c) per lane, moved from maximum m to m_new, with a tile x added."""
+    return total * tl.exp2((m - m_new) * c) + tl.sum(tl.exp2((x - m_new[:, None]) * c), 1)
+
+
+@triton.jit
+def closed(m, total, top, c):
+    """log2 of the sum of all lanes relative to the row's maximum `top`; -inf when every logit is -inf.
+
+    A lane whose maximum is +inf contributes inf - inf, so a row that holds NaN or +inf gives NaN.
+    """
+    return tl.log2(tl.sum(total * tl.exp2((m - top) * c), 0))
+
+
+@triton.jit
+def joined(m, l, temperature):
+    """The log-sum-exp at T, in float64, of a maximum and a log2 sum."""
+    return m.to(tl.float64) / temperature + l.to(tl.float64) * LN2
+
+
+@triton.jit
+def split(lse, temperature):
+    """(m, l) with m + T * ln2 * l = T * lse, both float32: l is what rounding m to float32 lost."""
+    wide = lse * temperature
+    m = wide.to(tl.float32)
+    return m, ((wide - m.to(tl.float64)) / temperature * LOG2E).to(tl.float32)
+
+
+@triton.jit
+def zero_row(row_ptr, width, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    for start in range(0, width, LANES * VEC):
+        columns = tile_columns(start, LANES, VEC, RAGGED)
+        zeros = tl.zeros([LANES, VEC], row_ptr.dtype.element_ty)
+        tl.store(row_ptr + columns, zeros, mask=columns < width, eviction_policy="evict_first")
+
+
+@triton.jit
+def zero_outputs(loss_ptr, stats_ptr, parts_ptr, PARTS: tl.constexpr):
+    """What a row with scale 0 reports."""
+    tl.store(loss_ptr, 0.0)
+    for i in tl.static_range(3):
+        tl.store(stats_ptr + i, 0.0)
+    if PARTS:
+        for i in tl.static_range(6):
+            tl.store(parts_ptr + i, 0.0)
+
+
+@triton.jit
+def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """(maximum, log2 sum at 1) over the whole vocabulary, given those over the common columns."""
+    m = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    for start in range(common, width, LANES * VEC):
+        s = load_tile(s_ptr, tile_columns(start, LANES, VEC, RAGGED), width, "evict_last")
+        m_new = raised(m, s)
+        total = add_exp2(total, m, m_new, s, LOG2E)
+        m = m_new
+    top_x = tl.max(m, 0)
+    both = tl.maximum(top, top_x)
+    # Each side moves to the common maximum by itself: the smaller one may vanish, the larger one must not.
+    here = tl.exp2((top - both) * LOG2E + l1)
+    there = tl.sum(total * tl.exp2((m - top_x) * LOG2E), 0) * tl.exp2((top_x - both) * LOG2E)
+    return both, tl.log2(here + there)
+
+
+@triton.jit
+def extra_grad(
+    s_ptr, g_ptr, common, width, label, m_h, l_h, weight, HARD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the student's columns beyond the teacher's vocabulary: the hard loss alone."""
+    for start in range(common, width, LANES * VEC):
+        columns = tile_columns(start, LANES, VEC, RAGGED)
+        g = tl.zeros([LANES, VEC], tl.float32)
+        if HARD:
+            q = tl.exp2((load_tile(s_ptr, columns, width, "evict_first") - m_h) * LOG2E - l_h)
+            g = weight * tl.where(columns == label, q - 1, q)
+        tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < width, eviction_policy="evict_first")

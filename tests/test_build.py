@@ -1,0 +1,76 @@
+"""What setup.py does when there is less than a compiler, a clear wish, or both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
+    """Runs build_ext on a copy of the sources; what it built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "kdfast").mkdir()
+    (folder / "kdfast" / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "out"],
+        cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done, list((folder / "out").rglob("_C*"))
+
+
+@pytest.fixture
+def no_tools(tmp_path: Path) -> str:
+    """A PATH on which there is nothing."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    return str(empty)
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path: Path, no_tools: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    done, built = build(source, PATH=no_tools, KDFAST_BUILD="auto", CXX="")
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler found, installing pure Python" in done.stderr
+    assert not built
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("cpu", "KDFAST_BUILD=cpu: no C++ compiler found; install g++ or clang++, or set CXX"),
+        ("fast", "KDFAST_BUILD: expected auto, cpu, cuda or none, got 'fast'"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_one_line(mode: str, message: str, tmp_path: Path, no_tools: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    done, built = build(source, PATH=no_tools, KDFAST_BUILD=mode, CXX="")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == message
+    assert not built
+
+
+def test_none_builds_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    done, built = build(source, KDFAST_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert not built
+
+
+def test_cuda_without_its_sources_is_one_line(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    done, _ = build(source, KDFAST_BUILD="cuda")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("KDFAST_BUILD=cuda: this version has no CUDA sources")
