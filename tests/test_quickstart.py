@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kdfast.cli import main
-from kdfast.cli.quickstart_job import Plan, _llama
+from kdfast.cli.quickstart_job import Plan, llama
 
 TINY = replace(
-    Plan.short(), vocab_size=512, length=32, teacher_steps=12, student_steps=6, teacher=_llama(32, 1), student=_llama(16, 1),
+    Plan.short(), vocab_size=512, length=32, teacher_steps=12, student_steps=6, teacher=llama(32, 1), student=llama(16, 1),
     held_out_sequences=16, part=0.05,
 )  # fmt: skip
 

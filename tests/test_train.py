@@ -317,7 +317,7 @@ def test_evaluate_equals_plain_pytorch(tokenizer: Path) -> None:
     batch = data.batch(range(7))
     logits = model.eval()(input_ids=batch.input_ids).logits
     nll = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-    assert found.nll == pytest.approx(float(nll), rel=1e-5)
+    assert found.nll == pytest.approx(nll.item(), rel=1e-5)
     assert found.tokens == 7 * 31
     right = (logits.argmax(-1) == batch.labels)[batch.labels != IGNORE].float().mean()
     assert found.top1 == pytest.approx(float(right))

@@ -33,14 +33,14 @@ def evaluate(model: nn.Module, data: Source, *, batch_size: int = 16, limit: int
     n = min(limit, len(data)) if limit else len(data)
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64)
     for start in range(0, n, batch_size):
         batch = data.batch(range(start, min(start + batch_size, n))).to(device)
         logits = logits_of(model, batch.input_ids, batch.attention_mask).float().flatten(0, -2)
         labels = batch.labels.flatten()
         nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         hits = (logits.argmax(-1) == labels).sum()
-        totals += torch.stack([nll.double(), hits.double(), (labels != IGNORE).sum().double()])
+        totals += torch.stack([nll, hits, (labels != IGNORE).sum()]).cpu()
     model.train(was_training)
     nll_sum, right, tokens = totals.tolist()
     if tokens == 0:

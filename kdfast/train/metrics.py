@@ -63,8 +63,8 @@ class MetricLog:
         self._names = tuple(metrics[0])
         sums = [sum(m[name].sum for m in metrics) for name in self._names]
         counts = [sum(m[name].count for m in metrics) for name in self._names]
-        vector = torch.stack([torch.as_tensor(x, device=loss.device).double() for x in (loss, tokens, *sums, *counts)])
-        self._pending.append((step, lr, torch.cat([vector, grad_norm.detach().double().reshape(1)])))
+        vector = torch.stack([torch.as_tensor(x, device=loss.device).float() for x in (loss, tokens, *sums, *counts)])
+        self._pending.append((step, lr, torch.cat([vector, grad_norm.detach().float().reshape(1)])))
 
     def start_clock(self) -> None:
         """Steps are timed from here; evaluation and saving are not training time."""
