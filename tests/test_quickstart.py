@@ -12,7 +12,7 @@ from kdfast.cli import main
 from kdfast.cli.quickstart_job import Plan, llama
 
 TINY = replace(
-    Plan.short(), vocab_size=512, length=32, teacher_steps=12, student_steps=6, teacher=llama(32, 1), student=llama(16, 1),
+    Plan.short(), vocab_size=512, length=32, teacher_steps=40, student_steps=6, teacher=llama(32, 1), student=llama(16, 1),
     held_out_sequences=16, part=0.05,
 )  # fmt: skip
 
