@@ -14,7 +14,6 @@ from kdfast.cache.reader import CacheReader
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import label_logprobs
 
-
 #: Share of log V, a guess's loss, below which a teacher's loss shows that it predicts those labels.
 _KNOWS_THE_TEXT = 0.75
 
