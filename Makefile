@@ -15,11 +15,11 @@ help:
 	@echo "make aot                       compile every Triton kernel ahead of time, no GPU needed"
 	@echo "make bench                     kdfast against its peers on this machine"
 
-# The stamp holds what was installed; the extension is rebuilt, incrementally, whenever a source is newer.
+# Python first, then the extension in place: it is rebuilt, incrementally, whenever a source is newer.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,bench,dev]'
-	touch .venv/installed .venv/built
+	KDFAST_BUILD=none $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,bench,dev]'
+	touch .venv/installed
 
 .venv/built: .venv/installed $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
