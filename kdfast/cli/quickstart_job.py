@@ -41,8 +41,8 @@ class Plan:
     vocab_size: int = 4096
     length: int = 128
     batch_size: int = 8
-    teacher_steps: int = 700
-    student_steps: int = 500
+    teacher_steps: int = 550
+    student_steps: int = 400
     teacher: dict[str, Any] = field(default_factory=lambda: llama(256, 4))
     student: dict[str, Any] = field(default_factory=lambda: llama(128, 2))
     teacher_lr: float = 2e-3
