@@ -44,8 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if args.debug:
             raise
-        print(f"kdfast {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"kdfast {args.command}: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) else 1
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; check the path and its permissions"
+    return " ".join(str(error).split())
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

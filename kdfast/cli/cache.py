@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     build.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="1 among them (default 1)")
     build.add_argument("--max-kl", type=float, default=5e-5, help="KL error allowed a token, nats (default %(default)s)")
     build.add_argument("--batch-size", type=int, default=8, help="records in one call of the teacher (default %(default)s)")
+    build.add_argument("--shard-mb", type=int, default=64, help="size of a shard; a killed capture loses at most this much")
     build.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU when there is one)")
     build.add_argument(
         "--dry-run", action="store_true", help="capture one batch, print size and time of the whole, keep nothing"
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> dict[str, Any]:
-    for name, least in (("sequence_length", 2), ("batch_size", 1)):
+    for name, least in (("sequence_length", 2), ("batch_size", 1), ("shard_mb", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number >= {least}, got {getattr(args, name)}")
 
@@ -85,7 +86,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         return _dry_run(args, teacher, documents, settings, device)
     with (
-        CacheWriter(args.out, **settings) as writer,
+        CacheWriter(args.out, shard_bytes=args.shard_mb << 20, **settings) as writer,
         bar("capture", sum(map(len, documents)), "tokens") as shown,
     ):
         capture(

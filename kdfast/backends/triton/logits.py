@@ -115,8 +115,9 @@ def _forward_row(
 ):  # fmt: skip
     label = -1
     if LABELS:
-        label = tl.load(label_ptr).to(tl.int32)
-    inside = (label >= 0) & (label < width)
+        wide = tl.load(label_ptr)  # compared before it is narrowed, or a huge label would come back in range
+        label = tl.where((wide >= 0) & (wide < width), wide, -1).to(tl.int32)
+    inside = label >= 0
     # Read before the second pass, whose gradient may take the place of the student.
     s_label = tl.load(s_ptr + label, mask=inside, other=0.0).to(tl.float32)
     m_s, l_s, l_s1, m_t, l_t, l_t1 = _maxima_and_sums(

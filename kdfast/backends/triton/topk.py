@@ -173,8 +173,9 @@ def _forward_row(
     logprobs = tl.load(logprobs_ptr + slots, mask=slots < k, other=-INF)
     label = -1
     if LABELS:
-        label = tl.load(label_ptr).to(tl.int32)
-    has_label = (label >= 0) & (label < width)
+        wide = tl.load(label_ptr)  # compared before it is narrowed, or a huge label would come back in range
+        label = tl.where((wide >= 0) & (wide < width), wide, -1).to(tl.int32)
+    has_label = label >= 0
     s_label = tl.load(s_ptr + label, mask=has_label, other=0.0).to(tl.float32)
     z = tl.load(s_ptr + ids, mask=inside, other=-INF).to(tl.float32)
 
