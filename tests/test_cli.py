@@ -104,8 +104,13 @@ def test_env_tells_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 def test_env_without_the_extension(tmp_path: Path) -> None:
     source = Path(kdfast.__file__).parent
     shutil.copytree(source, tmp_path / "kdfast", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    # The finder of an editable install would answer for the extension that the copy does not have.
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if getattr(f, '__name__', '') != '_EditableFinder'];"
+        "from kdfast.cli import main; sys.exit(main(['env', '--json']))"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "kdfast.cli", "env", "--json"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout)
