@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdfast import memory
 from kdfast.options import PARTS, RowOptions
 
 _MIB = 1 << 20
@@ -80,14 +81,14 @@ def grad_hidden_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def grad_buffers(student: Side, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+def grad_buffers(student: Side, needs: Needs, empty: Callable[..., Tensor] = memory.empty) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients of hidden, weight (float32, or float64 beside float64) and bias; size 0 where not needed."""
     accumulator = torch.float64 if student.weight.dtype == torch.float64 else torch.float32
     hidden, weight = student.hidden, student.weight
     return (
-        torch.empty(hidden.shape if needs.hidden else (0,), dtype=grad_hidden_dtype(hidden), device=hidden.device),
-        torch.empty(weight.shape if needs.weight else (0,), dtype=accumulator, device=weight.device),
-        torch.empty((student.vocab,) if needs.bias else (0,), dtype=accumulator, device=weight.device),
+        empty(hidden.shape if needs.hidden else (0,), dtype=grad_hidden_dtype(hidden), device=hidden.device),
+        empty(weight.shape if needs.weight else (0,), dtype=accumulator, device=weight.device),
+        empty((student.vocab,) if needs.bias else (0,), dtype=accumulator, device=weight.device),
     )
 
 
@@ -120,7 +121,7 @@ def linear_rows(
     if n == 0:
         grad_weight.zero_(), grad_bias.zero_()
         return loss, parts, grad_hidden, grad_weight, grad_bias
-    room = [torch.empty(min(chunk_rows, n), side.vocab, device=device) for side in (student, teacher)]
+    room = [memory.empty((min(chunk_rows, n), side.vocab), dtype=torch.float32, device=device) for side in (student, teacher)]
     for begin in range(0, n, chunk_rows):
         rows = slice(begin, min(begin + chunk_rows, n))
         size = rows.stop - begin

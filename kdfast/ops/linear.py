@@ -42,7 +42,7 @@ def _linear_fake(*args: Any) -> tuple[Tensor, ...]:
     dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
     n = student.hidden.shape[0]
     loss = student.hidden.new_empty(n, dtype=dtype)
-    return loss, loss.new_empty((n, len(PARTS)) if need_parts else (0,)), *grad_buffers(student, Needs(*needs))
+    return loss, loss.new_empty((n, len(PARTS)) if need_parts else (0,)), *grad_buffers(student, Needs(*needs), torch.empty)
 
 
 def _like_inputs(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import dispatch
+from kdfast import dispatch, memory
 from kdfast.ops import rows
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
@@ -89,14 +89,14 @@ class RowOp:
         return grad
 
     def _forward_fake(self, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return *_row_outputs(student, args[-2]), _grad_buffer(student) if args[-1] else student.new_empty(0)
+        return *_row_outputs(student, args[-2]), student.new_empty(student.shape if args[-1] else 0)
 
     def _overwrite_fake(self, student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         loss, _, parts = _row_outputs(student, args[-1])
         return loss, parts
 
     def _backward_fake(self, student: Tensor, *args: Any) -> Tensor:
-        return _grad_buffer(student)
+        return student.new_empty(student.shape)
 
     def __call__(self, call: RowCall) -> tuple[Tensor, Tensor]:
         """(loss, parts): the loss reduced as `call.reduction` says, the parts per row."""
@@ -129,7 +129,7 @@ class RowCall:
 
 
 def _grad_buffer(student: Tensor) -> Tensor:
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return memory.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
 def _row_outputs(student: Tensor, need_parts: bool) -> tuple[Tensor, Tensor, Tensor]:

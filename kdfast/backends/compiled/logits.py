@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast import _C
-from kdfast.backends.compiled.extension import address, fresh, matrix, threads, weights
+from kdfast.backends.compiled.extension import address, matrix, threads, weights
 from kdfast.options import PARTS, RowOptions
 
 
@@ -24,7 +24,7 @@ def forward(
     stats = torch.empty(n, 3, dtype=torch.float64)
     parts = torch.empty((n, len(PARTS)) if need_parts else (0,))
     _C.logits(
-        True, n, matrix(student), matrix(teacher), matrix(fresh(grad, student)), address(labels), address(scale),
+        True, n, matrix(student), matrix(teacher), matrix(grad), address(labels), address(scale),
         address(loss), address(stats), address(parts if need_parts else None), *weights(options), threads(),
     )  # fmt: skip
     return loss, stats, parts
@@ -40,6 +40,6 @@ def backward(
     grad: Tensor,
 ) -> None:
     _C.logits(
-        False, student.shape[0], matrix(student), matrix(teacher), matrix(fresh(grad, student)), address(labels),
+        False, student.shape[0], matrix(student), matrix(teacher), matrix(grad), address(labels),
         address(scale), 0, address(stats), 0, *weights(options), threads(),
     )  # fmt: skip

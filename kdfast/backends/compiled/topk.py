@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast import _C
-from kdfast.backends.compiled.extension import address, fresh, matrix, threads, weights
+from kdfast.backends.compiled.extension import address, matrix, threads, weights
 from kdfast.options import PARTS, RowOptions
 
 
@@ -39,7 +39,7 @@ def forward(
     stats = torch.empty(n, 3, dtype=torch.float64)
     parts = torch.empty((n, len(PARTS)) if need_parts else (0,))
     _C.topk(
-        True, n, matrix(student), matrix(fresh(grad, student)), address(ids), address(logprobs), address(log_z),
+        True, n, matrix(student), matrix(grad), address(ids), address(logprobs), address(log_z),
         address(log_tail), ids.shape[1], vocab_size, address(labels), address(scale), address(loss), address(stats),
         address(parts if need_parts else None), *weights(options), threads(),
     )  # fmt: skip
@@ -60,7 +60,7 @@ def backward(
     grad: Tensor,
 ) -> None:
     _C.topk(
-        False, student.shape[0], matrix(student), matrix(fresh(grad, student)), address(ids), address(logprobs),
+        False, student.shape[0], matrix(student), matrix(grad), address(ids), address(logprobs),
         address(log_z), address(log_tail), ids.shape[1], vocab_size, address(labels), address(scale), 0, address(stats), 0,
         *weights(options), threads(),
     )  # fmt: skip
