@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,14 @@ from kdfast.options import PARTS, RowOptions
 
 def forward(
     student: Tensor,
-    teacher: Tensor,
+    teachers: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    (teacher,) = teachers
     n = student.shape[0]
     loss = torch.empty(n)
     stats = torch.empty(n, 3, dtype=torch.float64)
@@ -32,13 +35,14 @@ def forward(
 
 def backward(
     student: Tensor,
-    teacher: Tensor,
+    teachers: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     stats: Tensor,
     options: RowOptions,
     grad: Tensor,
 ) -> None:
+    (teacher,) = teachers
     _C.logits(
         False, student.shape[0], matrix(student), matrix(teacher), matrix(grad), address(labels),
         address(scale), 0, address(stats), 0, *weights(options), threads(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,7 @@ def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Te
 
 def forward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
@@ -34,6 +33,7 @@ def forward(
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    ids, logprobs, log_z, log_tail = targets
     n = student.shape[0]
     loss = torch.empty(n)
     stats = torch.empty(n, 3, dtype=torch.float64)
@@ -48,10 +48,7 @@ def forward(
 
 def backward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     stats: Tensor,
@@ -59,6 +56,7 @@ def backward(
     vocab_size: int,
     grad: Tensor,
 ) -> None:
+    ids, logprobs, log_z, log_tail = targets
     _C.topk(
         False, student.shape[0], matrix(student), matrix(grad), address(ids), address(logprobs),
         address(log_z), address(log_tail), ids.shape[1], vocab_size, address(labels), address(scale), 0, address(stats), 0,
