@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast import Head, kd_loss, use_backend
-from kdfast.options import DIVERGENCES
+from kdfast.options import DIVERGENCES, RowOptions
 
 BACKENDS = ["cpp", "reference"]
 #: (name, arguments of kd_loss, arguments of the definition)
@@ -262,3 +262,103 @@ def test_bad_options(kw: dict[str, Any], message: str) -> None:
 def test_no_teacher() -> None:
     with pytest.raises(ValueError, match="at least one teacher"):
         kd_loss(torch.randn(2, 5), [])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"], ids=["in-forward", "in-backward"])
+def test_compile_and_functional_transforms(reduction: str, backend: str) -> None:
+    student, teachers, labels = batch(5, 40, 42, teachers=2)
+    kw = {"divergence": "jsd", "label_smoothing": 0.1, "z_loss": 1e-3, "student_head": Head(softcap=9.0), "hard_weight": 0.5}
+
+    def loss(x: Tensor) -> Tensor:
+        return (kd_loss(x, teachers, labels, teacher_weights=[1, 3], reduction=reduction, **kw) * 1.5).sum()
+
+    with use_backend(backend):
+        _, expected = plain.gradient(loss, student, torch.float32)
+        _, compiled = plain.gradient(torch.compile(loss, fullgraph=True, backend="aot_eager"), student, torch.float32)
+        functional = torch.func.grad(loss)(student)
+    assert torch.allclose(compiled, expected, rtol=1e-5, atol=1e-8)
+    assert torch.allclose(functional.double(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_opcheck(divergence: str, backend: str) -> None:
+    student, teachers, labels = batch(5, 40, 41, teachers=2)
+    scale = (labels != -100).float()
+    chosen = RowOptions(
+        divergence=divergence, hard_weight=0.3, ab_alpha=0.5, ab_beta=0.5, z_loss=1e-3, label_smoothing=0.1,
+        teacher_weights=(0.4, 0.6),
+    )  # fmt: skip
+    options = (*chosen.values, backend)
+    ops = torch.ops.kdfast
+    torch.library.opcheck(ops.logits.default, (student, teachers, labels, scale, *options, True, True))
+    torch.library.opcheck(ops.logits_overwrite.default, (student.clone(), teachers, labels, scale, *options, True))
+    stats = ops.logits(student, teachers, labels, scale, *options, False, False)[1]
+    torch.library.opcheck(ops.logits_backward.default, (student, teachers, labels, scale, stats, *options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_overwriting_gives_the_same_gradient(divergence: str, backend: str) -> None:
+    student, (teacher,), labels = batch(6, 5003, 4096)
+    kw: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "ab_alpha": 0.5, "ab_beta": 0.5, "label_smoothing": 0.1}
+    for head in (Head(), Head(softcap=7.0)):
+        with use_backend(backend):
+            _, expected = plain.gradient(
+                lambda x, head=head: kd_loss(x, teacher, labels, student_head=head, **kw), student, torch.float32
+            )
+            taken = student.clone().requires_grad_()
+            kd_loss(taken, teacher, labels, student_head=head, overwrite_logits=True, **kw).backward()
+        assert taken.grad is not None
+        assert torch.allclose(taken.grad.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_float16_under_a_loss_scale(divergence: str, backend: str) -> None:
+    """A gradient of about 1e-8 underflows in float16 unless the loss scale is folded in before it is rounded."""
+    student, (teacher,), labels = batch(64, 4000, 4000)
+    kw: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "ab_alpha": 0.5, "ab_beta": 0.5}
+    half, target = student.half(), teacher.half()
+    _, truth = plain.gradient(lambda x: kd_loss(x, target.double(), labels, **kw), half, torch.float64)
+    with use_backend(backend):
+        _, grad = plain.gradient(lambda x: 65536.0 * kd_loss(x, target, labels, **kw), half, torch.float16)
+    assert plain.error(grad / 65536, truth) <= 2e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_runs_are_identical(divergence: str, backend: str) -> None:
+    student, teachers, labels = batch(16, 9001, 9003, teachers=2)
+    kw: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "ab_alpha": 0.5, "ab_beta": 0.5}
+    with use_backend(backend):
+        runs = [plain.gradient(lambda x: kd_loss(x, teachers, labels, **kw), student, torch.float32) for _ in range(3)]
+    assert all(torch.equal(value, runs[0][0]) and torch.equal(grad, runs[0][1]) for value, grad in runs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edges(backend: str) -> None:
+    for divergence in DIVERGENCES:
+        kw: dict[str, Any] = {"divergence": divergence, "ab_alpha": 0.5, "ab_beta": 0.5}
+        with use_backend(backend):
+            one = torch.zeros(3, 1, requires_grad=True)
+            (grad,) = torch.autograd.grad(kd_loss(one, torch.ones(3, 1), **kw), one)
+            assert (grad == 0).all(), "one id has probability 1 on both sides"
+            none = torch.zeros(0, 7, requires_grad=True)
+            assert kd_loss(none, torch.zeros(0, 7), **kw) == 0
+            ignored = torch.randn(3, 7, requires_grad=True)
+            loss = kd_loss(ignored, torch.randn(3, 7), torch.full((3,), -100), hard_weight=0.5, z_loss=0.1, **kw)
+            (grad,) = torch.autograd.grad(loss, ignored)
+            assert loss == 0
+            assert (grad == 0).all()
+            wide = torch.randn(3, 14)[:, ::2].clone()
+            strided = torch.empty(3, 14)[:, ::2].copy_(wide)
+            assert torch.equal(kd_loss(strided, wide.flip(0), **kw), kd_loss(wide, wide.flip(0), **kw))
+
+
+def test_a_bad_row_of_one_of_several_teachers_is_named() -> None:
+    student, teachers, _ = batch(4, 9, 9, teachers=2)
+    teachers[1][2, 3] = torch.nan
+    with pytest.raises(ValueError, match="teacher 1 logits: row 2 holds NaN"):
+        kd_loss(student, teachers, divergence="tvd")
