@@ -133,9 +133,12 @@ class Flags:
         return self.grad and self.kind != divergence.FORWARD_KL.value
 
     @property
-    def heavy(self) -> bool:
-        """Holds many statistics a column (see `tiles.launch`)."""
-        return self.parts or self.teachers > 1
+    def heavy(self) -> int:
+        """How much it holds a column (see `tiles.launch`)."""
+        if self.mixed and (self.teachers > 2 or self.parts):
+            return 2
+        against_mixture = divergence.JSD.value <= self.kind <= divergence.SKEW_REVERSE_KL.value
+        return int(self.parts or self.teachers > 1 or against_mixture)
 
 
 def _head(softcap: float, scale: float) -> int:

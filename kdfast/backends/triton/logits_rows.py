@@ -19,7 +19,6 @@ from kdfast.backends.triton.tiles import (
     LOG2E,
     LOWEST,
     N_PARTS,
-    NAN,
     add_exp2,
     back_through_head,
     closed,
@@ -214,7 +213,7 @@ def _forward_row(
     _store_stats(stats_ptr, m_s, l_s, m_h, l_h, h_sum, m_t, l_t, o, F)
 
     # A row that is -inf throughout has no distribution.
-    soft = tl.where((l_s > -INF) & has_distribution(l_t, F), soft, NAN)
+    soft = tl.where((l_s > -INF) & has_distribution(l_t, F), soft, float("nan"))
     loss = o.soft_scale * soft
     nll = lse - s_label
     if F.hard:
@@ -223,13 +222,13 @@ def _forward_row(
             hard = (1 - o.smoothing) * nll + o.smoothing * (lse - plain / width)
         loss += o.hard_weight * hard
     if F.labels:
-        loss = tl.where(inside, loss, NAN)
+        loss = tl.where(inside, loss, float("nan"))
     if F.z:
         loss += o.z_loss * lse * lse
     tl.store(loss_ptr, scale * loss)
     if F.parts:
         tl.store(parts_ptr, soft)
-        tl.store(parts_ptr + 1, tl.where(inside, nll, NAN) if F.labels else 0.0)
+        tl.store(parts_ptr + 1, tl.where(inside, nll, float("nan")) if F.labels else 0.0)
         tl.store(parts_ptr + 2, lse * lse)
         tl.store(parts_ptr + 3, kl_1 if F.own_kl_at_1 else soft)
         teacher_nll = 0.0
@@ -296,13 +295,13 @@ def _value_pass(
 def _store_stats(stats_ptr, m_s, l_s, m_h, l_h, h_sum, m_t, l_t, o, F: tl.constexpr):
     """Log-sum-exps of the student at T and at 1, sum of h, log-sum-exps of the teachers; NaN where nothing needs it."""
     tl.store(stats_ptr, joined(m_s, l_s, o.temperature))
-    tl.store(stats_ptr + 1, joined(m_h, l_h, 1.0) if F.at_1 else NAN)
+    tl.store(stats_ptr + 1, joined(m_h, l_h, 1.0) if F.at_1 else float("nan"))
     tl.store(stats_ptr + 2, h_sum)
     for k in tl.static_range(tl.constexpr(F.teachers)):
         if k == 0 or F.mixed:
             tl.store(stats_ptr + 3 + k, joined(m_t[k], l_t[k], o.temperature))
         else:
-            tl.store(stats_ptr + 3 + k, NAN)
+            tl.store(stats_ptr + 3 + k, float("nan"))
 
 
 @triton.jit

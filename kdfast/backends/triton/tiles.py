@@ -22,7 +22,6 @@ from kdfast.options import PARTS
 #: Where an online maximum starts: finite, so that exp2(-inf - LOWEST) is 0 and not NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 N_PARTS = tl.constexpr(len(PARTS))
@@ -63,10 +62,11 @@ class Launch:
 _SIZES = ((1024, 4, 1), (16384, 8, 2), (65536, 16, 2), (1 << 31, 32, 1))
 
 
-def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False, ragged: bool = False) -> Launch:
+def launch(vocab: int, *dtypes: torch.dtype, heavy: int = 0, ragged: bool = False) -> Launch:
     """Size of the programs that walk rows of `vocab` columns of these dtypes; a pure function of its arguments.
 
-    `heavy` kernels hold more statistics a column: they get half the columns, and twice the registers of 32 warps.
+    `heavy` kernels hold more statistics a column: at 1 they get half the columns, and twice the registers of 32 warps;
+    at 2 a quarter of the columns.
     """
     vec = 16 // max(d.itemsize for d in dtypes)
     _, warps, loads = next(size for size in _SIZES if vocab <= size[0])
@@ -76,12 +76,14 @@ def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False, ragged: bool =
         warps, loads = min(warps, 16), 8 // vec
     if ragged:
         warps, vec, loads = min(warps, 16), 8, 1
+    if heavy == 2:
+        vec, loads = 4, 1
     if torch.version.hip:
         warps = min(warps, 16)
     return Launch(warps * 32 * loads, vec, warps, ragged)
 
 
-def launch_for(vocab: int, *rows: Tensor, heavy: bool = False) -> Launch:
+def launch_for(vocab: int, *rows: Tensor, heavy: int = 0) -> Launch:
     """`launch` for these `[N, V]` tensors; rows are ragged unless 16 divides every width, stride and address."""
     numbers = (vocab, *(x for r in rows for x in (r.shape[1], r.stride(0), r.data_ptr())))
     return launch(vocab, *(r.dtype for r in rows), heavy=heavy, ragged=any(x % 16 for x in numbers))
@@ -138,7 +140,7 @@ def load_head(row_ptr, columns, width, cap, scale, HEAD: tl.constexpr, policy: t
         x = x * scale
     if HEAD == CAPPED:
         capped = cap * _tanh(x * (scale / cap))
-        x = tl.where(columns < width, tl.where(x == INF, NAN, capped), -INF)
+        x = tl.where(columns < width, tl.where(x == INF, float("nan"), capped), -INF)
     return x
 
 

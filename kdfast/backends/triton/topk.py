@@ -22,7 +22,6 @@ from kdfast.backends.triton.tiles import (
     LOG2E,
     LOWEST,
     N_PARTS,
-    NAN,
     NO_HEAD,
     add_exp2,
     closed,
@@ -196,25 +195,25 @@ def _forward_row(
     log_q_tail = (m_u - top) * inv_t + LN2 * (l_u - l)
     tl.store(stats_ptr, joined(m_u, l_u, temperature))
     tl.store(stats_ptr + 1, joined(top, l, temperature))
-    tl.store(stats_ptr + 2, joined(m_h, l_h, 1.0) if HARD or (UNIT_T and not EXTRA) else NAN)
+    tl.store(stats_ptr + 2, joined(m_h, l_h, 1.0) if HARD or (UNIT_T and not EXTRA) else float("nan"))
 
     soft, diff, tail_diff = _buckets(logprobs, inside, log_z, log_tail, (z - top) * inv_t - LN2 * l, log_q_tail, inv_t)
     # A student that is -inf throughout has no distribution; an id outside the vocabulary names no column.
-    soft = tl.where((l > -INF) & (tl.max(ids, 0) < vocab), soft, NAN)
+    soft = tl.where((l > -INF) & (tl.max(ids, 0) < vocab), soft, float("nan"))
     loss = soft_scale * soft
     hard = (m_h - s_label) + LN2 * l_h
     if HARD:
         loss += tl.where(hard_weight == 0, 0.0, hard_weight * hard)
     if LABELS:
-        loss = tl.where(has_label, loss, NAN)
-        hard = tl.where(has_label, hard, NAN)
+        loss = tl.where(has_label, loss, float("nan"))
+        hard = tl.where(has_label, hard, float("nan"))
     tl.store(loss_ptr, scale * loss)
     if PARTS:
         tl.store(parts_ptr, soft)
         tl.store(parts_ptr + 1, hard if LABELS else 0.0)
         lse = m_h + LN2 * l_h
         tl.store(parts_ptr + 2, lse * lse)
-        tl.store(parts_ptr + 3, soft if UNIT_T else NAN)
+        tl.store(parts_ptr + 3, soft if UNIT_T else float("nan"))
         tl.store(parts_ptr + 4, 0.0)
         tl.store(parts_ptr + 5, 0.0)
         best_z = tl.min(tl.where(z == top, ids, 2147483647), 0)
