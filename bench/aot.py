@@ -32,8 +32,8 @@ _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 _FLOATS = ("inv_t", "soft_scale", "hard_weight", "temperature")
 #: What the row kernels' other pointers point to, by argument name.
 _FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32"}
-#: One for each launch size, and one whose rows are not aligned.
-_VOCABS = (1024, 16384, 57344, 151936, 50257)
+#: One for each launch size, the widest and tightest first, and one whose rows are not aligned.
+_VOCABS = (151936, 57344, 16384, 1024, 50257)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ _BACKWARD = {"hard": {"HARD": True, "EXTRA": False}, "hard extra": {"HARD": True
 
 
 def _logits_cases() -> Iterator[Case]:
-    """Forward KL at every size and mix of types; whatever else there is at bfloat16, and at float32 where rows are widest."""
+    """Forward KL at every size and mix of types; the rest where registers are tightest."""
     from kdfast.backends.triton.logits_rows import backward_kernel, forward_kernel
 
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -124,12 +124,11 @@ def _logits_cases() -> Iterator[Case]:
     for vocab, (mix, (student, teacher)) in itertools.product(_VOCABS, mixes.items()):
         for name, flags in variants.items():
             usual = flags.kind == 0 and flags.teachers == 1 and flags.student_head == 0
-            if not usual and (mix == "fp32+bf16" or (mix == "fp32" and vocab != 151936)):
+            if not (usual or (mix, vocab) in (("bf16", 151936), ("bf16", 16384), ("bf16", 50257), ("fp32", 151936))):
                 continue
             dtypes = (student, *(teacher,) * flags.teachers)
-            if flags.grad:
-                yield _logits_case(backward_kernel, f"{mix} V={vocab} {name}", dtypes, flags, vocab)
-            yield _logits_case(forward_kernel, f"{mix} V={vocab} {name}", dtypes, flags, vocab)
+            for kernel, own in ((forward_kernel, flags), (backward_kernel, dataclasses.replace(flags, parts=False))):
+                yield _logits_case(kernel, f"{mix} V={vocab} {name}", dtypes, own, vocab)
 
 
 def _logits_variants() -> dict[str, Any]:
@@ -249,14 +248,19 @@ def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
 
 
-def _pick(all_cases: Sequence[Case], quick: bool) -> list[Case]:
-    """All of them, or the first of each kernel."""
+def _pick(all_cases: Sequence[Case], targets: Sequence[str], quick: bool) -> list[tuple[Case, str]]:
+    """All of them on every target; or the first of each kernel, and on sm_90 the first of each variant too."""
     if not quick:
-        return list(all_cases)
+        return list(itertools.product(all_cases, targets))
     first: dict[Any, Case] = {}
     for case in all_cases:
-        first.setdefault(case.kernel, case)
-    return list(first.values())
+        first.setdefault((case.kernel, case.constants.get("F")), case)
+    known = set()
+    chosen = []
+    for case in first.values():
+        chosen += [(case, target) for target in targets if case.kernel not in known or target == "sm_90"]
+        known.add(case.kernel)
+    return chosen
 
 
 def _failed(report: Report) -> bool:
@@ -278,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench aot", description=__doc__, epilog="example: python -m bench aot --quick --target sm_90",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="one configuration a kernel")
+    parser.add_argument("--quick", action="store_true", help="one configuration a kernel, and on sm_90 one a variant")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one (may be given several times)")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -294,8 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = 0
     if not options.json:
         print(f"{'kernel':25} {'case':42} target  warps registers spills shared 128-bit / narrower loads")
-    reports = (compile_case(case, target) for case in _pick(chosen, options.quick) for target in targets)
-    for report in reports:
+    for report in (compile_case(case, target) for case, target in _pick(chosen, targets, options.quick)):
         failures += _failed(report)
         print(json.dumps(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
     if not options.json:

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from kdfast.backends.triton.divergence import FORWARD_KL, divergence, forward_kl
-from kdfast.backends.triton.teachers import at_row, has_distribution, label_nll, log_pair, mixed_sums, teacher_tiles
+from kdfast.backends.triton.teachers import (
+    appended,
+    at_row,
+    has_distribution,
+    label_nll,
+    log_pair,
+    mixed_sums,
+    teacher_tiles,
+)
 from kdfast.backends.triton.tiles import (
     INF,
     LN2,
@@ -329,8 +337,8 @@ def backward_kernel(
             if F.mixed:
                 for k in tl.static_range(1, tl.constexpr(F.teachers)):
                     m, l = split(tl.load(stats_at + 3 + k), o.temperature)
-                    m_t = m_t + (m,)  # noqa: RUF005
-                    l_t = l_t + (l,)  # noqa: RUF005
+                    m_t = appended(m_t, m)
+                    l_t = appended(l_t, l)
             _gradient_row(
                 student_ptr + at * student_stride, at_row(teacher_ptrs, teacher_strides, at, F), g_ptr,
                 _load_label(labels_ptr + at, width, F), scale, width, common, o, weights,

@@ -23,11 +23,16 @@ from kdfast.backends.triton.tiles import (
 
 
 @triton.jit
+def appended(values, value):
+    return values + (value,)  # noqa: RUF005  Triton knows no starred tuple
+
+
+@triton.jit
 def at_row(ptrs, strides, row, F: tl.constexpr):
     """Pointers to the same row of every teacher."""
     rows = (ptrs[0] + row * strides[0],)
     for k in tl.static_range(1, tl.constexpr(F.teachers)):
-        rows = rows + (ptrs[k] + row * strides[k],)  # noqa: RUF005  Triton knows no starred tuple
+        rows = appended(rows, ptrs[k] + row * strides[k])
     return rows
 
 
@@ -43,7 +48,7 @@ def teacher_tiles(t_ptrs, columns, common, o, weights, F: tl.constexpr, policy: 
     tiles = (t,)
     if F.mixed:
         for k in tl.static_range(1, tl.constexpr(F.teachers)):
-            tiles = tiles + (_load(t_ptrs[k], columns, common, o, F, policy),)  # noqa: RUF005
+            tiles = appended(tiles, _load(t_ptrs[k], columns, common, o, F, policy))
     elif F.teachers > 1:
         t = weights[0] * t
         for k in tl.static_range(1, tl.constexpr(F.teachers)):
@@ -86,9 +91,9 @@ def mixed_sums(t_ptrs, common, o, F: tl.constexpr, LANES: tl.constexpr, VEC: tl.
     sums_1 = (l_1,)
     for k in tl.static_range(1, tl.constexpr(F.teachers)):
         m, l, l_1 = _one_teacher(t_ptrs[k], common, o, F, LANES, VEC, RAGGED)
-        tops = tops + (m,)  # noqa: RUF005
-        sums = sums + (l,)  # noqa: RUF005
-        sums_1 = sums_1 + (l_1,)  # noqa: RUF005
+        tops = appended(tops, m)
+        sums = appended(sums, l)
+        sums_1 = appended(sums_1, l_1)
     return tops, sums, sums_1
 
 
