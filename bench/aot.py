@@ -24,42 +24,55 @@ from typing import Any
 
 import torch
 
+from kdfast.options import DIVERGENCES
+
 GATED = ("sm_80", "sm_90")
 TARGETS = (*GATED, "sm_100", "gfx942")
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _FLOATS = ("inv_t", "soft_scale", "hard_weight", "temperature")
 #: What the row kernels' other pointers point to, by argument name.
 _FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32"}
-#: One for each launch size, and one whose rows are not aligned.
-_VOCABS = (1024, 16384, 57344, 151936, 50257)
+#: One for each launch size, the widest and tightest first, and one whose rows are not aligned.
+_VOCABS = (151936, 57344, 16384, 1024, 50257)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one set of types, flags and sizes."""
+    """One kernel in one set of types, flags and sizes; `pointers` to tensors by argument, the teachers' as a tuple."""
 
     kernel: Any
     label: str
-    pointers: dict[str, torch.dtype]
+    pointers: dict[str, torch.dtype | tuple[torch.dtype, ...]]
     constants: dict[str, Any]
     options: dict[str, int | bool]
     aligned: bool = True
 
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, Any]:
         return {name: self._type(name) for name in self.kernel.arg_names}
 
-    def _type(self, name: str) -> str:
+    def _type(self, name: str) -> Any:
         if name in self.constants:
             return "constexpr"
         if name.endswith("_ptr"):
             return _FIXED.get(name) or _POINTER[self.pointers.get(name.removesuffix("_ptr"), torch.float32)]
+        if name == "o":
+            from kdfast.backends.triton.logits import Scalars
+
+            return Scalars(*["fp32"] * len(Scalars._fields))
+        teachers = self.pointers.get("teachers", ())
+        if name in (of_each := {"teacher_ptrs": None, "teacher_strides": "i32", "weights": "fp32"}):
+            return tuple(of_each[name] or _POINTER[dtype] for dtype in teachers)
         return "fp32" if name in _FLOATS else "i32"
 
-    def hints(self) -> dict[tuple[int], list[list[Any]]]:
+    def hints(self) -> dict[tuple[int, ...], list[list[Any]]]:
         """Divisibility by 16 of every pointer and, in aligned rows, of every size and stride but the number of rows."""
-        types = self.signature()
-        aligned = [n for n, t in types.items() if t.startswith("*") or (self.aligned and t == "i32" and n != "rows")]
-        return {(self.kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+        found = {}
+        for at, (name, types) in enumerate(self.signature().items()):
+            leaves = {(at, i): t for i, t in enumerate(types)} if isinstance(types, tuple) else {(at,): types}
+            for path, leaf in leaves.items():
+                if leaf.startswith("*") or (self.aligned and leaf == "i32" and name != "rows"):
+                    found[path] = [["tt.divisibility", 16]]
+        return found
 
 
 @dataclass
@@ -95,25 +108,57 @@ def cases() -> Iterator[Case]:
 
 _SOFT = {"UNIT_T": False, "LABELS": False, "HARD": False, "PARTS": False, "GRAD": True, "EXTRA": False}
 _HARD = {**_SOFT, "LABELS": True, "HARD": True}
-#: Flags of the forward kernels: the usual ones, and those that hold the most registers.
+#: Flags of the top-k loss: the usual ones, and those that hold the most registers.
 _FORWARD = {"soft": _SOFT, "hard": _HARD, "hard T=1 parts": {**_HARD, "UNIT_T": True, "PARTS": True},
             "hard parts extra": {**_HARD, "PARTS": True, "EXTRA": True}}  # fmt: skip
 _BACKWARD = {"hard": {"HARD": True, "EXTRA": False}, "hard extra": {"HARD": True, "EXTRA": True}}
 
 
 def _logits_cases() -> Iterator[Case]:
-    from kdfast.backends.triton import logits, tiles
+    """Forward KL at every size and mix of types; the rest where registers are tightest."""
+    from kdfast.backends.triton.logits_rows import backward_kernel, forward_kernel
 
     bf16, fp32 = torch.bfloat16, torch.float32
     mixes = {"bf16": (bf16, bf16), "fp32": (fp32, fp32), "fp32+bf16": (fp32, bf16)}
+    variants = _logits_variants()
     for vocab, (mix, (student, teacher)) in itertools.product(_VOCABS, mixes.items()):
-        pointers = {"student": student, "grad": student, "teacher": teacher}
-        for name, flags in _FORWARD.items():
-            size = tiles.launch(vocab, student, teacher, heavy=flags["PARTS"], ragged=vocab % 16 != 0)
-            yield _row_case(logits.forward_kernel, f"{mix} V={vocab} {name}", pointers, flags, size)
-        for name, flags in _BACKWARD.items():
-            size = tiles.launch(vocab, student, teacher, ragged=vocab % 16 != 0)
-            yield _row_case(logits.backward_kernel, f"{mix} V={vocab} {name}", pointers, flags, size)
+        for name, flags in variants.items():
+            usual = flags.kind == 0 and flags.teachers == 1 and flags.student_head == 0
+            if not (usual or (mix, vocab) in (("bf16", 151936), ("bf16", 16384), ("bf16", 50257), ("fp32", 151936))):
+                continue
+            dtypes = (student, *(teacher,) * flags.teachers)
+            for kernel, own in ((forward_kernel, flags), (backward_kernel, dataclasses.replace(flags, parts=False))):
+                yield _logits_case(kernel, f"{mix} V={vocab} {name}", dtypes, own, vocab)
+
+
+def _logits_variants() -> dict[str, Any]:
+    """The usual flags, each divergence, and those that hold the most registers."""
+    from kdfast.backends.triton import divergence
+    from kdfast.backends.triton.logits import Flags
+
+    soft = Flags()
+    hard = Flags(labels=True, hard=True)
+    every = dataclasses.replace(hard, student_head=2, teacher_head=2, smooth=True, z=True)
+    kinds = {kind: int(getattr(divergence, kind.upper()).value) for kind in (*DIVERGENCES, "alpha_0", "beta_0", "both_0")}
+    return {
+        "soft": soft, "hard": hard,
+        "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
+        "hard parts extra": dataclasses.replace(hard, parts=True, extra=True),
+        **{kind: dataclasses.replace(hard, kind=number) for kind, number in kinds.items() if number != 0},
+        "jsd parts, all options": dataclasses.replace(every, kind=kinds["jsd"], parts=True),
+        "all options": every,
+        "2 teachers' probs": dataclasses.replace(hard, teachers=2, mixed=True),
+        "3 teachers' logits": dataclasses.replace(hard, teachers=3),
+        "4 teachers' probs, jsd parts": dataclasses.replace(hard, teachers=4, mixed=True, kind=kinds["jsd"], parts=True),
+    }  # fmt: skip
+
+
+def _logits_case(kernel: Any, label: str, dtypes: tuple[torch.dtype, ...], flags: Any, vocab: int) -> Case:
+    from kdfast.backends.triton import tiles
+
+    size = tiles.launch(vocab, *dtypes, heavy=flags.heavy, ragged=vocab % 16 != 0)
+    pointers = {"student": dtypes[0], "grad": dtypes[0], "teachers": dtypes[1:]}
+    return _row_case(kernel, label, pointers, {"F": flags}, size)
 
 
 def _topk_cases() -> Iterator[Case]:
@@ -130,7 +175,7 @@ def _topk_cases() -> Iterator[Case]:
         yield _row_case(selection.sums_kernel, f"{name} V={vocab}", pointers, {"DIGITS": selection.DIGITS[dtype]}, size)
 
 
-def _row_case(kernel: Any, label: str, pointers: dict[str, torch.dtype], flags: dict[str, Any], size: Any) -> Case:
+def _row_case(kernel: Any, label: str, pointers: dict[str, Any], flags: dict[str, Any], size: Any) -> Case:
     return Case(kernel, label, pointers, {**flags, **size.shape}, size.options, not size.ragged)
 
 
@@ -203,14 +248,19 @@ def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
 
 
-def _pick(all_cases: Sequence[Case], quick: bool) -> list[Case]:
-    """All of them, or the first of each kernel."""
+def _pick(all_cases: Sequence[Case], targets: Sequence[str], quick: bool) -> list[tuple[Case, str]]:
+    """All of them on every target; or the first of each kernel, and on sm_90 the first of each variant too."""
     if not quick:
-        return list(all_cases)
+        return list(itertools.product(all_cases, targets))
     first: dict[Any, Case] = {}
     for case in all_cases:
-        first.setdefault(case.kernel, case)
-    return list(first.values())
+        first.setdefault((case.kernel, case.constants.get("F")), case)
+    known = set()
+    chosen = []
+    for case in first.values():
+        chosen += [(case, target) for target in targets if case.kernel not in known or target == "sm_90"]
+        known.add(case.kernel)
+    return chosen
 
 
 def _failed(report: Report) -> bool:
@@ -218,7 +268,7 @@ def _failed(report: Report) -> bool:
 
 
 def _line(report: Report) -> str:
-    name = f"{report.kernel:25} {report.case:34} {report.target:7} {report.warps:5}"
+    name = f"{report.kernel:25} {report.case:42} {report.target:7} {report.warps:5}"
     if report.error:
         return f"{name}  does not compile: {report.error}"
     width = "" if report.loads_128 is None else f"{report.loads_128:9} {report.loads_narrower:9}"
@@ -232,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench aot", description=__doc__, epilog="example: python -m bench aot --quick --target sm_90",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="one configuration a kernel")
+    parser.add_argument("--quick", action="store_true", help="one configuration a kernel, and on sm_90 one a variant")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one (may be given several times)")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -247,9 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     failures = 0
     if not options.json:
-        print(f"{'kernel':25} {'case':34} target  warps registers spills shared 128-bit / narrower loads")
-    reports = (compile_case(case, target) for case in _pick(chosen, options.quick) for target in targets)
-    for report in reports:
+        print(f"{'kernel':25} {'case':42} target  warps registers spills shared 128-bit / narrower loads")
+    for report in (compile_case(case, target) for case, target in _pick(chosen, targets, options.quick)):
         failures += _failed(report)
         print(json.dumps(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
     if not options.json:

@@ -52,6 +52,8 @@ def divergence(name: str, log_p: Tensor, log_q: Tensor, *, beta: float, skew: fl
     if name == "tvd":
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
     p, q = log_p.exp(), log_q.exp()
+    if a == b == 0:
+        return ((log_p - log_q) ** 2).sum(-1) / 2
     if a == 0:
         return (q**b * b * (log_q - log_p) - q**b + p**b).sum(-1) / b**2
     if b == 0:

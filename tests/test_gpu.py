@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from test_divergences import CASES, ROW_OPTIONS
 from torch import Tensor
 
 import kdfast
+from kdfast.options import DIVERGENCES
 
 DEVICE = "cuda"
 BACKENDS = ["triton", "reference"]
@@ -64,6 +67,104 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.usefixtures("backend")
 def test_logits_value_and_gradient(vs: int, vt: int, dtype: torch.dtype) -> None:
     check(*batch(9, vs, vt, dtype=dtype))
+
+
+def check_options(
+    student: Tensor, teachers: list[Tensor], labels: Tensor | None, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    """kd_loss against its definition, in both gradient modes: a mean (in forward) and weighted rows (in backward)."""
+    hard = 0.0 if labels is None else 0.3
+    weight = torch.linspace(0.5, 2, student.shape[0], device=DEVICE)
+
+    def plain_rows(x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in HALVES.values() else x
+        given = [t.to(wide.dtype) for t in teachers]
+        return plain.kd_rows(wide, given, labels, temperature=2.0, soft=0.7, hard=hard, **theirs)
+
+    def weighted(rows: Tensor) -> Tensor:
+        return ((rows if labels is None else torch.where(labels != -100, rows, 0)) * weight).sum()
+
+    def fused(x: Tensor, reduction: str) -> Tensor:
+        given = teachers[0] if len(teachers) == 1 else teachers
+        weights = {"soft_weight": 0.7, "hard_weight": hard}
+        return kdfast.kd_loss(x, given, labels, temperature=2.0, reduction=reduction, **weights, **ours)
+
+    pairs = [
+        (lambda x: plain.mean(plain_rows(x), labels), lambda x: fused(x, "mean")),
+        (lambda x: weighted(plain_rows(x)), lambda x: (fused(x, "none") * weight).sum()),
+    ]
+    for eagerly, kernel in pairs:
+        truth = plain.gradient(eagerly, student, torch.float64)
+        same, got = plain.gradient(eagerly, student, student.dtype), plain.gradient(kernel, student, student.dtype)
+        plain.assert_as_good(got[0], same[0], truth[0], torch.float32, "value")
+        plain.assert_as_good(got[1], same[1], truth[1], student.dtype, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("vs", "vt"), [(1000, 1000), (50257, 50257), (151936, 151936), (5003, 4000)],
+    ids=["V1000", "V50257-odd", "V151936-many-blocks", "student-larger"],
+)  # fmt: skip
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("backend")
+def test_logits_divergences(case: str, vs: int, vt: int, dtype: torch.dtype) -> None:
+    student, teacher, labels = batch(5, vs, vt, dtype=dtype)
+    check_options(student, [teacher], labels, *CASES[case])
+
+
+@pytest.mark.parametrize("option", ROW_OPTIONS)
+@pytest.mark.parametrize("case", ["forward", "jsd", "reverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("vs", "vt"), [(1003, 1003), (32000, 30000)], ids=["V1003", "student-larger"])
+@pytest.mark.usefixtures("backend")
+def test_logits_row_options(vs: int, vt: int, dtype: torch.dtype, case: str, option: str) -> None:
+    student, teacher, labels = batch(5, vs, vt, dtype=dtype)
+    both = [a | b for a, b in zip(CASES[case], ROW_OPTIONS[option], strict=True)]
+    check_options(student, [teacher], labels, *both)
+    if option == "z-loss":
+        check_options(student, [teacher], None, *both)
+
+
+@pytest.mark.parametrize("mix", ["probs", "logits"])
+@pytest.mark.parametrize("case", ["forward", "tvd", "skew-reverse"])
+@pytest.mark.parametrize("vocab", [403, 32016], ids=["V403", "V32016-aligned"])
+@pytest.mark.usefixtures("backend")
+def test_logits_several_teachers(vocab: int, case: str, mix: str) -> None:
+    student, _, labels = batch(5, vocab, 1)
+    teachers = [torch.randn(5, vocab + 16 * i, device=DEVICE).mul(3).to(d) for i, d in enumerate(DTYPES.values())]
+    ours, theirs = CASES[case]
+    weights = [1.0, 2.0, 0.5]
+    mixed = {"teacher_weights": weights, "teacher_mix": mix}
+    check_options(student, teachers, labels, ours | mixed, theirs | {"weights": weights, "mix": mix})
+
+
+@pytest.mark.parametrize("distance", [0.1, 0.001])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("backend")
+def test_logits_divergences_near_agreement(case: str, distance: float) -> None:
+    _, teacher, _ = batch(16, 32000, 32000)
+    student = teacher + distance * torch.randn_like(teacher)
+    ours, theirs = CASES[case]
+    truth = plain.kd_rows(student.double(), [teacher.double()], **theirs).mean()
+    rows = kdfast.kd_loss(student, teacher, reduction="none", **ours)
+    assert (rows >= 0).all()
+    assert abs(float(rows.mean()) / float(truth) - 1) <= 1e-3
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("spread", [30.0, 640.0])
+@pytest.mark.usefixtures("backend")
+def test_logits_divergences_saturated_and_excluded(spread: float, divergence: str) -> None:
+    student, teacher, labels = batch(8, 4001, 4001)
+    student, teacher = student.sign() * spread, teacher.sign() * spread
+    student[:, ::3] = teacher[:, ::3] = -torch.inf
+    labels = torch.where(labels == -100, labels, labels // 3 * 3 + 1).clamp(max=4000)
+    kw = {"ab_alpha": 0.5, "ab_beta": 0.5} if divergence == "alpha_beta" else {}
+    student.requires_grad_()
+    loss = kdfast.kd_loss(student, teacher, labels, divergence=divergence, hard_weight=0.5, **kw)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("spread", [30.0, 640.0])
@@ -227,6 +328,10 @@ def _losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     hidden, weight = torch.randn(64, 32, device=DEVICE), torch.randn(4099, 32, device=DEVICE)
     return {
         "logits": (lambda x: kdfast.kd_loss(x, teacher, labels, **OPTIONS), student),
+        "several": (
+            lambda x: kdfast.kd_loss(x, [teacher, teacher.bfloat16()], labels, divergence="jsd", z_loss=1e-3, **OPTIONS),
+            student,
+        ),
         "overwrite": (lambda x: kdfast.kd_loss(x, teacher, labels, overwrite_logits=True, **OPTIONS), student),
         "topk": (lambda x: kdfast.topk_kd_loss(x, targets, labels, **OPTIONS), student),
         "linear": (lambda x: kdfast.linear_kd_loss(x, weight, hidden, weight, labels, **OPTIONS), hidden * 0.5),
@@ -234,7 +339,7 @@ def _losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="synchronisation is a CUDA matter")
-@pytest.mark.parametrize("op", ["logits", "overwrite", "topk", "linear"])
+@pytest.mark.parametrize("op", ["logits", "several", "overwrite", "topk", "linear"])
 def test_no_host_synchronisation(op: str) -> None:
     """Forward and backward, with an incoming gradient other than 1, enqueue work and ask the device nothing."""
     with kdfast.use_backend("triton"):
@@ -250,7 +355,7 @@ def test_no_host_synchronisation(op: str) -> None:
             torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("op", ["logits", "topk", "linear"])
+@pytest.mark.parametrize("op", ["logits", "several", "topk", "linear"])
 @pytest.mark.usefixtures("backend")
 def test_compiles_as_one_graph(op: str) -> None:
     loss, at = _losses()[op]

@@ -5,54 +5,13 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from torch import Tensor
+from against_reference import DTYPES, DTYPES_AND_T, WEIGHTS, batch, compare, truth
 
-from kdfast.backends.reference import logits as reference
 from kdfast.backends.triton import logits, scale
 from kdfast.options import PARTS, RowOptions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCALE = [1.0, 0.5, 0.0, 2.0]
 
-
-def batch(vs: int, vt: int, dtype: torch.dtype, device: str, spread: float = 3.0) -> tuple[Tensor, ...]:
-    student, teacher = (torch.randn(4, v, device=device).mul(spread).to(dtype) for v in (vs, vt))
-    return student, teacher, torch.randint(0, vs, (4,), device=device), torch.tensor(SCALE, device=device)
-
-
-def truth(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, options: RowOptions, parts: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad = torch.empty_like(student, dtype=torch.float64)
-    loss, _, columns = reference.forward(student.double(), teacher.double(), labels, scale.double(), options, parts, grad)
-    return loss, columns, grad
-
-
-def compare(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tensor, options: RowOptions) -> None:
-    """Loss, gradient in forward, gradient in backward: at most twice the error of plain PyTorch in the same dtype."""
-    loss, _, grad = truth(student, teacher, labels, scale, options)
-    rows = scale != 0
-    soft, hard = options.soft_weight, options.hard_weight
-
-    def eager(x: Tensor) -> Tensor:
-        row = plain.rows(x, teacher[rows].to(x.dtype), None if labels is None else labels[rows],
-                         temperature=options.temperature, soft=soft, hard=hard)  # fmt: skip
-        return (row * scale[rows]).sum()
-
-    total, plain_grad = plain.gradient(eager, student[rows], student.dtype)
-    out = torch.full_like(student, torch.nan)
-    got, stats, _ = logits.forward(student, teacher, labels, scale, options, False, out)
-    again = torch.full_like(student, torch.nan)
-    logits.backward(student, teacher, labels, scale, stats, options, again)
-    for result in (out, again):
-        plain.assert_as_good(result[rows], plain_grad, grad[rows], student.dtype, "gradient")
-        assert (result[~rows] == 0).all()
-    plain.assert_as_good(got.sum(), total, loss.sum(), torch.float32, "loss")
-    assert (got[~rows] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("temperature", [1.0, 2.5], ids=["T1-shared-sums", "T2.5-own-sums"])
+@pytest.mark.parametrize(("dtype", "temperature"), DTYPES_AND_T.values(), ids=DTYPES_AND_T)
 @pytest.mark.parametrize(
     ("vs", "vt"),
     [(1, 1), (2, 2), (17, 17), (1008, 1008), (5003, 5003), (5008, 5008), (1100, 1003), (1003, 1100), (1104, 1008)],
@@ -60,7 +19,8 @@ def compare(student: Tensor, teacher: Tensor, labels: Tensor | None, scale: Tens
          "teacher-larger-ragged", "student-larger-aligned"],
 )  # fmt: skip
 def test_value_and_gradient(vs: int, vt: int, temperature: float, dtype: torch.dtype, device: str) -> None:
-    compare(*batch(vs, vt, dtype, device), RowOptions(temperature, 0.7, 0.3))
+    student, teacher, labels, scale = batch(vs, vt, dtype, device)
+    compare(student, [teacher], labels, scale, RowOptions(temperature=temperature, **WEIGHTS))
 
 
 @pytest.mark.parametrize(
@@ -70,29 +30,28 @@ def test_value_and_gradient(vs: int, vt: int, temperature: float, dtype: torch.d
 )
 def test_wide_launches(vocab: int, dtype: torch.dtype, device: str) -> None:
     student, teacher, labels, scale = batch(vocab, vocab, dtype, device)
-    compare(student[1:3], teacher[1:3], labels[1:3], scale[1:3], RowOptions(2.5, 0.7, 0.3))
+    compare(student[1:3], [teacher[1:3]], labels[1:3], scale[1:3], RowOptions(temperature=2.5, **WEIGHTS))
 
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["no-labels", "labels-without-weight"])
 def test_soft_loss_alone(labelled: bool, device: str) -> None:
     student, teacher, labels, scale = batch(333, 333, torch.float32, device)
-    compare(student, teacher, labels if labelled else None, scale, RowOptions(2.0, 1.0, 0.0))
+    compare(student, [teacher], labels if labelled else None, scale, RowOptions(temperature=2.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("dtype", "temperature"), DTYPES_AND_T.values(), ids=DTYPES_AND_T)
 @pytest.mark.parametrize("level", [30.0, 640.0])
-@pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_saturated_rows(level: float, temperature: float, dtype: torch.dtype, device: str) -> None:
     student, teacher, labels, scale = batch(1003, 1003, dtype, device)
     student, teacher = student.sign().mul(level), teacher.sign().mul(level)
     student[0, 0] += 8  # one clear winner, also in bfloat16
-    compare(student, teacher, labels, scale, RowOptions(temperature, 0.7, 0.3))
+    compare(student, [teacher], labels, scale, RowOptions(temperature=temperature, **WEIGHTS))
 
 
 def test_extra_columns_that_dwarf_the_common_ones(device: str) -> None:
     student, teacher, labels, scale = batch(1100, 1000, torch.float32, device)
     student[:, 1050] = 640.0
-    compare(student, teacher, labels, scale, RowOptions(2.0, 0.7, 0.3))
+    compare(student, [teacher], labels, scale, RowOptions(temperature=2.0, **WEIGHTS))
 
 
 @pytest.mark.parametrize("overlap", [0.95, 0.999, 0.9999])
@@ -106,23 +65,23 @@ def test_value_near_agreement(overlap: float, device: str) -> None:
         lo, hi = (size, hi) if shared > overlap else (lo, size)
     ones = torch.ones(4, device=device)
     student = teacher + size * noise
-    exact, _, grad = truth(student, teacher, None, ones, RowOptions())
+    exact, _, grad = truth(student, [teacher], None, ones, RowOptions())
     out = torch.empty_like(student)
-    loss, _, _ = logits.forward(student, teacher, None, ones, RowOptions(), False, out)
+    loss, _, _ = logits.forward(student, [teacher], None, ones, RowOptions(), False, out)
     assert ((loss.double() - exact).abs() <= 1e-3 * exact).all()
     assert plain.error(out, grad) <= 1e-3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize(("vs", "vt"), [(300, 300), (300, 257), (257, 300), (5003, 5003)])
+@pytest.mark.parametrize(("vs", "vt"), [(300, 257), (257, 300), (2008, 2008)])
 def test_parts(vs: int, vt: int, temperature: float, device: str) -> None:
     student, teacher, labels, scale = batch(vs, vt, torch.float32, device)
     labels = labels.clamp(max=min(vs, vt) - 1)
     student[:2, : min(vs, vt)] = teacher[:2, : min(vs, vt)] + 1e-3  # these rows agree on the top
-    options = RowOptions(temperature, 1.0, 0.5)
-    _, expected, _ = truth(student, teacher, labels, scale, options, parts=True)
-    loss, _, parts = logits.forward(student, teacher, labels, scale, options, True, None)
-    alone, _, none = logits.forward(student, teacher, labels, scale, options, False, None)
+    options = RowOptions(temperature=temperature, hard_weight=0.5)
+    _, expected, _ = truth(student, [teacher], labels, scale, options, parts=True)
+    loss, _, parts = logits.forward(student, [teacher], labels, scale, options, True, None)
+    alone, _, none = logits.forward(student, [teacher], labels, scale, options, False, None)
     assert none.shape == (0,)
     assert torch.allclose(loss, alone, rtol=1e-6)
     for i, name in enumerate(PARTS):
@@ -132,18 +91,18 @@ def test_parts(vs: int, vt: int, temperature: float, device: str) -> None:
 def test_parts_of_a_label_that_the_teacher_lacks(device: str) -> None:
     student, teacher, labels, scale = batch(40, 30, torch.float32, device)
     labels[:] = 35
-    _, _, parts = logits.forward(student, teacher, labels, scale, RowOptions(1.0, 1.0, 0.5), True, None)
+    _, _, parts = logits.forward(student, [teacher], labels, scale, RowOptions(hard_weight=0.5), True, None)
     assert parts[:, PARTS.index("teacher_nll")].tolist() == [torch.inf, torch.inf, 0.0, torch.inf]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradient_in_the_place_of_the_student(dtype: torch.dtype, device: str) -> None:
     student, teacher, labels, scale = batch(5100, 5003, dtype, device)
-    options = RowOptions(2.0, 0.7, 0.3)
+    options = RowOptions(temperature=2.0, **WEIGHTS)
     apart = torch.empty_like(student)
-    loss, _, _ = logits.forward(student, teacher, labels, scale, options, False, apart)
+    loss, _, _ = logits.forward(student, [teacher], labels, scale, options, False, apart)
     inside = student.clone()
-    again, _, _ = logits.forward(inside, teacher, labels, scale, options, False, inside)
+    again, _, _ = logits.forward(inside, [teacher], labels, scale, options, False, inside)
     assert torch.equal(inside, apart)
     assert torch.equal(loss, again)
 
@@ -154,17 +113,17 @@ def test_rows_with_any_stride(device: str) -> None:
     s, t, g = wide[:, :1000], wide[:, 1001:2001], wide[:, 2000:]
     s.copy_(student), t.copy_(teacher)
     expected = torch.empty_like(student)
-    loss, _, _ = logits.forward(student, teacher, labels, scale, RowOptions(2.0, 0.7, 0.3), False, expected)
-    strided, _, _ = logits.forward(s, t, labels, scale, RowOptions(2.0, 0.7, 0.3), False, g[:, :1000])
+    loss, _, _ = logits.forward(student, [teacher], labels, scale, RowOptions(temperature=2.0, **WEIGHTS), False, expected)
+    strided, _, _ = logits.forward(s, [t], labels, scale, RowOptions(temperature=2.0, **WEIGHTS), False, g[:, :1000])
     assert torch.equal(loss, strided)
     assert torch.equal(g[:, :1000], expected)
 
 
 def test_mixed_dtypes(device: str) -> None:
     student, teacher, labels, scale = batch(1000, 1000, torch.float32, device)
-    compare(student, teacher.bfloat16().float(), labels, scale, RowOptions(2.0, 0.7, 0.3))
-    expected, _, _ = logits.forward(student, teacher.bfloat16().float(), None, scale, RowOptions(), False, None)
-    loss, _, _ = logits.forward(student, teacher.bfloat16(), None, scale, RowOptions(), False, None)
+    compare(student, [teacher.bfloat16().float()], labels, scale, RowOptions(temperature=2.0, **WEIGHTS))
+    expected, _, _ = logits.forward(student, [teacher.bfloat16().float()], None, scale, RowOptions(), False, None)
+    loss, _, _ = logits.forward(student, [teacher.bfloat16()], None, scale, RowOptions(), False, None)
     assert torch.allclose(loss, expected, rtol=1e-5)
 
 
@@ -174,9 +133,9 @@ def test_minus_infinity(device: str) -> None:
     teacher[:, ::3] = -torch.inf
     student[0, ::3] = -torch.inf  # both exclude the same ids
     student[2, 1] = -torch.inf  # the teacher allows this one
-    exact, _, exact_grad = truth(student, teacher, None, scale, RowOptions())
+    exact, _, exact_grad = truth(student, [teacher], None, scale, RowOptions())
     grad = torch.empty_like(student)
-    loss, _, _ = logits.forward(student, teacher, None, scale, RowOptions(), False, grad)
+    loss, _, _ = logits.forward(student, [teacher], None, scale, RowOptions(), False, grad)
     assert torch.isinf(loss).tolist() == [False, False, True, False]
     assert torch.allclose(loss.double(), exact, rtol=1e-5)
     assert torch.allclose(grad.double(), exact_grad, atol=1e-6)
@@ -187,7 +146,8 @@ def test_minus_infinity(device: str) -> None:
 def test_bad_rows_are_nan(side: int, value: float, device: str) -> None:
     inputs = batch(2500, 2500, torch.float32, device)
     inputs[side][1, 2400] = value
-    loss, _, _ = logits.forward(*inputs, RowOptions(2.0, 0.7, 0.3), False, None)
+    student, teacher, labels, scale = inputs
+    loss, _, _ = logits.forward(student, [teacher], labels, scale, RowOptions(temperature=2.0, **WEIGHTS), False, None)
     assert loss.isnan().tolist() == [False, True, False, False]
 
 
@@ -195,7 +155,8 @@ def test_bad_rows_are_nan(side: int, value: float, device: str) -> None:
 def test_row_without_a_distribution_is_nan(side: int, device: str) -> None:
     inputs = batch(100, 100, torch.float32, device)
     inputs[side][1] = -torch.inf
-    loss, _, _ = logits.forward(*inputs, RowOptions(2.0, 0.7, 0.3), False, None)
+    student, teacher, labels, scale = inputs
+    loss, _, _ = logits.forward(student, [teacher], labels, scale, RowOptions(temperature=2.0, **WEIGHTS), False, None)
     assert loss.isnan().tolist() == [False, True, False, False]
 
 
@@ -203,7 +164,9 @@ def test_row_without_a_distribution_is_nan(side: int, device: str) -> None:
 def test_labels_out_of_range_are_nan(hard: float, device: str) -> None:
     student, teacher, labels, scale = batch(20, 20, torch.float32, device)
     labels[0], labels[1] = 20, -7
-    loss, _, _ = logits.forward(student, teacher, labels, scale, RowOptions(1.0, 0.7, hard), False, torch.empty_like(student))
+    loss, _, _ = logits.forward(
+        student, [teacher], labels, scale, RowOptions(soft_weight=0.7, hard_weight=hard), False, torch.empty_like(student)
+    )
     assert loss.isnan().tolist() == [True, True, False, False]
 
 
@@ -211,7 +174,7 @@ def test_rows_that_do_not_count_are_not_read(device: str) -> None:
     student, teacher, labels, scale = batch(333, 333, torch.float32, device)
     student[2], teacher[2], labels[2] = torch.nan, torch.nan, 10**6
     grad = torch.empty_like(student)
-    loss, stats, parts = logits.forward(student, teacher, labels, scale, RowOptions(2.0, 0.7, 0.3), True, grad)
+    loss, stats, parts = logits.forward(student, [teacher], labels, scale, RowOptions(temperature=2.0, **WEIGHTS), True, grad)
     for result in (loss, parts, grad, stats):
         assert result.isfinite().all()
         assert (result[2] == 0).all()

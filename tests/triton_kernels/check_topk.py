@@ -5,14 +5,12 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
+from against_reference import DTYPES, DTYPES_AND_T, SCALE, WEIGHTS
 from torch import Tensor
 
 from kdfast.backends.reference import topk as reference
 from kdfast.backends.triton import topk
 from kdfast.options import PARTS, RowOptions
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCALE = [1.0, 0.5, 0.0, 2.0]
 
 
 def captured(teacher: Tensor, k: int, temperature: float) -> tuple[Tensor, ...]:
@@ -48,12 +46,12 @@ def compare(
     wide = tuple(x if x.dtype == torch.int32 else x.double() for x in targets)
     exact_grad = torch.empty_like(student, dtype=torch.float64)
     exact, _, _ = reference.forward(
-        student.double(), *wide, labels, scale.double(), options, vocab, False, exact_grad
+        student.double(), wide, labels, scale.double(), options, vocab, False, exact_grad
     )  # fmt: skip
     total, plain_grad = plain.gradient(lambda x: eager(x, targets, labels, scale, options, vocab), student, student.dtype)
     out, again = torch.full_like(student, torch.nan), torch.full_like(student, torch.nan)
-    loss, stats, _ = topk.forward(student, *targets, labels, scale, options, vocab, False, out)
-    topk.backward(student, *targets, labels, scale, stats, options, vocab, again)
+    loss, stats, _ = topk.forward(student, targets, labels, scale, options, vocab, False, out)
+    topk.backward(student, targets, labels, scale, stats, options, vocab, again)
     for result in (out, again):
         plain.assert_as_good(result, plain_grad, exact_grad, student.dtype, "gradient")
         assert (result[scale == 0] == 0).all()
@@ -108,8 +106,7 @@ def test_capture_of_bad_rows(value: float, device: str) -> None:
     assert ((ids >= 0) & (ids < 3000)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("dtype", "temperature"), DTYPES_AND_T.values(), ids=DTYPES_AND_T)
 @pytest.mark.parametrize(
     ("width", "vocab", "k"),
     [(1, 1, 1), (2, 2, 1), (17, 17, 17), (1008, 1008, 64), (5003, 5003, 99), (5008, 5008, 9), (1100, 1003, 7), (1104, 1008, 7)],
@@ -118,15 +115,15 @@ def test_capture_of_bad_rows(value: float, device: str) -> None:
 )  # fmt: skip
 def test_value_and_gradient(width: int, vocab: int, k: int, temperature: float, dtype: torch.dtype, device: str) -> None:
     student, teacher, labels, scale = batch(width, vocab, dtype, device)
-    options = RowOptions(temperature, 0.7, 0.3)
+    options = RowOptions(temperature=temperature, **WEIGHTS)
     if k < vocab:
         compare(student, captured(teacher, k, temperature), labels, scale, options, vocab)
         return
     targets = captured(teacher, k, temperature)  # log of an empty rest: autograd gives NaN, so only the reference serves
     exact_grad, out = torch.empty_like(student, dtype=torch.float64), torch.full_like(student, torch.nan)
     wide = (targets[0], *(x.double() for x in targets[1:]))
-    exact, _, _ = reference.forward(student.double(), *wide, labels, scale.double(), options, vocab, False, exact_grad)
-    loss, _, _ = topk.forward(student, *targets, labels, scale, options, vocab, False, out)
+    exact, _, _ = reference.forward(student.double(), wide, labels, scale.double(), options, vocab, False, exact_grad)
+    loss, _, _ = topk.forward(student, targets, labels, scale, options, vocab, False, out)
     assert torch.allclose(loss.double(), exact, rtol=1e-5, atol=2e-6)
     assert torch.allclose(out.double(), exact_grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
@@ -136,14 +133,21 @@ def test_saturated_rows(level: float, device: str) -> None:
     student, teacher, labels, scale = batch(1003, 1003, torch.float32, device)
     student = student.sign().mul(level)
     student[0, 0] += 1
-    compare(student, captured(teacher, 16, 2.0), labels, scale, RowOptions(2.0, 0.7, 0.3), 1003)
+    compare(student, captured(teacher, 16, 2.0), labels, scale, RowOptions(temperature=2.0, **WEIGHTS), 1003)
 
 
 def test_all_mass_on_the_entries(device: str) -> None:
     student, _, labels, scale = batch(1000, 1000, torch.float32, device)
     ids = student.topk(4).indices
     student.scatter_(1, ids, 60.0)  # the rest weighs e^-50 or less: 1 - sum would say 0
-    compare(student, captured(student + torch.randn_like(student), 4, 1.0), labels, scale, RowOptions(1.0, 0.7, 0.3), 1000)
+    compare(
+        student,
+        captured(student + torch.randn_like(student), 4, 1.0),
+        labels,
+        scale,
+        RowOptions(temperature=1.0, **WEIGHTS),
+        1000,
+    )
 
 
 def test_near_agreement(device: str) -> None:
@@ -151,20 +155,20 @@ def test_near_agreement(device: str) -> None:
     student, ones = teacher + 1e-3 * torch.randn_like(teacher), torch.ones(4, device=device)
     targets = captured(teacher, 64, 1.0)
     wide = (targets[0], *(x.double() for x in targets[1:]))
-    exact, _, _ = reference.forward(student.double(), *wide, None, ones.double(), RowOptions(), 5003, False, None)
-    loss, _, _ = topk.forward(student, *targets, None, ones, RowOptions(), 5003, False, None)
+    exact, _, _ = reference.forward(student.double(), wide, None, ones.double(), RowOptions(), 5003, False, None)
+    loss, _, _ = topk.forward(student, targets, None, ones, RowOptions(), 5003, False, None)
     assert ((loss.double() - exact).abs() <= 1e-3 * exact + 1e-12).all()
 
 
 def test_empty_slots_do_not_count(device: str) -> None:
     student, teacher, labels, scale = batch(500, 500, torch.float32, device)
-    options = RowOptions(2.0, 0.7, 0.3)
+    options = RowOptions(temperature=2.0, **WEIGHTS)
     ids, logprobs, log_z, log_tail = captured(teacher, 5, 2.0)
     more_ids = torch.cat([torch.full_like(ids, -1), ids], 1)
     more_logprobs = torch.cat([torch.full_like(logprobs, -torch.inf), logprobs], 1)
     few, many = torch.empty_like(student), torch.empty_like(student)
-    loss, _, _ = topk.forward(student, ids, logprobs, log_z, log_tail, labels, scale, options, 500, False, few)
-    again, _, _ = topk.forward(student, more_ids, more_logprobs, log_z, log_tail, labels, scale, options, 500, False, many)
+    loss, _, _ = topk.forward(student, (ids, logprobs, log_z, log_tail), labels, scale, options, 500, False, few)
+    again, _, _ = topk.forward(student, (more_ids, more_logprobs, log_z, log_tail), labels, scale, options, 500, False, many)
     assert torch.allclose(loss, again, rtol=1e-6)
     assert torch.allclose(few, many, atol=1e-7)
 
@@ -173,20 +177,20 @@ def test_parts(device: str) -> None:
     student, teacher, labels, scale = batch(1100, 1003, torch.float32, device)
     student[:2, :1003] = teacher[:2] + 1e-3
     for temperature in (1.0, 2.0):
-        targets, options = captured(teacher, 16, temperature), RowOptions(temperature, 1.0, 0.5)
+        targets, options = captured(teacher, 16, temperature), RowOptions(temperature=temperature, hard_weight=0.5)
         wide = (targets[0], *(x.double() for x in targets[1:]))
-        _, _, expected = reference.forward(student.double(), *wide, labels, scale.double(), options, 1003, True, None)
-        _, _, parts = topk.forward(student, *targets, labels, scale, options, 1003, True, None)
+        _, _, expected = reference.forward(student.double(), wide, labels, scale.double(), options, 1003, True, None)
+        _, _, parts = topk.forward(student, targets, labels, scale, options, 1003, True, None)
         for i, name in enumerate(PARTS):
             assert torch.allclose(parts[:, i].double(), expected[:, i], rtol=2e-5, atol=1e-6, equal_nan=True), name
 
 
 def test_gradient_in_the_place_of_the_student(device: str) -> None:
     student, teacher, labels, scale = batch(5100, 5003, torch.bfloat16, device)
-    targets, options = captured(teacher, 64, 2.0), RowOptions(2.0, 0.7, 0.3)
+    targets, options = captured(teacher, 64, 2.0), RowOptions(temperature=2.0, **WEIGHTS)
     apart, inside = torch.empty_like(student), student.clone()
-    topk.forward(student, *targets, labels, scale, options, 5003, False, apart)
-    topk.forward(inside, *targets, labels, scale, options, 5003, False, inside)
+    topk.forward(student, targets, labels, scale, options, 5003, False, apart)
+    topk.forward(inside, targets, labels, scale, options, 5003, False, inside)
     assert torch.equal(inside, apart)
 
 
@@ -197,7 +201,7 @@ def test_bad_rows_are_nan(device: str) -> None:
     student[1, 50] = torch.inf
     student[2, int(targets[0][2, 0])] = torch.nan
     for grad in (None, torch.empty_like(student)):
-        loss, _, _ = topk.forward(student, *targets, labels, scale, RowOptions(1.0, 0.7, 0.3), 100, False, grad)
+        loss, _, _ = topk.forward(student, targets, labels, scale, RowOptions(temperature=1.0, **WEIGHTS), 100, False, grad)
         assert loss.isnan().tolist() == [True, True, True, False]
 
 
@@ -206,7 +210,7 @@ def test_rows_that_do_not_count_are_not_read(device: str) -> None:
     targets = captured(teacher, 8, 1.0)
     student[2], targets[0][2], labels[2] = torch.nan, 10**6, 10**6
     grad = torch.empty_like(student)
-    loss, _, parts = topk.forward(student, *targets, labels, scale, RowOptions(1.0, 0.7, 0.3), 100, True, grad)
+    loss, _, parts = topk.forward(student, targets, labels, scale, RowOptions(temperature=1.0, **WEIGHTS), 100, True, grad)
     assert loss.isfinite().all()
     assert grad.isfinite().all()
     assert (parts[2] == 0).all()
@@ -217,6 +221,6 @@ def test_repeated_id_stays_inside(device: str) -> None:
     targets = captured(teacher, 8, 1.0)
     targets[0][:, 1] = targets[0][:, 0]
     guarded = torch.full((4, 140), 7.0, device=device)
-    topk.forward(student, *targets, labels, scale, RowOptions(1.0, 0.7, 0.3), 100, False, guarded[:, 20:120])
+    topk.forward(student, targets, labels, scale, RowOptions(temperature=1.0, **WEIGHTS), 100, False, guarded[:, 20:120])
     assert (guarded[:, :20] == 7).all()
     assert (guarded[:, 120:] == 7).all()

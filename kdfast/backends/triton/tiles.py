@@ -17,12 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.options import PARTS
+
 #: Where an online maximum starts: finite, so that exp2(-inf - LOWEST) is 0 and not NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+N_PARTS = tl.constexpr(len(PARTS))
+#: What lies between the stored logits and the softmax (`kdfast.options.Head`).
+NO_HEAD = tl.constexpr(0)
+SCALED = tl.constexpr(1)
+CAPPED = tl.constexpr(2)
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,11 @@ class Launch:
 _SIZES = ((1024, 4, 1), (16384, 8, 2), (65536, 16, 2), (1 << 31, 32, 1))
 
 
-def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False, ragged: bool = False) -> Launch:
+def launch(vocab: int, *dtypes: torch.dtype, heavy: int = 0, ragged: bool = False) -> Launch:
     """Size of the programs that walk rows of `vocab` columns of these dtypes; a pure function of its arguments.
 
-    `heavy` kernels hold more statistics a column: they get half the columns, and twice the registers of 32 warps.
+    `heavy` kernels hold more statistics a column: at 1 they get half the columns, and twice the registers of 32 warps;
+    at 2 a quarter of the columns.
     """
     vec = 16 // max(d.itemsize for d in dtypes)
     _, warps, loads = next(size for size in _SIZES if vocab <= size[0])
@@ -69,12 +76,14 @@ def launch(vocab: int, *dtypes: torch.dtype, heavy: bool = False, ragged: bool =
         warps, loads = min(warps, 16), 8 // vec
     if ragged:
         warps, vec, loads = min(warps, 16), 8, 1
+    if heavy == 2:
+        vec, loads = 4, 1
     if torch.version.hip:
         warps = min(warps, 16)
     return Launch(warps * 32 * loads, vec, warps, ragged)
 
 
-def launch_for(vocab: int, *rows: Tensor, heavy: bool = False) -> Launch:
+def launch_for(vocab: int, *rows: Tensor, heavy: int = 0) -> Launch:
     """`launch` for these `[N, V]` tensors; rows are ragged unless 16 divides every width, stride and address."""
     numbers = (vocab, *(x for r in rows for x in (r.shape[1], r.stride(0), r.data_ptr())))
     return launch(vocab, *(r.dtype for r in rows), heavy=heavy, ragged=any(x % 16 for x in numbers))
@@ -111,6 +120,48 @@ def tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.const
 @triton.jit
 def load_tile(row_ptr, columns, width, policy: tl.constexpr):
     return tl.load(row_ptr + columns, mask=columns < width, other=-INF, eviction_policy=policy).to(tl.float32)
+
+
+@triton.jit
+def _tanh(x):
+    # Below 0.625 x + x^3 * P(x^2), P fitted to 1e-7 of itself; 1 - 2 / (e^2x + 1) would cancel there.
+    z = x * x
+    tail = -0.33333329 + z * (0.1333277 + z * (-0.05385096 + z * (0.02099738 + z * -0.006096967)))
+    size = tl.abs(x)
+    far = 1 - 2 / (tl.exp2(size * (2 * LOG2E)) + 1)
+    return tl.where(size < 0.625, x + x * z * tail, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def load_head(row_ptr, columns, width, cap, scale, HEAD: tl.constexpr, policy: tl.constexpr):
+    """A tile as the softmax sees it: cap * tanh(scale * x / cap) of what is stored; +inf is as bad a value as NaN."""
+    x = load_tile(row_ptr, columns, width, policy)
+    if HEAD == SCALED:
+        x = x * scale
+    if HEAD == CAPPED:
+        capped = cap * _tanh(x * (scale / cap))
+        x = tl.where(columns < width, tl.where(x == INF, float("nan"), capped), -INF)
+    return x
+
+
+@triton.jit
+def back_through_head(g, z, cap, scale, HEAD: tl.constexpr):
+    """The gradient with respect to what is stored, from that with respect to z, what the softmax sees."""
+    if HEAD == SCALED:
+        g = g * scale
+    if HEAD == CAPPED:
+        r = z * (1 / cap)
+        g = g * (scale * (1 - r * r))
+    return g
+
+
+@triton.jit
+def grad_at_1(q, columns, label, weights, FLAT: tl.constexpr):
+    """Gradient of the terms at T = 1, q their softmax: weights = (of q, taken from the label, taken from every column)."""
+    g = weights[0] * q - tl.where(columns == label, weights[1], 0.0)
+    if FLAT:
+        g -= weights[2]
+    return g
 
 
 @triton.jit
@@ -157,23 +208,29 @@ def zero_row(row_ptr, width, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.
 
 
 @triton.jit
-def zero_outputs(loss_ptr, stats_ptr, parts_ptr, PARTS: tl.constexpr):
+def zero_outputs(loss_ptr, stats_ptr, parts_ptr, STATS: tl.constexpr, PARTS: tl.constexpr):
     """What a row with scale 0 reports."""
     tl.store(loss_ptr, 0.0)
-    for i in tl.static_range(3):
+    for i in tl.static_range(STATS):
         tl.store(stats_ptr + i, 0.0)
     if PARTS:
-        for i in tl.static_range(6):
+        for i in tl.static_range(N_PARTS):
             tl.store(parts_ptr + i, 0.0)
 
 
 @triton.jit
-def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
-    """(maximum, log2 sum at 1) over the whole vocabulary, given those over the common columns."""
+def with_extra(
+    s_ptr, common, width, top, l1, cap, scale, HEAD: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """(maximum, log2 sum at 1) over the whole vocabulary, given those over the common columns; and the sum of the others."""
     m = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
+    plain = tl.zeros([LANES], tl.float32)
     for start in range(common, width, LANES * VEC):
-        s = load_tile(s_ptr, tile_columns(start, LANES, VEC, RAGGED), width, "evict_last")
+        columns = tile_columns(start, LANES, VEC, RAGGED)
+        s = load_head(s_ptr, columns, width, cap, scale, HEAD, "evict_last")
+        plain += tl.sum(tl.where(columns < width, s, 0.0), 1)
         m_new = raised(m, s)
         total = add_exp2(total, m, m_new, s, LOG2E)
         m = m_new
@@ -182,19 +239,20 @@ def with_extra(s_ptr, common, width, top, l1, LANES: tl.constexpr, VEC: tl.const
     # Each side moves to the common maximum by itself: the smaller one may vanish, the larger one must not.
     here = tl.exp2((top - both) * LOG2E + l1)
     there = tl.sum(total * tl.exp2((m - top_x) * LOG2E), 0) * tl.exp2((top_x - both) * LOG2E)
-    return both, tl.log2(here + there)
+    return both, tl.log2(here + there), tl.sum(plain, 0)
 
 
 @triton.jit
 def extra_grad(
-    s_ptr, g_ptr, common, width, label, m_h, l_h, weight, HARD: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+    s_ptr, g_ptr, common, width, label, m_h, l_h, weights, cap, scale, HARD: tl.constexpr, FLAT: tl.constexpr,
+    HEAD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the student's columns beyond the teacher's vocabulary: the hard loss alone."""
+    """Gradient of the student's columns beyond the teacher's vocabulary: what is at T = 1 alone (see `grad_at_1`)."""
     for start in range(common, width, LANES * VEC):
         columns = tile_columns(start, LANES, VEC, RAGGED)
         g = tl.zeros([LANES, VEC], tl.float32)
         if HARD:
-            q = tl.exp2((load_tile(s_ptr, columns, width, "evict_first") - m_h) * LOG2E - l_h)
-            g = weight * tl.where(columns == label, q - 1, q)
+            s = load_head(s_ptr, columns, width, cap, scale, HEAD, "evict_first")
+            g = grad_at_1(tl.exp2((s - m_h) * LOG2E - l_h), columns, label, weights, FLAT)
+            g = back_through_head(g, s, cap, scale, HEAD)
         tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < width, eviction_policy="evict_first")

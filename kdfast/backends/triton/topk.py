@@ -21,7 +21,8 @@ from kdfast.backends.triton.tiles import (
     LN2,
     LOG2E,
     LOWEST,
-    NAN,
+    N_PARTS,
+    NO_HEAD,
     add_exp2,
     closed,
     extra_grad,
@@ -120,7 +121,8 @@ def _write_grad(
             g += hard_weight * tl.where(columns == label, q - 1, q)
         tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < vocab, eviction_policy="evict_first")
     if EXTRA:
-        extra_grad(s_ptr, g_ptr, vocab, width, label, m_h, l_h, hard_weight, HARD, LANES, VEC, RAGGED)
+        weights = (hard_weight, hard_weight, 0.0)
+        extra_grad(s_ptr, g_ptr, vocab, width, label, m_h, l_h, weights, 0.0, 1.0, HARD, False, NO_HEAD, LANES, VEC, RAGGED)
     g = soft_weight * diff
     if HARD:
         q = tl.exp2((z - m_h) * LOG2E - l_h)
@@ -142,7 +144,7 @@ def forward_kernel(
         at = tl.cast(row, tl.int64)
         scale = tl.load(scale_ptr + row)
         if scale == 0:
-            zero_outputs(loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 7, PARTS)
+            zero_outputs(loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * N_PARTS, 3, PARTS)
             if GRAD:
                 zero_row(grad_ptr + at * grad_stride, width, LANES, VEC, RAGGED)
         else:
@@ -153,7 +155,7 @@ def forward_kernel(
             tl.debug_barrier()
             _forward_row(
                 student_ptr + at * student_stride, grad_ptr + at * grad_stride, logprobs_ptr + at * k, bits_ptr,
-                labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 7,
+                labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * N_PARTS,
                 ids, inside, k, tl.load(log_z_ptr + row), tl.load(log_tail_ptr + row),
                 scale, width, vocab, temperature, inv_t, soft_scale, hard_weight,
                 UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, K, LANES, VEC, RAGGED,
@@ -189,29 +191,29 @@ def _forward_row(
     if HARD and not UNIT_T:
         l_h = tl.log2(tl.exp2((m_u - top) * LOG2E + l_u1) + tl.sum(tl.exp2((z - top) * LOG2E), 0))
     if HARD and EXTRA:
-        m_h, l_h = with_extra(s_ptr, vocab, width, top, l_h, LANES, VEC, RAGGED)
+        m_h, l_h, _ = with_extra(s_ptr, vocab, width, top, l_h, 0.0, 1.0, NO_HEAD, LANES, VEC, RAGGED)
     log_q_tail = (m_u - top) * inv_t + LN2 * (l_u - l)
     tl.store(stats_ptr, joined(m_u, l_u, temperature))
     tl.store(stats_ptr + 1, joined(top, l, temperature))
-    tl.store(stats_ptr + 2, joined(m_h, l_h, 1.0) if HARD or (UNIT_T and not EXTRA) else NAN)
+    tl.store(stats_ptr + 2, joined(m_h, l_h, 1.0) if HARD or (UNIT_T and not EXTRA) else float("nan"))
 
     soft, diff, tail_diff = _buckets(logprobs, inside, log_z, log_tail, (z - top) * inv_t - LN2 * l, log_q_tail, inv_t)
     # A student that is -inf throughout has no distribution; an id outside the vocabulary names no column.
-    soft = tl.where((l > -INF) & (tl.max(ids, 0) < vocab), soft, NAN)
+    soft = tl.where((l > -INF) & (tl.max(ids, 0) < vocab), soft, float("nan"))
     loss = soft_scale * soft
     hard = (m_h - s_label) + LN2 * l_h
     if HARD:
         loss += tl.where(hard_weight == 0, 0.0, hard_weight * hard)
     if LABELS:
-        loss = tl.where(has_label, loss, NAN)
-        hard = tl.where(has_label, hard, NAN)
+        loss = tl.where(has_label, loss, float("nan"))
+        hard = tl.where(has_label, hard, float("nan"))
     tl.store(loss_ptr, scale * loss)
     if PARTS:
         tl.store(parts_ptr, soft)
         tl.store(parts_ptr + 1, hard if LABELS else 0.0)
         lse = m_h + LN2 * l_h
         tl.store(parts_ptr + 2, lse * lse)
-        tl.store(parts_ptr + 3, soft if UNIT_T else NAN)
+        tl.store(parts_ptr + 3, soft if UNIT_T else float("nan"))
         tl.store(parts_ptr + 4, 0.0)
         tl.store(parts_ptr + 5, 0.0)
         best_z = tl.min(tl.where(z == top, ids, 2147483647), 0)

@@ -1,0 +1,346 @@
+"""The kernels of `logits`: one program walks whole rows.
+
+Forward: a pass for maxima and sums, then one backwards over the row (what was read last is still in L2) for the value
+and, with forward KL, the gradient. The gradient of the other divergences needs the row's sum of h first, so it takes a
+pass of its own, the same that the backward kernel makes. `F` are the constants of `logits.Flags`, `o` the numbers of
+`logits.Scalars`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdfast.backends.triton.divergence import FORWARD_KL, divergence, forward_kl
+from kdfast.backends.triton.teachers import (
+    appended,
+    at_row,
+    has_distribution,
+    label_nll,
+    log_pair,
+    mixed_sums,
+    teacher_tiles,
+)
+from kdfast.backends.triton.tiles import (
+    INF,
+    LN2,
+    LOG2E,
+    LOWEST,
+    N_PARTS,
+    add_exp2,
+    back_through_head,
+    closed,
+    extra_grad,
+    grad_at_1,
+    joined,
+    load_head,
+    raised,
+    split,
+    tile_columns,
+    with_extra,
+    zero_outputs,
+    zero_row,
+)
+
+NO_COLUMN = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _load_student(s_ptr, columns, width, o, F: tl.constexpr, policy: tl.constexpr):
+    return load_head(s_ptr, columns, width, o.student_cap, o.student_scale, tl.constexpr(F.student_head), policy)
+
+
+@triton.jit
+def _load_label(label_ptr, width, F: tl.constexpr):
+    """The label, -1 when there is none inside the vocabulary."""
+    label = -1
+    if F.labels:
+        wide = tl.load(label_ptr)  # compared before it is narrowed, or a huge label would come back in range
+        label = tl.where((wide >= 0) & (wide < width), wide, -1).to(tl.int32)
+    return label
+
+
+@triton.jit
+def _sums(s_ptr, t_ptrs, common, o, weights, F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """(maximum, log2 sum at T, log2 sum at 1, plain sum) of the student over the common columns, then the teachers'."""
+    c = o.inv_t * LOG2E
+    m_s = tl.full([LANES], LOWEST, tl.float32)
+    m_t = tl.full([LANES], LOWEST, tl.float32)
+    a_s = tl.zeros([LANES], tl.float32)
+    a_t = tl.zeros([LANES], tl.float32)
+    b_s = tl.zeros([LANES], tl.float32)
+    b_t = tl.zeros([LANES], tl.float32)
+    plain = tl.zeros([LANES], tl.float32)
+    for start in range(0, common, LANES * VEC):
+        columns = tile_columns(start, LANES, VEC, RAGGED)
+        s = _load_student(s_ptr, columns, common, o, F, "evict_last")
+        if not F.mixed:
+            t = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_last")[0]
+        m = raised(m_s, s)
+        a_s = add_exp2(a_s, m_s, m, s, c)
+        if F.student_at_1:
+            b_s = add_exp2(b_s, m_s, m, s, LOG2E)
+        if F.smooth:
+            plain += tl.sum(tl.where(columns < common, s, 0.0), 1)
+        m_s = m
+        if not F.mixed:
+            m = raised(m_t, t)
+            a_t = add_exp2(a_t, m_t, m, t, c)
+            if F.teacher_at_1:
+                b_t = add_exp2(b_t, m_t, m, t, LOG2E)
+            m_t = m
+    top_s = tl.max(m_s, 0)
+    l_s = closed(m_s, a_s, top_s, c)
+    l_s1 = l_s
+    if F.student_at_1:
+        l_s1 = closed(m_s, b_s, top_s, LOG2E)
+    if F.mixed:
+        tops, sums, sums_1 = mixed_sums(t_ptrs, common, o, F, LANES, VEC, RAGGED)
+    else:
+        top_t = tl.max(m_t, 0)
+        l_t = closed(m_t, a_t, top_t, c)
+        l_t1 = l_t
+        if F.teacher_at_1:
+            l_t1 = closed(m_t, b_t, top_t, LOG2E)
+        tops = (top_t,)
+        sums = (l_t,)
+        sums_1 = (l_t1,)
+    return top_s, l_s, l_s1, tl.sum(plain, 0), tops, sums, sums_1
+
+
+@triton.jit
+def _weights_at_1(scale, lse, width, o, F: tl.constexpr):
+    """What `grad_at_1` multiplies: q, the label's column, every column."""
+    of_q = scale * o.hard_weight
+    if not F.hard:
+        of_q = of_q * 0
+    of_label = of_q
+    flat = 0.0
+    if F.smooth:
+        of_label = of_q * (1 - o.smoothing)
+        flat = of_q * o.smoothing / width
+    if F.z:
+        of_q += scale * (2 * o.z_loss * lse)
+    return (of_q, of_label, flat)
+
+
+@triton.jit
+def _store_grad(g_ptr, s, q, h, h_sum, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F: tl.constexpr):
+    """The gradient of a tile, from h and the row's sum of h."""
+    if F.kind != FORWARD_KL:
+        h -= q * h_sum
+    g = soft_weight * h
+    if F.grad_at_1:
+        if F.own_q_at_1:
+            q = tl.exp2((s - m_h) * LOG2E - l_h)
+        g += grad_at_1(q, columns, label, weights_1, tl.constexpr(F.smooth))
+    g = back_through_head(g, s, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
+    tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < common, eviction_policy="evict_first")
+
+
+@triton.jit
+def _gradient_row(
+    s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, m_h, l_h, h_sum, m_t, l_t,
+    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    soft_weight = scale * o.soft_scale * o.inv_t
+    weights_1 = _weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
+    for start in range(0, common, LANES * VEC):
+        columns = tile_columns(start, LANES, VEC, RAGGED)
+        s = _load_student(s_ptr, columns, common, o, F, "evict_first")
+        tiles = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_first")
+        log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, o.inv_t, F)
+        q = tl.exp2(log2_q)
+        _, h = divergence(tl.exp2(log2_p), q, log2_p, log2_q, d, o.a, o.b, tl.constexpr(F.kind))
+        _store_grad(g_ptr, s, q, h, h_sum, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F)
+    if F.extra:
+        _extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
+
+
+@triton.jit
+def _extra_grad(
+    s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o,
+    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    extra_grad(
+        s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o.student_cap, o.student_scale,
+        tl.constexpr(F.grad_at_1), tl.constexpr(F.smooth), tl.constexpr(F.student_head), LANES, VEC, RAGGED,
+    )  # fmt: skip
+
+
+@triton.jit
+def forward_kernel(
+    student_ptr, teacher_ptrs, grad_ptr, labels_ptr, scale_ptr, loss_ptr, stats_ptr, parts_ptr,
+    rows, width, common, student_stride, teacher_strides, grad_stride, o, weights,
+    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64)
+        scale = tl.load(scale_ptr + row)
+        stats_at = stats_ptr + at * F.stats
+        if scale == 0:
+            zero_outputs(loss_ptr + at, stats_at, parts_ptr + at * N_PARTS, tl.constexpr(F.stats), tl.constexpr(F.parts))
+            if F.grad:
+                zero_row(grad_ptr + at * grad_stride, width, LANES, VEC, RAGGED)
+        else:
+            _forward_row(
+                student_ptr + at * student_stride, at_row(teacher_ptrs, teacher_strides, at, F),
+                grad_ptr + at * grad_stride, labels_ptr + at, loss_ptr + at, stats_at, parts_ptr + at * N_PARTS,
+                scale, width, common, o, weights, F, LANES, VEC, RAGGED,
+            )  # fmt: skip
+
+
+@triton.jit
+def _forward_row(
+    s_ptr, t_ptrs, g_ptr, label_ptr, loss_ptr, stats_ptr, parts_ptr, scale, width, common, o, weights,
+    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    label = _load_label(label_ptr, width, F)
+    inside = label >= 0
+    # Read before the second pass, whose gradient may take the place of the student.
+    s_label = _load_student(s_ptr, tl.maximum(label, 0), tl.where(inside, width, 0), o, F, "")
+    m_s, l_s, l_s1, plain, m_t, l_t, l_t1 = _sums(s_ptr, t_ptrs, common, o, weights, F, LANES, VEC, RAGGED)
+    m_h = m_s
+    l_h = l_s1
+    if F.extra_at_1:
+        m_h, l_h, rest = with_extra(
+            s_ptr, common, width, m_s, l_s1, o.student_cap, o.student_scale, tl.constexpr(F.student_head), LANES, VEC, RAGGED
+        )
+        plain += rest
+    lse = m_h + LN2 * l_h
+
+    soft, h_sum, kl_1, entropy, agree = _value_pass(
+        s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
+        F, LANES, VEC, RAGGED,
+    )  # fmt: skip
+    if F.own_gradient_pass:
+        _gradient_row(
+            s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, m_h, l_h, h_sum, m_t, l_t,
+            F, LANES, VEC, RAGGED,
+        )  # fmt: skip
+    _store_stats(stats_ptr, m_s, l_s, m_h, l_h, h_sum, m_t, l_t, o, F)
+
+    # A row that is -inf throughout has no distribution.
+    soft = tl.where((l_s > -INF) & has_distribution(l_t, F), soft, float("nan"))
+    loss = o.soft_scale * soft
+    nll = lse - s_label
+    if F.hard:
+        hard = nll
+        if F.smooth:
+            hard = (1 - o.smoothing) * nll + o.smoothing * (lse - plain / width)
+        loss += o.hard_weight * hard
+    if F.labels:
+        loss = tl.where(inside, loss, float("nan"))
+    if F.z:
+        loss += o.z_loss * lse * lse
+    tl.store(loss_ptr, scale * loss)
+    if F.parts:
+        tl.store(parts_ptr, soft)
+        tl.store(parts_ptr + 1, tl.where(inside, nll, float("nan")) if F.labels else 0.0)
+        tl.store(parts_ptr + 2, lse * lse)
+        tl.store(parts_ptr + 3, kl_1 if F.own_kl_at_1 else soft)
+        teacher_nll = 0.0
+        if F.labels:
+            teacher_nll = label_nll(t_ptrs, label, inside & (label < common), m_t, l_t1, o, weights, F)
+        tl.store(parts_ptr + 4, teacher_nll)
+        tl.store(parts_ptr + 5, entropy)
+        tl.store(parts_ptr + 6, agree)
+
+
+@triton.jit
+def _value_pass(
+    s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
+    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """(divergence, sum of h, KL at 1, teacher's entropy, whether the argmaxes agree); writes the gradient of forward KL."""
+    soft_weight = scale * o.soft_scale * o.inv_t
+    weights_1 = _weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
+    soft = tl.zeros([LANES], tl.float32)
+    h_sum = tl.zeros([LANES], tl.float32)
+    kl_1 = tl.zeros([LANES], tl.float32)
+    entropy = tl.zeros([LANES], tl.float32)
+    best_s = tl.full([LANES], NO_COLUMN, tl.int32)
+    best_t = tl.full([LANES], NO_COLUMN, tl.int32)
+    top_t = tl.full([LANES], -INF, tl.float32)
+    tiles_in_row = tl.cdiv(common, LANES * VEC)
+    for i in range(0, tiles_in_row):
+        columns = tile_columns((tiles_in_row - 1 - i) * (LANES * VEC), LANES, VEC, RAGGED)
+        s = _load_student(s_ptr, columns, common, o, F, "evict_first")
+        tiles = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_first")
+        log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, o.inv_t, F)
+        p = tl.exp2(log2_p)
+        q = tl.exp2(log2_q)
+        term, h = divergence(p, q, log2_p, log2_q, d, o.a, o.b, tl.constexpr(F.kind))
+        soft += tl.sum(term, 1)
+        if F.kind != FORWARD_KL:
+            h_sum += tl.sum(h, 1)
+        if F.grad_in_value_pass:
+            _store_grad(g_ptr, s, q, h, 0.0, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F)
+        if F.parts:
+            if F.own_kl_at_1:
+                log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s1, m_t, l_t1, weights, 1.0, F)
+                p = tl.exp2(log2_p)
+                term, _ = forward_kl(p, tl.exp2(log2_q), d)
+                kl_1 += tl.sum(term, 1)
+            entropy -= LN2 * tl.sum(tl.where(p == 0, 0.0, p * log2_p), 1)
+            best_s = tl.minimum(best_s, tl.min(tl.where(s == m_s, columns, NO_COLUMN), 1))
+            if F.teachers == 1:
+                best_t = tl.minimum(best_t, tl.min(tl.where(tiles[0] == m_t[0], columns, NO_COLUMN), 1))
+            else:
+                here = tl.max(log2_p, 1)
+                first = tl.min(tl.where(log2_p == here[:, None], columns, NO_COLUMN), 1)
+                best_t = tl.where(here >= top_t, first, best_t)  # tiles come last to first
+                top_t = tl.maximum(top_t, here)
+    if F.teachers > 1:
+        best_t = tl.where(top_t == tl.max(top_t, 0), best_t, NO_COLUMN)
+    agree = tl.where(tl.min(best_s, 0) == tl.min(best_t, 0), 1.0, 0.0)
+    if F.extra_in_value_pass:
+        _extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
+    return tl.sum(soft, 0), tl.sum(h_sum, 0), tl.sum(kl_1, 0), tl.sum(entropy, 0), agree
+
+
+@triton.jit
+def _store_stats(stats_ptr, m_s, l_s, m_h, l_h, h_sum, m_t, l_t, o, F: tl.constexpr):
+    """Log-sum-exps of the student at T and at 1, sum of h, log-sum-exps of the teachers; NaN where nothing needs it."""
+    tl.store(stats_ptr, joined(m_s, l_s, o.temperature))
+    tl.store(stats_ptr + 1, joined(m_h, l_h, 1.0) if F.at_1 else float("nan"))
+    tl.store(stats_ptr + 2, h_sum)
+    for k in tl.static_range(tl.constexpr(F.teachers)):
+        if k == 0 or F.mixed:
+            tl.store(stats_ptr + 3 + k, joined(m_t[k], l_t[k], o.temperature))
+        else:
+            tl.store(stats_ptr + 3 + k, float("nan"))
+
+
+@triton.jit
+def backward_kernel(
+    student_ptr, teacher_ptrs, grad_ptr, labels_ptr, scale_ptr, stats_ptr,
+    rows, width, common, student_stride, teacher_strides, grad_stride, o, weights,
+    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64)
+        scale = tl.load(scale_ptr + row)
+        g_ptr = grad_ptr + at * grad_stride
+        if scale == 0:
+            zero_row(g_ptr, width, LANES, VEC, RAGGED)
+        else:
+            stats_at = stats_ptr + at * F.stats
+            m_s, l_s = split(tl.load(stats_at), o.temperature)
+            m_h = 0.0
+            l_h = 0.0
+            if F.at_1:
+                m_h, l_h = split(tl.load(stats_at + 1), 1.0)
+            m, l = split(tl.load(stats_at + 3), o.temperature)
+            m_t = (m,)
+            l_t = (l,)
+            if F.mixed:
+                for k in tl.static_range(1, tl.constexpr(F.teachers)):
+                    m, l = split(tl.load(stats_at + 3 + k), o.temperature)
+                    m_t = appended(m_t, m)
+                    l_t = appended(l_t, l)
+            _gradient_row(
+                student_ptr + at * student_stride, at_row(teacher_ptrs, teacher_strides, at, F), g_ptr,
+                _load_label(labels_ptr + at, width, F), scale, width, common, o, weights,
+                m_s, l_s, m_h, l_h, tl.load(stats_at + 2).to(tl.float32), m_t, l_t, F, LANES, VEC, RAGGED,
+            )  # fmt: skip
