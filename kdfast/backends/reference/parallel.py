@@ -157,7 +157,7 @@ def gradient(
         if labels is not None and hard_weight != 0:
             smooth = options.label_smoothing
             hit = (labels[rows] >= 0) & (labels[rows] < out.shape[1])
-            amount = torch.where(hit, -(1 - smooth) * hard_weight, 0.0).to(out.dtype)
+            amount = hit.to(out.dtype) * (-(1 - smooth) * hard_weight)
             out.scatter_add_(1, labels[rows].clamp(0, out.shape[1] - 1)[:, None], amount[:, None])
             out -= (smooth * hard_weight / vocab).to(out.dtype)
         if options.student_softcap != 0:
