@@ -205,7 +205,9 @@ def check_dtensor_heads(hidden_placement: str) -> None:
     placements = {"plain": None, "replicated": Replicate(), "rows-sharded": Shard(0)}[hidden_placement]
     hidden = student[0].clone() if placements is None else distribute_tensor(student[0], mesh, [placements])
     weight = distribute_tensor(student[1], mesh, [Shard(0)]).requires_grad_()
-    loss = linear_kd_loss(hidden.requires_grad_(), weight, teacher[0], distribute_tensor(teacher[1], mesh, [Shard(0)]), labels, **kw)
+    loss = linear_kd_loss(
+        hidden.requires_grad_(), weight, teacher[0], distribute_tensor(teacher[1], mesh, [Shard(0)]), labels, **kw
+    )
     truth = torch.autograd.grad(expected * 3, leaves)
     grads = torch.autograd.grad(loss * 3, (hidden, weight))
     torch.testing.assert_close(loss, expected)
