@@ -6,6 +6,7 @@ python parallel_ranks.py RANK WORLD FOLDER writes FOLDER/RANK.json: {case: "" or
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import plain
+import pytest
 import torch
 import torch.distributed as dist
 from test_divergences import CASES, ROW_OPTIONS
@@ -216,12 +218,8 @@ def check_dtensor_heads(hidden_placement: str) -> None:
 
 
 def raises(message: str, call: Callable[[], Any]) -> None:
-    try:
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
-    except ValueError as error:
-        assert message in str(error), str(error)
-        return
-    raise AssertionError(f"no ValueError with {message!r}")
 
 
 def check_errors() -> None:

@@ -56,5 +56,5 @@ def test_on_two_ranks(case: str, results: list[dict[str, str]]) -> None:
 
 
 def test_group_needs_torch_distributed() -> None:
-    with pytest.raises(ValueError, match="tp_group: expected torch.distributed to be initialised"):
+    with pytest.raises(ValueError, match=r"tp_group: expected torch.distributed to be initialised"):
         kd_loss(torch.randn(2, 5), torch.randn(2, 5), tp_group="tp")
