@@ -19,16 +19,22 @@ from kdfast.options import PARTS, RowOptions
 _MIB = 1 << 20
 #: Chunks are whole multiples of this many rows, so that the GEMMs see full tiles.
 _ROW_MULTIPLE = 256
+#: Rows the weight's gradient GEMM should see: with fewer, reading and writing its float32 sum costs more than the product.
+_BATCH_ROWS = 2048
 DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 1024}
 
 
-def rows_per_chunk(n: int, bytes_per_row: int, workspace_mb: float | None, device: str) -> int:
-    """Rows whose logits fit `workspace_mb` MiB: a multiple of 256 where that many fit, at least one.
+def workspace_bytes(workspace_mb: float | None, device: str) -> int:
+    """Bytes of `workspace_mb` MiB; None: the default of the device."""
+    return int((DEFAULT_WORKSPACE_MB.get(device, 256) if workspace_mb is None else workspace_mb) * _MIB)
+
+
+def rows_per_chunk(n: int, bytes_per_row: int, budget: int) -> int:
+    """Rows whose logits fit `budget` bytes: a multiple of 256 where that many fit, at least one.
 
     Chunks are evened out, so that the last one is not a sliver that wastes its GEMM.
     """
-    budget = (DEFAULT_WORKSPACE_MB.get(device, 256) if workspace_mb is None else workspace_mb) * _MIB
-    fit = max(1, int(budget // bytes_per_row))
+    fit = max(1, budget // bytes_per_row)
     if fit >= n:
         return max(n, 1)
     even = -(-n // -(-n // fit))
@@ -37,8 +43,26 @@ def rows_per_chunk(n: int, bytes_per_row: int, workspace_mb: float | None, devic
     return min(-(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE, fit // _ROW_MULTIPLE * _ROW_MULTIPLE)
 
 
+def cut(n: int, logit_bytes: int, grad_bytes: int, budget: int) -> tuple[int, int]:
+    """(rows of a chunk, rows of gradient that wait for the weight's GEMM), both together within `budget` bytes.
+
+    Args:
+        logit_bytes: of one row of logits, all sides.
+        grad_bytes: of one row of waiting gradient; 0 when it takes the place of the student's logits.
+    """
+    if grad_bytes == 0 or n * (logit_bytes + grad_bytes) <= budget:
+        rows = rows_per_chunk(n, logit_bytes + grad_bytes, budget)
+        return rows, rows
+    waiting = min(n, _BATCH_ROWS, max(1, budget // 2 // grad_bytes))
+    rows = min(waiting, rows_per_chunk(n, logit_bytes, budget - waiting * grad_bytes))
+    return rows, waiting // rows * rows
+
+
 class Gemms(Protocol):
     """The matrix products of a head with weight `[V, D]`, to and from logits in the dtype of the workspace."""
+
+    def grad_dtype(self, student: Side, logits_dtype: torch.dtype) -> torch.dtype:
+        """In which gradients of the student's logits enter their products; `logits_dtype`: they take the logits' place."""
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out = hidden @ weight.T + bias."""
@@ -100,20 +124,34 @@ class Chunking:
     """How the rows are cut.
 
     Args:
-        rows: rows a chunk holds; the workspace is rows x (sum of all vocabularies) logits.
+        workspace_mb: MiB for logits and waiting gradients; None: the default of the device.
         dtype: of the logits in the workspace.
         row_index: `[M]` ascending positions of the rows to compute, None for all; the others get loss and gradient 0.
     """
 
-    rows: int
+    workspace_mb: float | None
     dtype: torch.dtype
     row_index: Tensor | None
 
-    def parts(self, n: int) -> list[slice | Tensor]:
-        """What selects the rows of each chunk."""
-        if self.row_index is not None:
-            return list(self.row_index.split(self.rows)) if self.row_index.numel() else []
-        return [slice(begin, min(begin + self.rows, n)) for begin in range(0, n, self.rows)]
+    def select(self, begin: int, end: int) -> slice | Tensor:
+        """What picks the computed rows `begin` to `end` out of all rows."""
+        return slice(begin, end) if self.row_index is None else self.row_index[begin:end]
+
+
+class _Room:
+    """The workspace: logits of one chunk for every side, and gradients that wait for the weight's GEMM."""
+
+    def __init__(self, gemms: Gemms, student: Side, teachers: Sequence[Side], n: int, chunking: Chunking, need_grad: bool):
+        dtype, device = chunking.dtype, student.hidden.device
+        grad_dtype = gemms.grad_dtype(student, dtype)
+        waits = need_grad and grad_dtype != dtype
+        vocabs = [side.vocab for side in (student, *teachers)]
+        budget = workspace_bytes(chunking.workspace_mb, device.type)
+        grad_bytes = student.vocab * grad_dtype.itemsize if waits else 0
+        self.rows, self.batch = cut(n, sum(vocabs) * dtype.itemsize, grad_bytes, budget)
+        self.logits = [memory.empty((self.rows, vocab), dtype=dtype, device=device) for vocab in vocabs]
+        wait_shape = (self.batch, student.vocab)
+        self.grads = memory.empty(wait_shape, dtype=grad_dtype, device=device) if waits else self.logits[0]
 
 
 def linear_rows(
@@ -134,38 +172,53 @@ def linear_rows(
         kernel: `forward` of the `logits` kernel on this device.
         gemms: the products on this device.
     """
-    n, device = student.hidden.shape[0], student.hidden.device
-    chunks = chunking.parts(n)
-    computed = n if chunking.row_index is None else chunking.row_index.numel()
+    n, device, index = student.hidden.shape[0], student.hidden.device, chunking.row_index
+    computed = n if index is None else index.numel()
     new = torch.empty if computed == n else torch.zeros
     loss = new(n, device=device)
     parts = new((n, len(PARTS)) if need_parts else (0,), device=device)
     grad_hidden, grad_weight, grad_bias = grad_buffers(student, needs)
     if computed < n:
         grad_hidden.zero_()
-    if not chunks:
+    if computed == 0:
         grad_weight.zero_(), grad_bias.zero_()
         return loss, parts, grad_hidden, grad_weight, grad_bias
-    size = min(chunking.rows, computed)
-    room = [memory.empty((size, side.vocab), dtype=chunking.dtype, device=device) for side in (student, *teachers)]
-    for number, rows in enumerate(chunks):
+    room = _Room(gemms, student, teachers, computed, chunking, needs.any)
+    waiting = 0
+    for begin in range(0, computed, room.rows):
+        end = min(begin + room.rows, computed)
+        rows = chunking.select(begin, end)
         hidden = student.hidden[rows]
-        z_s, *z_t = (r[: hidden.shape[0]] for r in room)
+        z_s, *z_t = (z[: end - begin] for z in room.logits)
         gemms.logits(hidden, student.weight, student.bias, z_s)
         for teacher, z in zip(teachers, z_t, strict=True):
             gemms.logits(teacher.hidden[rows], teacher.weight, teacher.bias, z)
+        grad = room.grads[waiting : waiting + end - begin] if needs.any else None
         part_labels = None if labels is None else labels[rows]
-        loss[rows], _, part = kernel(z_s, z_t, part_labels, scale[rows], options, need_parts, z_s if needs.any else None)
+        loss[rows], _, part = kernel(z_s, z_t, part_labels, scale[rows], options, need_parts, grad)
         if need_parts:
             parts[rows] = part
-        if needs.hidden and isinstance(rows, slice):
-            gemms.grad_hidden(z_s, student.weight, grad_hidden[rows])
-        elif needs.hidden:
-            grad = torch.empty_like(hidden, dtype=grad_hidden.dtype)
-            gemms.grad_hidden(z_s, student.weight, grad)
-            grad_hidden[rows] = grad
-        if needs.weight:
-            gemms.grad_weight(z_s, hidden, grad_weight, accumulate=number > 0)
-        if needs.bias:
-            torch.sum(z_s, 0, dtype=grad_bias.dtype, out=grad_bias) if number == 0 else grad_bias.add_(z_s.sum(0))
+        if grad is None:
+            continue
+        if needs.hidden:
+            _grad_hidden(gemms, grad, student, grad_hidden, rows)
+        waiting += end - begin
+        if waiting == room.batch or end == computed:
+            first = end - waiting
+            batch, accumulate = room.grads[:waiting], first > 0
+            if needs.weight:
+                gemms.grad_weight(batch, student.hidden[chunking.select(first, end)], grad_weight, accumulate)
+            if needs.bias:
+                sums = batch.sum(0, dtype=grad_bias.dtype)
+                grad_bias.add_(sums) if accumulate else grad_bias.copy_(sums)
+            waiting = 0
     return loss, parts, grad_hidden, grad_weight, grad_bias
+
+
+def _grad_hidden(gemms: Gemms, grad: Tensor, student: Side, out: Tensor, rows: slice | Tensor) -> None:
+    if isinstance(rows, slice):
+        gemms.grad_hidden(grad, student.weight, out[rows])
+        return
+    some = torch.empty((grad.shape[0], out.shape[1]), dtype=out.dtype, device=out.device)
+    gemms.grad_hidden(grad, student.weight, some)
+    out[rows] = some

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import linear_kd_loss, use_backend
-from kdfast.chunks import rows_per_chunk
+from kdfast.chunks import cut, rows_per_chunk
+from kdfast.options import RowOptions
 
 BACKENDS = ["cpp", "reference"]
 OPTIONS = {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
@@ -183,7 +184,24 @@ def test_workspace_bounds_the_logits() -> None:
     ],
 )
 def test_rows_per_chunk(n: int, bytes_per_row: int, workspace_mb: float, expected: int) -> None:
-    assert rows_per_chunk(n, bytes_per_row, workspace_mb, "cpu") == expected
+    assert rows_per_chunk(n, bytes_per_row, workspace_mb << 20) == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "vocab", "budget_mb", "expected"),
+    [
+        (1000, 1000, 64, (1000, 1000)),  # everything fits: one chunk, one product
+        (8192, 128256, 1024, (512, 2048)),  # four chunks of gradient wait for one product
+        (8192, 151936, 256, (110, 440)),  # not even 256 rows fit: waiting gradients take half
+        (10, 1 << 28, 1, (1, 1)),
+    ],
+    ids=["all", "batches", "narrow", "one-row"],
+)
+def test_gradients_of_several_chunks_wait(n: int, vocab: int, budget_mb: int, expected: tuple[int, int]) -> None:
+    rows, waiting = cut(n, 8 * vocab, 2 * vocab, budget_mb << 20)
+    assert (rows, waiting) == expected
+    assert waiting % rows == 0
+    assert rows == 1 or rows * 8 * vocab + waiting * 2 * vocab <= budget_mb << 20
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -201,12 +219,14 @@ def test_compile_and_func(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str) -> None:
+@pytest.mark.parametrize("index", [None, torch.arange(4, 111)], ids=["all-rows", "row-index"])
+def test_opcheck(index: Tensor | None, backend: str) -> None:
     (h, w, b), (ht, wt, bt), labels = heads(torch.float32, bias=True)
-    rows = [h.flatten(0, 1), w, b, ht.flatten(0, 1), wt, bt, labels.flatten(), (labels != -100).float().flatten()]
-    torch.library.opcheck(
-        torch.ops.kdfast.linear.default, (*rows, 2.0, 0.7, 0.3, True, -100, 64, backend, True, True, True, True)
-    )
+    labels[0, :4] = -100
+    options = RowOptions(temperature=2.0, soft_weight=0.7, hard_weight=0.3)
+    rows = [h.flatten(0, 1), w, b, [ht.flatten(0, 1)], [wt], [bt], labels.flatten(), (labels != -100).float().flatten(), index]
+    scalars = (*options.values, 0.1, torch.float32, None, "", False, backend, True, True, True, True, True)
+    torch.library.opcheck(torch.ops.kdfast.linear.default, (*rows, *scalars))
 
 
 @pytest.mark.parametrize(

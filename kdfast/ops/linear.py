@@ -9,112 +9,11 @@ import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.chunks import Chunking, Needs, Side, grad_buffers, rows_per_chunk
 from kdfast.ops import rows
+from kdfast.ops.linear_op import LinearCall
 from kdfast.ops.row_options import row_options
-from kdfast.ops.scale import scale_grad
-from kdfast.options import PARTS, Head, RowOptions
-
-_lib = torch.library.Library("kdfast", "FRAGMENT")
-_lib.define(
-    "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor[] teacher_hidden,"
-    " Tensor[] teacher_weight, Tensor?[] teacher_bias, Tensor? labels, Tensor scale, Tensor? row_index,"
-    f" {RowOptions.schema()}, int chunk_rows, ScalarType logits_dtype, str backend, bool need_parts, bool need_hidden,"
-    " bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.impl(_lib, "linear", "CompositeExplicitAutograd")
-def _linear(*args: Any) -> tuple[Tensor, ...]:
-    h_s, w_s, b_s, h_t, w_t, b_t, labels, scale, row_index, *scalars = args
-    *values, chunk_rows, dtype, backend, need_parts, need_hidden, need_weight, need_bias = scalars
-    options = RowOptions(*values)
-    if row_index is None and h_s.device.type == "cpu" and not bool(scale.all()):
-        row_index = scale.nonzero()[:, 0]  # a row that does not count costs no GEMM
-    outputs = dispatch.kernel("linear", backend).forward(
-        Side(h_s, w_s, b_s), [Side(*side) for side in zip(h_t, w_t, b_t, strict=True)], labels, scale, options,
-        Chunking(chunk_rows, dtype, row_index), need_parts, Needs(need_hidden, need_weight, need_bias),
-    )  # fmt: skip
-    rows.check_rows(outputs[0], None, [], labels, w_s.shape[0], options)
-    return tuple(outputs)
-
-
-@torch.library.register_fake("kdfast::linear", lib=_lib)
-def _linear_fake(*args: Any) -> tuple[Tensor, ...]:
-    student = Side(*args[:3])
-    need_parts, *needs = args[-4:]
-    dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
-    n = student.hidden.shape[0]
-    loss = student.hidden.new_empty(n, dtype=dtype)
-    return loss, loss.new_empty((n, len(PARTS)) if need_parts else (0,)), *grad_buffers(student, Needs(*needs), torch.empty)
-
-
-def _op(n_teachers: int, *inputs: Any) -> Any:
-    """The torch op on what an autograd function gets: student (3), labels, scale, row_index, teachers (3 each), scalars."""
-    (*student, labels, scale, row_index), rest = inputs[:6], inputs[6:]
-    sides = [list(rest[i * n_teachers : (i + 1) * n_teachers]) for i in range(3)]
-    return torch.ops.kdfast.linear(*student, *sides, labels, scale, row_index, *rest[3 * n_teachers :])
-
-
-def _like_inputs(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias in their inputs' dtypes; None where none is needed."""
-    hidden, weight, bias = (g.to(d) if need else None for g, d, need in zip(grads, ctx.dtypes, ctx.needs, strict=True))
-    return None, hidden, weight, bias, *(None,) * (len(ctx.needs_input_grad) - 4)
-
-
-def _remember_student(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.needs = inputs[-3:]
-    ctx.dtypes = [torch.float32 if x is None else x.dtype for x in inputs[1:4]]
-
-
-class _InForward(torch.autograd.Function):
-    """Gradients are formed chunk by chunk while the logits are at hand; backward only scales them."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        loss, parts, *grads = _op(*inputs)
-        return loss.sum(), parts, *grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, *rest = output
-        ctx.mark_non_differentiable(*rest)
-        _remember_student(ctx, inputs)
-        ctx.backend = inputs[-5]
-        ctx.save_for_backward(*rest[1:])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
-        return _like_inputs(ctx, tuple(scale_grad(g, upstream, ctx.backend) for g in ctx.saved_tensors))
-
-
-class _InBackward(torch.autograd.Function):
-    """Losses per row: their incoming gradients differ, so the chunks are run again with those folded into the scale."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        loss, parts, *_ = _op(*inputs[:-3], False, False, False)
-        return loss, parts
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _remember_student(ctx, inputs)
-        n_tensors = 6 + 3 * inputs[0]
-        ctx.n_teachers, ctx.scalars = inputs[0], inputs[1 + n_tensors : -4]
-        ctx.save_for_backward(*inputs[1 : 1 + n_tensors])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
-        *student, labels, scale, row_index = ctx.saved_tensors[:6]
-        tensors = (*student, labels, scale * upstream, row_index, *ctx.saved_tensors[6:])
-        _, _, *grads = _op(ctx.n_teachers, *tensors, *ctx.scalars, False, *ctx.needs)
-        return _like_inputs(ctx, tuple(grads))
+from kdfast.ops.shards import Shards, is_dtensor
+from kdfast.options import Head
 
 
 def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:
@@ -139,6 +38,27 @@ def _check_row_index(row_index: Tensor | None, like: Tensor, n: int) -> None:
             f"row_index: expected at most {n} int64 positions [M] on {like.device},"
             f" got {row_index.dtype} {list(row_index.shape)} on {row_index.device}"
         )
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast wants products, or None: every head in its own."""
+    device = weight.device.type
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _main_grad(weight: Tensor) -> Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return None
+    main_grad = main_grad.to_local() if is_dtensor(main_grad) else main_grad
+    if main_grad.dtype != torch.float32 or main_grad.shape != weight.shape or main_grad.device != weight.device:
+        raise ValueError(
+            f"student_weight.main_grad: expected float32 {list(weight.shape)} on {weight.device},"
+            f" got {main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
+        )
+    return main_grad
 
 
 def _as_list(argument: Any) -> list[Any]:
@@ -176,6 +96,8 @@ def linear_kd_loss(
     teacher_mix: str = "probs",
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
+    tp_group: Any = None,
+    reduce_hidden_grad: bool = True,
     return_parts: bool = False,
 ) -> Any:
     """Knowledge distillation from the two models' last hidden states and their heads.
@@ -191,14 +113,19 @@ def linear_kd_loss(
     Args:
         student_hidden: `[..., Ds]`. teacher_hidden: `[..., Dt]`, same leading dimensions; no gradient. Several teachers:
             sequences of hidden states, weights and (if any) biases.
-        student_weight: `[Vs, Ds]`, hidden is taken in its dtype; teacher_weight: `[Vt, Dt]`, no gradient. A frozen head
-            or hidden (requires_grad False) skips its GEMM. The head's gradient is accumulated in float32.
+        student_weight: `[Vs, Ds]`, hidden is taken in its dtype, both in autocast's where that is on; teacher_weight:
+            `[Vt, Dt]`, no gradient. A frozen head or hidden (requires_grad False) skips its GEMM. The head's gradient is
+            accumulated in float32; where `student_weight.main_grad` is a float32 tensor, backward adds it there and
+            `student_weight.grad` stays as it was.
         student_bias, teacher_bias: `[Vs]`, `[Vt]`.
         logits_dtype: float32, or bfloat16, which halves the workspace and, where only half products are fast, the time;
             it costs 4-23% of the gradient's accuracy once the student is close to the teacher.
         workspace_mb: MiB for the logits of one chunk; None: 256 on a CPU, 1024 on a GPU.
         row_index: `[M]` int64 ascending positions (in the flattened leading dimensions) that hold every row that counts;
             the other rows cost no GEMM. On a CPU such rows are found without it; on a GPU that would wait for the device.
+        tp_group: the heads hold a slice of the vocabulary on each rank of this process group, as in `kd_loss`; hidden
+            states are whole on every rank. Heads that are DTensors need no group, and hidden states may be DTensors too.
+        reduce_hidden_grad: all-reduce the gradient of student_hidden over tp_group, once; False leaves every rank its share.
         divergence ... return_parts: as in `kd_loss`. With reduction "none" backward runs the chunks again.
 
     On a CPU with bfloat16 or float16 heads and float32 logits the weights are widened a tile at a time and multiplied in
@@ -220,6 +147,17 @@ def linear_kd_loss(
         label_smoothing=label_smoothing, z_loss=z_loss, student_head=student_head, teacher_head=teacher_head,
         teachers=len(weights), teacher_weights=teacher_weights, teacher_mix=teacher_mix,
     )  # fmt: skip
+    main_grad = _main_grad(student_weight)
+    shards = Shards(tp_group)
+    student_weight = shards.slice("student_weight", student_weight, 0)
+    student_bias = None if student_bias is None else shards.slice("student_bias", student_bias, 0)
+    for i in range(len(weights)):
+        weights[i] = shards.slice(rows.member("teacher_weight", i, len(weights)), weights[i], 0)
+        biases[i] = None if biases[i] is None else shards.slice(rows.member("teacher_bias", i, len(weights)), biases[i], 0)
+        hiddens[i] = shards.whole("teacher_hidden", hiddens[i])
+    summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
+    student_hidden = shards.whole("student_hidden", student_hidden, partial_grad=summed_by_dtensor)
+    labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)
     _check_side("student", student_hidden, student_weight, student_bias, student_hidden)
     lead = student_hidden.shape[:-1]
     for i, side in enumerate(zip(hiddens, weights, biases, strict=True)):
@@ -231,23 +169,24 @@ def linear_kd_loss(
         raise ValueError(f"logits_dtype: expected torch.float32 or torch.bfloat16, got {logits_dtype}")
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
-    student = rows.as_rows(student_hidden.to(student_weight.dtype))
+    student = rows.as_rows(student_hidden)
     _check_row_index(row_index, student, student.shape[0])
-    teachers = (
-        *(rows.as_rows(h.detach().to(w.dtype)) for h, w in zip(hiddens, weights, strict=True)),
-        *(w.detach() for w in weights),
-        *(None if b is None else b.detach() for b in biases),
+    reduces = reduce_hidden_grad and not summed_by_dtensor
+    heads_dtype = _autocast_dtype(student_weight)
+    backend = dispatch.choose("linear", student.device, heads_dtype or student_weight.dtype)
+    call = LinearCall(
+        student=(student, student_weight, student_bias),
+        teachers=[
+            (rows.as_rows(h.detach()), w.detach(), None if b is None else b.detach())
+            for h, w, b in zip(hiddens, weights, biases, strict=True)
+        ],
+        labels=labels,
+        scale=scale,
+        row_index=row_index,
+        main_grad=main_grad,
+        scalars=(*options.values, workspace_mb, logits_dtype, heads_dtype, shards.group, reduces, backend),
+        need_parts=return_parts,
     )
-    bytes_per_row = logits_dtype.itemsize * (student_weight.shape[0] + sum(w.shape[0] for w in weights))
-    chunk_rows = rows_per_chunk(student.shape[0], bytes_per_row, workspace_mb, student.device.type)
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (student, student_weight, student_bias)]
-    inputs = (
-        len(weights), student, student_weight, student_bias, labels, scale, row_index, *teachers, *options.values, chunk_rows,
-        logits_dtype, dispatch.choose("linear", student.device, student_weight.dtype), return_parts, *needs,
-    )  # fmt: skip
-    if reduction == "none":
-        loss, parts = _InBackward.apply(*inputs)
-        loss = loss.view(lead)
-    else:
-        loss, parts, *_ = _InForward.apply(*inputs)
+    loss, parts = call.run(per_row=reduction == "none")
+    loss = loss.view(lead) if reduction == "none" else loss
     return (loss, rows.make_parts(parts, scale, labels is not None)) if return_parts else loss

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops import rows
+from kdfast.ops import parallel, rows
 from kdfast.ops.row_op import RowCall, RowOp
 from kdfast.ops.row_options import row_options
+from kdfast.ops.shards import Shards
 from kdfast.options import Head
 
 _op = RowOp("logits", dense=True, stats=lambda teachers: 3 + teachers)
+_parallel_op = RowOp(
+    "parallel", extra="str group", dense=True, stats=lambda teachers: teachers + parallel.STATS_BESIDE_TEACHERS,
+    kernel=parallel.slices, vocab=lambda student, extra: student.shape[1] * parallel.size(extra[0]),
+)  # fmt: skip
 
 
 def kd_loss(
@@ -41,6 +46,7 @@ def kd_loss(
     teacher_mix: str = "probs",
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
+    tp_group: Any = None,
     overwrite_logits: bool = False,
     return_parts: bool = False,
 ) -> Any:
@@ -85,6 +91,10 @@ def kd_loss(
         teacher_mix: "probs": p is the weighted mean of the teachers' tempered probabilities; "logits": of their logits.
         reduction: "mean" over the rows that count, "sum", or "none" (`[...]`, 0 where a row does not count).
         num_items: divisor of the mean in place of the rows that count (gradient accumulation, data parallel).
+        tp_group: a process group over whose ranks the vocabulary is sliced: rank r holds ids r*C to (r+1)*C of every side,
+            fewer only on the last rank. Labels are ids of the whole vocabulary; labels and weights are the same on all
+            ranks, and so is the loss. Runs in plain PyTorch between two exchanges of a few numbers a row. Logits that are
+            DTensors, sharded over the vocabulary on one mesh dimension, need no group.
         overwrite_logits: put the gradient in the place of `student_logits`, saving a second N x V buffer; nothing
             may read the logits afterwards (autograd raises when it would).
         return_parts: return `(loss, Parts)` with detached metrics from the same pass.
@@ -102,6 +112,10 @@ def kd_loss(
         label_smoothing=label_smoothing, z_loss=z_loss, student_head=student_head, teacher_head=teacher_head,
         teachers=len(teachers), teacher_weights=teacher_weights, teacher_mix=teacher_mix,
     )  # fmt: skip
+    shards = Shards(tp_group)
+    student_logits = shards.slice("student_logits", student_logits, -1)
+    teachers = [shards.slice(rows.member("teacher_logits", i, len(teachers)), t, -1) for i, t in enumerate(teachers)]
+    labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)
     rows.check_float("student_logits", student_logits)
     rows.check_vocab("student_logits", student_logits)
     lead = student_logits.shape[:-1]
@@ -115,17 +129,17 @@ def kd_loss(
     if overwrite_logits:
         rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)
-    backend = dispatch.choose("logits", student.device, student.dtype)
+    backend = dispatch.choose("parallel" if shards.group else "logits", student.device, student.dtype)
     call = RowCall(
         student,
         targets=tuple(rows.as_rows(t.detach()) for t in teachers),
         labels=labels,
         scale=scale,
-        scalars=(*options.values, backend, return_parts),
+        scalars=(*options.values, *([shards.group] if shards.group else []), backend, return_parts),
         lead=lead,
         reduction=reduction,
         needs_grad=student_logits.requires_grad and torch.is_grad_enabled(),
         overwrite=overwrite_logits,
     )
-    loss, parts = _op(call)
+    loss, parts = (_parallel_op if shards.group else _op)(call)
     return (loss, rows.make_parts(parts, scale, labels is not None)) if return_parts else loss

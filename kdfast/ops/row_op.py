@@ -34,10 +34,17 @@ class RowOp:
         extra: schema of the scalars after the options, such as "int vocab_size".
         dense: the targets are logits of teachers, which can be looked at when a row goes wrong.
         stats: columns of the row statistics for a number of targets.
+        kernel: backend -> an object with the kernel's functions; by default its module of this name.
+        vocab: (student, extra scalars) -> ids a label can have; by default the student's columns.
     """
 
-    def __init__(self, name: str, extra: str = "", dense: bool = False, stats: Callable[[int], int] = lambda _: 3) -> None:
-        self.name, self.dense, self.stats = name, dense, stats
+    def __init__(
+        self, name: str, extra: str = "", dense: bool = False, stats: Callable[[int], int] = lambda _: 3,
+        kernel: Callable[[str], Any] | None = None,
+        vocab: Callable[[Tensor, tuple[Any, ...]], int] = lambda student, _: student.shape[1],
+    ) -> None:  # fmt: skip
+        self.name, self.dense, self.stats, self.vocab = name, dense, stats, vocab
+        self.kernel = kernel or (lambda backend: dispatch.kernel(name, backend))
         self.n_options = len(RowOptions().values)
         tensors = "Tensor[] targets, Tensor? labels, Tensor scale"
         scalars = ", ".join(s for s in (RowOptions.schema(), extra, "str backend") if s)
@@ -61,7 +68,7 @@ class RowOp:
     def _scalars(self, args: tuple[Any, ...]) -> tuple[RowOptions, tuple[Any, ...], Any]:
         """Options, extra scalars and kernel module of a call, from the scalars in schema order without the flags."""
         options = RowOptions(*args[: self.n_options])
-        return options, args[self.n_options : -1], dispatch.kernel(self.name, args[-1])
+        return options, args[self.n_options : -1], self.kernel(args[-1])
 
     def _run(
         self, student: Tensor, targets: list[Tensor], labels: Tensor | None, scale: Tensor, scalars: tuple[Any, ...],
@@ -71,7 +78,7 @@ class RowOp:
         loss, stats, parts = kernel.forward(student, targets, labels, scale, options, *extra, need_parts, grad)
         # The kernel writes over an overwritten student, so that only the teacher can be looked at afterwards.
         seen = None if grad is student else student
-        rows.check_rows(loss, seen, targets if self.dense else [], labels, student.shape[1], options)
+        rows.check_rows(loss, seen, targets if self.dense else [], labels, self.vocab(student, extra), options)
         return loss, stats, parts
 
     def _forward(self, student: Tensor, targets: list[Tensor], labels: Any, scale: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backends.compiled import logits
-from kdfast.chunks import Chunking, Needs, Side, linear_rows
+from kdfast.chunks import Chunking, Needs, RowKernel, Side, linear_rows
 from kdfast.options import RowOptions
 
 #: Vocabulary rows of a half-precision head that are widened to float32 at a time.
@@ -21,7 +21,7 @@ _TILE = 4096
 def _tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The weight in float32: itself, or tile by tile through one buffer."""
     if weight.dtype == torch.float32:
-        yield slice(None), weight
+        yield slice(0, weight.shape[0]), weight
         return
     room = torch.empty(min(_TILE, weight.shape[0]), weight.shape[1])
     for begin in range(0, weight.shape[0], _TILE):
@@ -29,29 +29,39 @@ def _tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(begin, begin + tile.shape[0]), room[: tile.shape[0]].copy_(tile)
 
 
-class _Float32Gemms:
+class _Gemms:
+    def grad_dtype(self, student: Side, logits_dtype: torch.dtype) -> torch.dtype:
+        return logits_dtype
+
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        wide = hidden.float()
-        for columns, tile in _tiles(weight):
-            torch.mm(wide, tile.t(), out=out[:, columns])
+        if out.dtype == hidden.dtype:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            wide = hidden.float()
+            for columns, tile in _tiles(weight):
+                part = out[:, columns]
+                torch.mm(wide, tile.t(), out=part) if out.dtype == torch.float32 else part.copy_(wide @ tile.t())
         if bias is not None:
             out.add_(bias)
 
     def grad_hidden(self, grad: Tensor, weight: Tensor, out: Tensor) -> None:
-        if weight.dtype == torch.float32:
+        if grad.dtype == weight.dtype == out.dtype:
             torch.mm(grad, weight, out=out)
             return
         total = torch.zeros(out.shape)
         for columns, tile in _tiles(weight):
-            total.addmm_(grad[:, columns], tile)
+            total.addmm_(grad[:, columns].float(), tile)
         out.copy_(total)
 
     def grad_weight(self, grad: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-        wide = hidden.float()
-        if accumulate:
-            out.addmm_(grad.t(), wide)
+        if grad.dtype == hidden.dtype == torch.bfloat16:
+            # oneDNN rounds each product to bfloat16; the sum over chunks is float32.
+            product = torch.mm(grad.t(), hidden)
+            out.add_(product) if accumulate else out.copy_(product)
+        elif accumulate:
+            out.addmm_(grad.float().t(), hidden.float())
         else:
-            torch.mm(grad.t(), wide, out=out)
+            torch.mm(grad.float().t(), hidden.float(), out=out)
 
 
 def forward(
@@ -63,6 +73,7 @@ def forward(
     chunking: Chunking,
     need_parts: bool,
     needs: Needs,
+    kernel: RowKernel = logits.forward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gemms = _Float32Gemms()
-    return linear_rows(logits.forward, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs)
+    gemms = _Gemms()
+    return linear_rows(kernel, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs)

@@ -38,35 +38,39 @@ def value(options: RowOptions, log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def derivative(options: RowOptions, log_p: Tensor, log_q: Tensor) -> Tensor:
+def derivative(options: RowOptions, log_p: Tensor, log_q: Tensor, total: Tensor | None = None) -> Tensor:
     """dD/du with u the student's logits over T: h - q * sum(h), with h = q * df/dq of the summand f(p, q).
+
+    `total` is the sum of `slope` where the ids at hand are not all there are, with a last dimension of 1.
+    """
+    if options.kind == "forward_kl":
+        return log_q.exp() - log_p.exp()
+    h = slope(options, log_p, log_q)
+    return h - log_q.exp() * (h.sum(-1, keepdim=True) if total is None else total)
+
+
+def slope(options: RowOptions, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """h of `derivative`, but for forward KL, which needs none.
 
     A constant may be added to df/dq; it is chosen so that h vanishes where student and teacher agree.
     """
-    p, q, d = log_p.exp(), log_q.exp(), _difference(log_p, log_q)
-    if options.kind == "forward_kl":
-        return q - p
-    h = _student_slope(options, p, q, d, log_p, log_q)
-    return h - q * h.sum(-1, keepdim=True)
-
-
-def _student_slope(options: RowOptions, p: Tensor, q: Tensor, d: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    q, d = log_q.exp(), _difference(log_p, log_q)
     kind = options.kind
     if kind == "alpha_beta":
         return _alpha_beta_slope(log_p, log_q, d, options.ab_alpha, options.ab_beta)
     if kind == "reverse_kl":
-        slope = -d
+        of_q = -d
     elif kind == "tvd":
-        slope = -0.5 * d.sign()
+        of_q = -0.5 * d.sign()
     else:
-        w, of_q = options.coefficients
+        w, in_mix = options.coefficients
         mix = _Mixture(d, w)
-        slope = {
-            "jsd": of_q * mix.log_q,
-            "skew_forward_kl": -of_q * mix.p_excess,
-            "skew_reverse_kl": mix.log_q - of_q * mix.q_excess,
+        of_q = {
+            "jsd": in_mix * mix.log_q,
+            "skew_forward_kl": -in_mix * mix.p_excess,
+            "skew_reverse_kl": mix.log_q - in_mix * mix.q_excess,
         }[kind]
-    return torch.where(q == 0, 0, q * slope)
+    return torch.where(q == 0, 0, q * of_q)
 
 
 def _difference(log_p: Tensor, log_q: Tensor) -> Tensor:

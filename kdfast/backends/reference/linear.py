@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast.backends.reference import logits
 from kdfast.backends.reference.logits import wide
-from kdfast.chunks import Chunking, Needs, Side, grad_buffers
+from kdfast.chunks import Chunking, Needs, RowKernel, Side, grad_buffers
 from kdfast.options import RowOptions
 
 
@@ -28,12 +28,13 @@ def forward(
     chunking: Chunking,
     need_parts: bool,
     needs: Needs,
+    kernel: RowKernel = logits.forward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if chunking.row_index is not None:
         scale = torch.zeros_like(scale).index_copy(0, chunking.row_index, scale[chunking.row_index])
     z = _logits(student, chunking.dtype)
     z_t = [_logits(teacher, chunking.dtype) for teacher in teachers]
-    loss, _, parts = logits.forward(z, z_t, labels, scale, options, need_parts, z if needs.any else None)
+    loss, _, parts = kernel(z, z_t, labels, scale, options, need_parts, z if needs.any else None)
     hidden, weight, bias = grad_buffers(student, needs)
     if needs.hidden:
         hidden.copy_(wide(z) @ wide(student.weight))

@@ -1,7 +1,8 @@
 """Knowledge distillation through linear heads: torch's GEMMs around the Triton row kernel. Contract: `kdfast.backends`.
 
-Logits are float32 whatever the inputs are: bfloat16 and float16 products accumulate and leave in float32. Gradients of
-logits enter bfloat16 products as bfloat16; float16 would lose 1/N to underflow, so there they stay float32.
+Logits are float32 by default whatever the heads are: bfloat16 and float16 products accumulate and leave in float32. The
+row kernel writes gradients for bfloat16 heads in bfloat16, where several chunks of them wait for one product; float16
+would lose 1/N to underflow, so there they stay as the logits were.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backends.triton import logits
-from kdfast.chunks import Chunking, Needs, Side, linear_rows
+from kdfast.chunks import Chunking, Needs, RowKernel, Side, linear_rows
 from kdfast.options import RowOptions
 
 #: Rows of a weight gradient that are added at a time where the GEMM cannot add to float32 by itself.
@@ -59,26 +60,37 @@ def _add_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
             out[begin : begin + _SLAB] += room[: slab.shape[0]]
 
 
-def _for_product_with(other: Tensor, grad: Tensor) -> Tensor:
-    return grad.bfloat16() if other.dtype == torch.bfloat16 else grad
+class _Gemms:
+    def grad_dtype(self, student: Side, logits_dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if student.weight.dtype == torch.bfloat16 else logits_dtype
 
-
-class _Float32LogitGemms:
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        _mm(hidden, weight.t(), out)
+        if out.dtype == hidden.dtype:
+            torch.mm(hidden, weight.t(), out=out)
+        elif out.dtype == torch.float32:
+            _mm(hidden, weight.t(), out)
+        else:
+            for begin in range(0, weight.shape[0], _SLAB):
+                slab = weight[begin : begin + _SLAB]
+                room = out.new_empty(out.shape[0], slab.shape[0], dtype=torch.float32)
+                _mm(hidden, slab.t(), room)
+                out[:, begin : begin + _SLAB] = room
         if bias is not None:
             out.add_(bias)
 
     def grad_hidden(self, grad: Tensor, weight: Tensor, out: Tensor) -> None:
-        grad = _for_product_with(weight, grad)
         if grad.dtype == weight.dtype == out.dtype:
             torch.mm(grad, weight, out=out)
-        else:
-            out.copy_(grad.float() @ weight.float())
+            return
+        total = out.new_zeros(out.shape, dtype=torch.float32)
+        for begin in range(0, weight.shape[0], _SLAB):
+            columns = slice(begin, begin + _SLAB)
+            total.addmm_(grad[:, columns].float(), weight[columns].float())
+        out.copy_(total)
 
     def grad_weight(self, grad: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         product = _add_mm if accumulate else _mm
-        product(_for_product_with(hidden, grad).t(), hidden, out)
+        product(grad.t(), hidden, out)
 
 
 def forward(
@@ -90,6 +102,7 @@ def forward(
     chunking: Chunking,
     need_parts: bool,
     needs: Needs,
+    kernel: RowKernel = logits.forward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gemms = _Float32LogitGemms()
-    return linear_rows(logits.forward, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs)
+    gemms = _Gemms()
+    return linear_rows(kernel, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs)
