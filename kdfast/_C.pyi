@@ -54,6 +54,17 @@ def topk(
     hard_weight: float,
     threads: int,
 ) -> None: ...
+def hidden(
+    cosine: bool,
+    rows: int,
+    student: _Matrix,
+    teacher: _Matrix,
+    grad: _Matrix,
+    bias: int,
+    scale: int,
+    loss: int,
+    threads: int,
+) -> None: ...
 def codec_encode(
     k: int,
     vocab: int,

@@ -1,11 +1,12 @@
 """kdfast: knowledge distillation that costs what the arithmetic costs.
 
-Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`), an offline teacher cache (`kdfast.cache`) and a thin
+Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`, `hidden_mse`, ...), an offline teacher cache (`kdfast.cache`) and a thin
 trainer (`kdfast.train`). Importing this package needs torch and numpy only.
 """
 
 import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
+from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
@@ -19,6 +20,8 @@ __all__ = [
     "TopKTargets",
     "backends",
     "debug_checks",
+    "hidden_cosine",
+    "hidden_mse",
     "kd_loss",
     "linear_kd_loss",
     "topk_kd_loss",

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.topk import topk_kd_loss
@@ -47,3 +48,15 @@ class TopKKDLoss(_Loss):
     """`TopKKDLoss(**options)(student_logits, targets, labels)` equals `topk_kd_loss(..., **options)`."""
 
     function = staticmethod(topk_kd_loss)
+
+
+class HiddenMSELoss(_Loss):
+    """`HiddenMSELoss(**options)(h_s, h_t, projection, bias)` equals `hidden_mse(..., **options)`."""
+
+    function = staticmethod(hidden_mse)
+
+
+class HiddenCosineLoss(_Loss):
+    """`HiddenCosineLoss(**options)(h_s, h_t)` equals `hidden_cosine(..., **options)`."""
+
+    function = staticmethod(hidden_cosine)

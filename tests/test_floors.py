@@ -16,16 +16,18 @@ ROOMS = {
     "options": set(),
     "dispatch": set(),
     "chunks": {"options"},
-    "backends.reference": {"options", "dispatch", "chunks"},
-    "backends.compiled": {"options", "dispatch", "chunks", "_C"},
-    "backends.triton": {"options", "dispatch", "chunks"},
-    "ops": {"options", "dispatch", "chunks"},
+    "grams": {"chunks"},
+    "backends.reference": {"options", "dispatch", "chunks", "grams"},
+    "backends.compiled": {"options", "dispatch", "chunks", "grams", "_C"},
+    "backends.triton": {"options", "dispatch", "chunks", "grams"},
+    "ops": {"options", "dispatch", "chunks", "grams"},
     "losses": {"options", "ops"},
     "cache": {"options", "ops", "_C"},
     "train": {"options", "ops", "losses", "cache"},
+    "integrations": set(),
     "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C"},
 }
-OPS = ["linear", "logits", "scale", "topk"]
+OPS = ["hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 
 
 def room_of(module: str) -> str:

@@ -27,6 +27,19 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     `log_z` and `log_tail` are those of options.temperature. The soft term is over ids < vocab_size; `stats` are the
     log-sum-exps of student/T over the unselected ids, of student/T over all ids < vocab_size, of student over Vs.
 
+`hidden`
+    mse(student [N,Ds], projection [D,Ds] | None, bias [D] | None, teacher [N,D], scale [N], needs: Needs)
+        -> loss [N], grad_hidden, grad_projection (float32), grad_bias (float32); what is not needed has size 0
+    cosine(student [N,D], teacher [N,D], scale [N], need_hidden) -> loss [N], grad_hidden
+    Loss of a row: mean of squares of student @ projection.T + bias - teacher, or 1 - cos (1, without gradient, when
+    either side is 0), times its scale. A row with scale 0 gives loss and gradients 0 whatever it holds.
+
+`linear_logit_mse`
+    forward(student: Side, teacher: Side, mask [N] bool | None, center, method, needs: Needs)
+        -> loss [], grad_hidden, grad_weight (float32); what is not needed has size 0
+    Both heads have V rows and no bias. The loss is the mean over V and the rows that count; `kdfast.grams` holds what the
+    backends share. Only `reference` forms N x V logits.
+
 `scale`
     scale_(grad, upstream []) -> None: grad *= upstream in place, leaving at once when upstream is 1
 

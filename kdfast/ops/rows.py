@@ -67,6 +67,14 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         _debug = before
 
 
+def first_bad(loss: Tensor) -> int | None:
+    """The first row whose loss is NaN, where values are checked: on a CPU, and on a GPU under `debug_checks()` only."""
+    if loss.device.type != "cpu" and not _debug:
+        return None
+    bad = loss.isnan()
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+
 def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:
     """Raises unless `tensor` is a floating tensor, on the device of `like` when that is given."""
     if not isinstance(tensor, Tensor):
