@@ -1,13 +1,14 @@
 """kdfast: knowledge distillation that costs what the arithmetic costs.
 
-Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`, `hidden_mse`, ...), an offline teacher cache (`kdfast.cache`) and a thin
-trainer (`kdfast.train`). Importing this package needs torch and numpy only.
+Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`, `hidden_mse` and more), an offline teacher cache
+(`kdfast.cache`) and a thin trainer (`kdfast.train`). Importing this package needs torch and numpy only.
 """
 
 import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
+from kdfast.ops.linear_logit_mse import linear_logit_mse
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
 from kdfast.ops.targets import TopKTargets
@@ -24,6 +25,7 @@ __all__ = [
     "hidden_mse",
     "kd_loss",
     "linear_kd_loss",
+    "linear_logit_mse",
     "topk_kd_loss",
     "topk_targets",
     "use_backend",

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
+from kdfast.ops.linear_logit_mse import linear_logit_mse
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.topk import topk_kd_loss
 
@@ -60,3 +61,10 @@ class HiddenCosineLoss(_Loss):
     """`HiddenCosineLoss(**options)(h_s, h_t)` equals `hidden_cosine(..., **options)`."""
 
     function = staticmethod(hidden_cosine)
+
+
+class LinearLogitMSELoss(_Loss):
+    """`LinearLogitMSELoss(**options)(student_hidden, student_weight, teacher_hidden, teacher_weight)` equals
+    `linear_logit_mse(..., **options)`."""
+
+    function = staticmethod(linear_logit_mse)

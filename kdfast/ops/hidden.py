@@ -117,7 +117,9 @@ def _check_projection(h_s: Tensor, h_t: Tensor, projection: Tensor | None, bias:
         if bias is not None:
             raise ValueError("bias: expected None without a projection, got a tensor; pass projection as well")
         if d_s != d_t:
-            raise ValueError(f"h_s: expected shape [..., {d_t}] like h_t, got {list(h_s.shape)}; or pass projection [{d_t}, {d_s}]")
+            raise ValueError(
+                f"h_s: expected shape [..., {d_t}] like h_t, got {list(h_s.shape)}; or pass projection [{d_t}, {d_s}]"
+            )
         return
     rows.check_float("projection", projection, like=h_s, like_name="h_s")
     if projection.shape != (d_t, d_s):
