@@ -83,6 +83,7 @@ def cases() -> Iterator[Case]:
     """Every kernel at every launch size, in representative types and flags."""
     yield from _logits_cases()
     yield from _topk_cases()
+    yield from _hidden_cases()
     from kdfast.backends.triton import scale, selection
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -128,6 +129,22 @@ def _topk_cases() -> Iterator[Case]:
         for flag, flags in _BACKWARD.items():
             yield _row_case(topk.backward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
         yield _row_case(selection.sums_kernel, f"{name} V={vocab}", pointers, {"DIGITS": selection.DIGITS[dtype]}, size)
+
+
+def _hidden_cases() -> Iterator[Case]:
+    from kdfast.backends.triton import hidden
+
+    bm, bn, bk = hidden.PROJECT_TILE
+    tile = {"BIAS": True, "WIDEN": False, "BM": bm, "BN": bn, "BK": bk}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        options = {"num_warps": hidden.WARPS, "enable_fp_fusion": True}
+        for kernel, block in itertools.product((hidden.mse_kernel, hidden.cosine_kernel), (1024, hidden.BLOCK)):
+            pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
+            yield Case(kernel, f"{name} block={block}", pointers, {"BLOCK": block, "GRAD": True}, options)
+        options = {"num_warps": hidden.PROJECT_WARPS, "enable_fp_fusion": True}
+        for precision in ("ieee", "tf32"):
+            pointers = {"student": dtype, "projection": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
+            yield Case(hidden.project_kernel, f"{name} {precision}", pointers, {**tile, "PRECISION": precision}, options)
 
 
 def _row_case(kernel: Any, label: str, pointers: dict[str, torch.dtype], flags: dict[str, Any], size: Any) -> Case:

@@ -20,9 +20,8 @@ def mse(
     difference = torch.where((scale != 0)[:, None], projected - wide(teacher), 0)
     loss = scale * difference.square().mean(-1)
     grad = 2 / teacher.shape[1] * scale[:, None] * difference
-    none = loss.new_empty(0)
-    grad_weight = grad.T @ torch.where((scale != 0)[:, None], h, 0) if needs.weight else none
-    grad_bias = grad.sum(0) if needs.bias else none
+    grad_weight = grad.T @ torch.where((scale != 0)[:, None], h, 0) if needs.weight else loss.new_empty(0)
+    grad_bias = grad.sum(0) if needs.bias else loss.new_empty(0)
     dtype = student.dtype if projection is None else grad_hidden_dtype(student)
     if not needs.hidden:
         return loss, student.new_empty(0, dtype=dtype), grad_weight, grad_bias

@@ -25,14 +25,15 @@ def mse_kernel(
     student_ptr, teacher_ptr, grad_ptr, scale_ptr, loss_ptr, rows, width, student_stride, teacher_stride,
     BLOCK: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    while row < rows:
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
         scale = tl.load(scale_ptr + row)
+        # A row that does not count may hold anything, NaN included, so it is not read.
+        counted = tl.where(scale != 0, width, 0)
         total = tl.zeros([BLOCK], tl.float32)
         for begin in range(0, width, BLOCK):
             at = begin + tl.arange(0, BLOCK)
-            # A row that does not count may hold anything, NaN included, so it is not read.
-            keep = (at < width) & (scale != 0)
+            keep = at < counted
             s = tl.load(student_ptr + row * student_stride + at, mask=keep, other=0.0).to(tl.float32)
             t = tl.load(teacher_ptr + row * teacher_stride + at, mask=keep, other=0.0).to(tl.float32)
             d = s - t
@@ -41,7 +42,6 @@ def mse_kernel(
                 g = 2.0 * scale / width * d
                 tl.store(grad_ptr + row * width + at, g.to(grad_ptr.dtype.element_ty), mask=at < width)
         tl.store(loss_ptr + row, scale * (tl.sum(total, 0) / width))
-        row += tl.num_programs(0)
 
 
 @triton.jit
@@ -54,15 +54,17 @@ def cosine_kernel(
     That part is made orthogonal to the student twice: once leaves an error of one rounding of the teacher. The second
     and third look at a row find it in the caches.
     """
-    row = tl.program_id(0).to(tl.int64)
-    while row < rows:
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
         scale = tl.load(scale_ptr + row)
+        # A row that does not count may hold anything, NaN included, so it is not read.
+        counted = tl.where(scale != 0, width, 0)
         a = tl.zeros([BLOCK], tl.float32)
         b = tl.zeros([BLOCK], tl.float32)
         c = tl.zeros([BLOCK], tl.float32)
         for begin in range(0, width, BLOCK):
             at = begin + tl.arange(0, BLOCK)
-            keep = (at < width) & (scale != 0)
+            keep = at < counted
             s = tl.load(student_ptr + row * student_stride + at, mask=keep, other=0.0).to(tl.float32)
             t = tl.load(teacher_ptr + row * teacher_stride + at, mask=keep, other=0.0).to(tl.float32)
             a += s * s
@@ -79,7 +81,7 @@ def cosine_kernel(
         b = tl.zeros([BLOCK], tl.float32)
         for begin in range(0, width, BLOCK):
             at = begin + tl.arange(0, BLOCK)
-            keep = (at < width) & (scale != 0)
+            keep = at < counted
             s = tl.load(student_ptr + row * student_stride + at, mask=keep, other=0.0).to(tl.float32)
             t = tl.load(teacher_ptr + row * teacher_stride + at, mask=keep, other=0.0).to(tl.float32)
             p = tl.fma(-along, s, t)
@@ -92,7 +94,7 @@ def cosine_kernel(
             factor = tl.where(zero, 0.0, -scale / norms)
             for begin in range(0, width, BLOCK):
                 at = begin + tl.arange(0, BLOCK)
-                keep = (at < width) & (scale != 0)
+                keep = at < counted
                 s = tl.load(student_ptr + row * student_stride + at, mask=keep, other=0.0).to(tl.float32)
                 t = tl.load(teacher_ptr + row * teacher_stride + at, mask=keep, other=0.0).to(tl.float32)
                 g = factor * tl.fma(-again, s, tl.fma(-along, s, t))
@@ -104,14 +106,13 @@ def cosine_kernel(
         # x - x is NaN where x is: an infinite row is a bad row, like a NaN.
         sums = ss + tt + st
         tl.store(loss_ptr + row, tl.where(scale == 0, 0.0, scale * (loss + (sums - sums))))
-        row += tl.num_programs(0)
 
 
 @triton.jit
 def project_kernel(
     student_ptr, projection_ptr, bias_ptr, teacher_ptr, grad_ptr, scale_ptr, loss_ptr,
     rows, width, inputs, student_stride, projection_stride, teacher_stride, tiles,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """grad = 2 * scale / width * (student @ projection.T + bias - teacher); loss_ptr [rows, tiles] gets each tile's share."""
     m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -125,6 +126,8 @@ def project_kernel(
         w_keep = (n < width)[None, :] & (k < inputs)[:, None]
         h = tl.load(student_ptr + m[:, None] * student_stride + k[None, :], mask=h_keep, other=0.0)
         w = tl.load(projection_ptr + n.to(tl.int64)[None, :] * projection_stride + k[:, None], mask=w_keep, other=0.0)
+        if WIDEN:
+            h, w = h.to(tl.float32), w.to(tl.float32)
         total = tl.dot(h, w, total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
@@ -157,9 +160,9 @@ def cosine(student: Tensor, teacher: Tensor, scale: Tensor, need_hidden: bool) -
 def mse(
     student: Tensor, projection: Tensor | None, bias: Tensor | None, teacher: Tensor, scale: Tensor, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = torch.empty(0, device=student.device)
+    grad_hidden, grad_weight, grad_bias = (torch.empty(0, device=student.device) for _ in range(3))
     if projection is None:
-        return *_row_loss(mse_kernel, student, teacher, scale, needs.hidden), none, none
+        return *_row_loss(mse_kernel, student, teacher, scale, needs.hidden), grad_weight, grad_bias
     n, width = student.shape[0], projection.shape[0]
     # float16 would lose 1/N to underflow.
     grad = torch.empty(n, width, dtype=grad_hidden_dtype(student), device=student.device)
@@ -168,11 +171,14 @@ def mse(
     weight = projection if projection.stride(-1) == 1 else projection.contiguous()
     if n:
         _project(student, weight, bias, teacher, grad, scale, shares)
-    grad_hidden = (_product(grad, weight) if needs.hidden else none).to(grad_hidden_dtype(student))
+    if needs.hidden:
+        grad_hidden = _product(grad, weight)
     if needs.weight:
-        student = torch.where((scale != 0)[:, None], student, 0)
-    grad_weight = _product(grad.t(), student).float() if needs.weight else none
-    return shares.sum(1), grad_hidden, grad_weight, grad.float().sum(0) if needs.bias else none
+        # 0 * NaN would reach the projection's gradient.
+        grad_weight = _product(grad.t(), torch.where((scale != 0)[:, None], student, 0)).float()
+    if needs.bias:
+        grad_bias = grad.sum(0, dtype=torch.float32)
+    return shares.sum(1), grad_hidden.to(grad_hidden_dtype(student)), grad_weight, grad_bias
 
 
 def _project(
@@ -185,8 +191,9 @@ def _project(
         project_kernel[(triton.cdiv(n, bm), shares.shape[1])](
             student, weight, scale if bias is None else bias, teacher, grad, scale, shares,
             n, width, weight.shape[1], student.stride(0), weight.stride(0), teacher.stride(0), shares.shape[1],
-            BIAS=bias is not None, PRECISION=precision, BM=bm, BN=bn, BK=bk, num_warps=PROJECT_WARPS,
-            enable_fp_fusion=True,
+            # The interpreter would multiply the bits of bfloat16 as integers.
+            BIAS=bias is not None, PRECISION=precision, WIDEN=not student.is_cuda, BM=bm, BN=bn, BK=bk,
+            num_warps=PROJECT_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
