@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast import heads, linear_logit_mse, use_backend
-from kdfast.grams import gram_is_cheaper
+from kdfast import head_grams, linear_logit_mse, use_backend
+from kdfast.logit_grams import gram_is_cheaper
 
 BACKENDS = ["cpp", "reference"]
 METHODS = ["gram", "logits"]
@@ -132,9 +132,9 @@ def test_one_head_on_both_sides(center: bool) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the heads whose Gram is formed from now on."""
     formed: list[tuple[int, ...]] = []
-    original = heads.gram
+    original = head_grams.gram
     monkeypatch.setattr(
-        heads, "gram", lambda weight, mean, dtype: formed.append(tuple(weight.shape)) or original(weight, mean, dtype)
+        head_grams, "gram", lambda weight, mean, dtype: formed.append(tuple(weight.shape)) or original(weight, mean, dtype)
     )
     return formed
 
@@ -158,14 +158,14 @@ def test_the_teachers_gram_is_kept_until_it_changes_or_dies(monkeypatch: pytest.
     with torch.inference_mode():
         w_t = w_t.clone()
     assert [teacher_grams(), teacher_grams()] == [1, 1]  # no version counter to trust
-    held = len(heads._heads)
+    held = len(head_grams._heads)
     doomed = torch.randn(50, 8)
     linear_logit_mse(h_s, w_s, h_t, doomed, method="gram")
-    assert len(heads._heads) == held + 1
+    assert len(head_grams._heads) == held + 1
     del doomed
     gc.collect()
     teacher_grams()
-    assert len(heads._heads) <= held
+    assert len(head_grams._heads) <= held
 
 
 def test_few_heads_are_kept() -> None:
@@ -173,8 +173,8 @@ def test_few_heads_are_kept() -> None:
     alive = [torch.randn(50, 8) for _ in range(12)]
     for teacher in alive:
         linear_logit_mse(h_s, w_s, h_t, teacher, method="gram")
-        assert len(heads._heads) <= 8
-    assert len(heads._heads) == 8
+        assert len(head_grams._heads) <= 8
+    assert len(head_grams._heads) == 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -37,7 +37,7 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
 `linear_logit_mse`
     forward(student: Side, teacher: Side, mask [N] bool | None, center, method, needs: Needs)
         -> loss [], grad_hidden, grad_weight (float32); what is not needed has size 0
-    Both heads have V rows and no bias. The loss is the mean over V and the rows that count; `kdfast.grams` holds what the
+    Both heads have V rows and no bias. The loss is the mean over V and the rows that count; `kdfast.logit_grams` holds what the
     backends share. Only `reference` forms N x V logits.
 
 `scale`

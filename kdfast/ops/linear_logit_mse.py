@@ -88,7 +88,7 @@ def linear_logit_mse(
     for as long as the head lives and its version counter stands still (writes through `.data` are not seen by it).
 
     Accuracy: the terms of the sum cancel as student and teacher come to agree. On a CPU that is measured and answered by
-    better conditioned forms (see `kdfast.grams`), so that value and gradients keep four digits at any distance. On a GPU
+    better conditioned forms (see `kdfast.logit_grams`), so that value and gradients keep four digits at any distance. On a GPU
     nothing is read back: equal hidden sizes use the difference basis, exact unless hidden states and heads differ in ways
     that undo each other; unequal sizes use float64.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.chunks import Needs, Side
-from kdfast.grams import Problem, Rung, Solution, climbed, difference, direct, plain, solve, uses_grams
+from kdfast.logit_grams import Problem, Rung, Solution, climbed, difference, direct, plain, solve, uses_grams
 
 _SINGLE, _DOUBLE = torch.float32, torch.float64
 #: Left at least of the terms: float32 Grams lose about 1e-7 / kept of the value, float64 Grams 1e-15 / kept, and

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdfast.chunks import Needs, Side
-from kdfast.grams import Problem, Solution, difference, direct, plain, solve, uses_grams
+from kdfast.logit_grams import Problem, Solution, difference, direct, plain, solve, uses_grams
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kdfast.chunks import Needs, Side, grad_buffers
-from kdfast.heads import Head, chunks, column_mean, head_chunk, head_of, square
+from kdfast.head_grams import Head, chunks, column_mean, head_chunk, head_of, square
 
 #: Bytes of the block of logits that the last form holds.
 _BLOCK_BYTES = 32 << 20
