@@ -1,4 +1,4 @@
-// What is asked of the machine: instruction set, threads after a fork, huge pages.
+// What is asked of the machine: instruction set, and threads after a fork.
 #include <cstdlib>
 #include <cstring>
 
@@ -7,7 +7,6 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
@@ -38,16 +37,6 @@ const char* isa_name() {
     }
 }
 
-// A large output is touched for the first time by the kernel that fills it; with 4 KiB pages the faults cost more than
-// the arithmetic. Only whole huge pages inside the buffer are advised. A refusal is harmless.
-void advise_huge(std::uintptr_t address, std::size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t page = std::uintptr_t(2) << 20;
-    const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 Isa isa() {
@@ -64,7 +53,6 @@ void bind_runtime(pybind11::module_& m) {
 #endif
     m.def("isa", &isa_name, "Instruction set the kernels use on this processor: avx512, avx2 or baseline.");
     m.def("safe_threads", &safe_threads, py::arg("wanted"), "Threads a kernel will use: 1 in a forked child.");
-    m.def("advise_huge", &advise_huge, py::arg("address"), py::arg("bytes"), "Asks for huge pages under a fresh buffer.");
 }
 
 }  // namespace kdfast

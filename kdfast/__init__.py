@@ -13,9 +13,11 @@ from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import topk_kd_loss, topk_targets
+from kdfast.options import Head
 
 __version__ = "0.1.0"
 __all__ = [
+    "Head",
     "Part",
     "Parts",
     "TopKTargets",

@@ -6,13 +6,14 @@ of rows at once. What differs between devices is passed in: the row kernel and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kdfast import memory
 from kdfast.options import PARTS, RowOptions
 
 _MIB = 1 << 20
@@ -37,7 +38,7 @@ def rows_per_chunk(n: int, bytes_per_row: int, workspace_mb: float | None, devic
 
 
 class Gemms(Protocol):
-    """The matrix products of a head with weight `[V, D]`; logits and their gradient are float32."""
+    """The matrix products of a head with weight `[V, D]`, to and from logits in the dtype of the workspace."""
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out = hidden @ weight.T + bias."""
@@ -80,29 +81,50 @@ def grad_hidden_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def grad_buffers(student: Side, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+def grad_buffers(student: Side, needs: Needs, empty: Callable[..., Tensor] = memory.empty) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients of hidden, weight (float32, or float64 beside float64) and bias; size 0 where not needed."""
     accumulator = torch.float64 if student.weight.dtype == torch.float64 else torch.float32
     hidden, weight = student.hidden, student.weight
     return (
-        torch.empty(hidden.shape if needs.hidden else (0,), dtype=grad_hidden_dtype(hidden), device=hidden.device),
-        torch.empty(weight.shape if needs.weight else (0,), dtype=accumulator, device=weight.device),
-        torch.empty((student.vocab,) if needs.bias else (0,), dtype=accumulator, device=weight.device),
+        empty(hidden.shape if needs.hidden else (0,), dtype=grad_hidden_dtype(hidden), device=hidden.device),
+        empty(weight.shape if needs.weight else (0,), dtype=accumulator, device=weight.device),
+        empty((student.vocab,) if needs.bias else (0,), dtype=accumulator, device=weight.device),
     )
 
 
 RowKernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """How the rows are cut.
+
+    Args:
+        rows: rows a chunk holds; the workspace is rows x (sum of all vocabularies) logits.
+        dtype: of the logits in the workspace.
+        row_index: `[M]` ascending positions of the rows to compute, None for all; the others get loss and gradient 0.
+    """
+
+    rows: int
+    dtype: torch.dtype
+    row_index: Tensor | None
+
+    def parts(self, n: int) -> list[slice | Tensor]:
+        """What selects the rows of each chunk."""
+        if self.row_index is not None:
+            return list(self.row_index.split(self.rows)) if self.row_index.numel() else []
+        return [slice(begin, min(begin + self.rows, n)) for begin in range(0, n, self.rows)]
+
+
 def linear_rows(
     kernel: RowKernel,
     gemms: Gemms,
     student: Side,
-    teacher: Side,
+    teachers: Sequence[Side],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
-    chunk_rows: int,
+    chunking: Chunking,
     need_parts: bool,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -111,30 +133,39 @@ def linear_rows(
     Args:
         kernel: `forward` of the `logits` kernel on this device.
         gemms: the products on this device.
-        chunk_rows: rows a chunk holds; the workspace is chunk_rows x (Vs + Vt) float32.
     """
     n, device = student.hidden.shape[0], student.hidden.device
-    loss = torch.empty(n, device=device)
-    parts = torch.empty((n, len(PARTS)) if need_parts else (0,), device=device)
+    chunks = chunking.parts(n)
+    computed = n if chunking.row_index is None else chunking.row_index.numel()
+    new = torch.empty if computed == n else torch.zeros
+    loss = new(n, device=device)
+    parts = new((n, len(PARTS)) if need_parts else (0,), device=device)
     grad_hidden, grad_weight, grad_bias = grad_buffers(student, needs)
-    if n == 0:
+    if computed < n:
+        grad_hidden.zero_()
+    if not chunks:
         grad_weight.zero_(), grad_bias.zero_()
         return loss, parts, grad_hidden, grad_weight, grad_bias
-    room = [torch.empty(min(chunk_rows, n), side.vocab, device=device) for side in (student, teacher)]
-    for begin in range(0, n, chunk_rows):
-        rows = slice(begin, min(begin + chunk_rows, n))
-        size = rows.stop - begin
-        z_s, z_t = room[0][:size], room[1][:size]
-        gemms.logits(student.hidden[rows], student.weight, student.bias, z_s)
-        gemms.logits(teacher.hidden[rows], teacher.weight, teacher.bias, z_t)
+    size = min(chunking.rows, computed)
+    room = [memory.empty((size, side.vocab), dtype=chunking.dtype, device=device) for side in (student, *teachers)]
+    for number, rows in enumerate(chunks):
+        hidden = student.hidden[rows]
+        z_s, *z_t = (r[: hidden.shape[0]] for r in room)
+        gemms.logits(hidden, student.weight, student.bias, z_s)
+        for teacher, z in zip(teachers, z_t, strict=True):
+            gemms.logits(teacher.hidden[rows], teacher.weight, teacher.bias, z)
         part_labels = None if labels is None else labels[rows]
         loss[rows], _, part = kernel(z_s, z_t, part_labels, scale[rows], options, need_parts, z_s if needs.any else None)
         if need_parts:
             parts[rows] = part
-        if needs.hidden:
+        if needs.hidden and isinstance(rows, slice):
             gemms.grad_hidden(z_s, student.weight, grad_hidden[rows])
+        elif needs.hidden:
+            grad = torch.empty_like(hidden, dtype=grad_hidden.dtype)
+            gemms.grad_hidden(z_s, student.weight, grad)
+            grad_hidden[rows] = grad
         if needs.weight:
-            gemms.grad_weight(z_s, student.hidden[rows], grad_weight, accumulate=begin > 0)
+            gemms.grad_weight(z_s, hidden, grad_weight, accumulate=number > 0)
         if needs.bias:
-            torch.sum(z_s, 0, out=grad_bias) if begin == 0 else grad_bias.add_(z_s.sum(0))
+            torch.sum(z_s, 0, dtype=grad_bias.dtype, out=grad_bias) if number == 0 else grad_bias.add_(z_s.sum(0))
     return loss, parts, grad_hidden, grad_weight, grad_bias

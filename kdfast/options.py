@@ -8,27 +8,95 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-_SCHEMA_TYPE = {"float": "float", "int": "int", "bool": "bool", "str": "str"}
+_SCHEMA_TYPE = {"float": "float", "int": "int", "bool": "bool", "str": "str", "tuple[float, ...]": "float[]"}
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta")
+#: How several teachers become one distribution: the weighted mean of their tempered probabilities, or of their logits.
+TEACHER_MIXES = ("probs", "logits")
 #: Columns of the per-row metrics a kernel fills when asked for parts, in this order.
-PARTS = ("soft", "hard", "kl_at_1", "teacher_nll", "teacher_entropy", "top1_agreement")
+PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does between its linear head and its softmax: z = softcap * tanh(scale * x / softcap).
+
+    Args:
+        softcap: bound of the logits; None: no cap, z = scale * x.
+        scale: factor of the head's output. A model that scales after the cap, z = s * c * tanh(x / c), is
+            Head(softcap=s * c, scale=s).
+    """
+
+    softcap: float | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """loss of a row = soft_weight * T^2 * KL(p_T || q_T) + hard_weight * CE(q_1, label)."""
+    """loss of a row = soft_weight * T^2 * D(p_T, q_T) + hard_weight * CE(q_1, label) + z_loss * lse(student)^2.
 
+    p is the teacher, q the student. A softcap of 0 is no cap.
+    """
+
+    divergence: str = "forward_kl"
     temperature: float = 1.0
     soft_weight: float = 1.0
     hard_weight: float = 0.0
     scale_by_t2: bool = True
     ignore_index: int = -100
+    beta: float = 0.5
+    skew: float = 0.1
+    ab_alpha: float = 1.0
+    ab_beta: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    student_softcap: float = 0.0
+    student_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    teacher_scale: float = 1.0
+    teacher_weights: tuple[float, ...] = (1.0,)
+    teacher_mix: str = "probs"
 
     @property
     def soft_scale(self) -> float:
         """What the divergence at temperature T is multiplied by."""
         return self.soft_weight * (self.temperature**2 if self.scale_by_t2 else 1.0)
+
+    @property
+    def kind(self) -> str:
+        """The divergence to compute: the end points of a family that are forward or reverse KL go by those names."""
+        match self.divergence:
+            case "jsd" if self.beta in (0, 1):
+                return "forward_kl" if self.beta == 0 else "reverse_kl"
+            case "skew_forward_kl" | "skew_reverse_kl" if self.skew == 0:
+                return self.divergence.removeprefix("skew_")
+            case "alpha_beta" if (self.ab_alpha, self.ab_beta) in ((1, 0), (0, 1)):
+                return "forward_kl" if self.ab_alpha == 1 else "reverse_kl"
+        return self.divergence
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """The two numbers a divergence is parametrised by.
+
+        (alpha, beta) for alpha_beta. For those that compare with a mixture M = w*p + (1-w)*q: (w, the weight of q in M).
+        """
+        match self.kind:
+            case "alpha_beta":
+                return self.ab_alpha, self.ab_beta
+            case "jsd":
+                return self.beta, 1 - self.beta
+            case "skew_forward_kl":
+                return self.skew, 1 - self.skew
+            case "skew_reverse_kl":
+                return 1 - self.skew, self.skew
+        return 0.0, 0.0
+
+    @property
+    def heads(self) -> bool:
+        """Whether any logit is capped or scaled."""
+        return (self.student_softcap, self.teacher_softcap, self.student_scale, self.teacher_scale) != (0, 0, 1, 1)
 
     @classmethod
     def schema(cls) -> str:
@@ -36,6 +104,6 @@ class RowOptions:
         return ", ".join(f"{_SCHEMA_TYPE[str(f.type)]} {f.name}" for f in dataclasses.fields(cls))
 
     @property
-    def values(self) -> tuple[float | int | bool, ...]:
+    def values(self) -> tuple[Any, ...]:
         """The fields in schema order, to pass to an op; `RowOptions(*values)` is the way back."""
-        return (self.temperature, self.soft_weight, self.hard_weight, self.scale_by_t2, self.ignore_index)
+        return tuple(self.__dict__.values())

@@ -24,7 +24,7 @@ struct RowWeights {
     float hard_weight;  // weight of the cross-entropy at T = 1
 };
 
-constexpr int kStats = 3;
-constexpr int kParts = 6;  // soft, hard, kl_at_1, teacher_nll, teacher_entropy, top1_agreement
+constexpr int kStats = 3;  // of topk; logits has one more for every further teacher
+constexpr int kParts = 7;  // soft, hard, z, kl_at_1, teacher_nll, teacher_entropy, top1_agreement
 
 }  // namespace kdfast

@@ -199,7 +199,7 @@ void one_row(const TopKArgs& a, int64_t r, LossRoom& room) {
         a.loss[r] = bad || (labelled && !label_ok) ? kNan : loss;
         if (a.parts) {
             const float agree = student_agrees(a, s, e, anchor_tail) ? 1.0f : 0.0f;
-            const float parts[kParts] = {float(soft), hard, temperature == 1 ? float(soft) : kNan, 0, 0, agree};
+            const float parts[kParts] = {float(soft), hard, float(stats[2] * stats[2]), temperature == 1 ? float(soft) : kNan, 0, 0, agree};
             std::copy_n(parts, kParts, a.parts + r * kParts);
         }
     }
@@ -225,7 +225,7 @@ void all_rows(const TopKArgs& a) {
 void topk_forward(const TopKArgs& a) {
     with_power(a.weights.temperature, [&](auto power) {
         constexpr int kPower = decltype(power)::value;
-        const bool hard = a.weights.hard_weight != 0 || (a.parts && a.labels);
+        const bool hard = a.weights.hard_weight != 0 || a.parts;
         hard ? all_rows<true, kPower, true>(a) : all_rows<false, kPower, true>(a);
     });
 }

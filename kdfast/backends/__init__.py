@@ -4,26 +4,29 @@ What every backend's module of an op must offer. Shapes: N rows, Vs and Vt vocab
 All tensors are on one device; rows have unit stride along the vocabulary and any stride between rows.
 
 `logits`
-    forward(student [N,Vs], teacher [N,Vt], labels [N] int64 | None, scale [N], options, need_parts, grad | None)
-        -> loss [N], stats [N,3], parts [N,len(PARTS)] (or [0] when not asked for)
-    backward(student, teacher, labels, scale, stats, options, grad) -> None
+    forward(student [N,Vs], teachers [[N,Vt], ...], labels [N] int64 | None, scale [N], options, need_parts, grad | None)
+        -> loss [N], stats [N,3+len(teachers)], parts [N,len(PARTS)] (or [0] when not asked for)
+    backward(student, teachers, labels, scale, stats, options, grad) -> None
     `scale` multiplies a row's loss and gradient; a row with scale 0 is not read (its loss, parts and gradient are 0).
-    `grad` [N,Vs] receives d(sum of loss)/d(student); it may be `student` itself. `stats` are the log-sum-exps of
-    student/T and teacher/T over the Vc common ids and of student over Vs, in float64: what is subtracted from a
-    logit of 640 must not round it.
+    `grad` [N,Vs] receives d(sum of loss)/d(student); it may be `student` itself. `stats` are what the same
+    backend's backward needs of a row, in float64: what is subtracted from a logit of 640 must not round it.
+    Logits go through their side's head first (`options.student_softcap` ...), and gradients back through it. The teachers
+    are one distribution over the Vc ids that all have: the weighted mean of their probabilities at T (at 1 for the parts
+    at 1), or of their logits. `options.kind` and `options.coefficients` say which divergence.
     A row with a NaN or +inf logit, or a label outside [0, Vs) other than ignore_index, gets loss NaN; nothing is
     read out of bounds and nothing raises: `ops` reads the losses and names the row.
 
 `linear`
-    forward(student: Side, teacher: Side, labels, scale, options, chunk_rows, need_parts, needs: Needs)
+    forward(student: Side, teachers: [Side, ...], labels, scale, options, chunking: Chunking, need_parts, needs: Needs)
         -> loss [N], parts, grad_hidden, grad_weight (float32), grad_bias (float32); what is not needed has size 0
-    `Side` and `Needs` are those of `kdfast.chunks`, whose `linear_rows` is the loop over chunks.
+    `Side`, `Needs` and `Chunking` are those of `kdfast.chunks`, whose `linear_rows` is the loop over chunks.
 
 `topk`
     capture(logits [N,V], k, temperatures) -> ids [N,k] int32, logprobs [N,k], log_z [N,n_T], log_tail [N,n_T]
-    forward(student [N,V], ids [N,k], logprobs [N,k], log_z [N], log_tail [N], labels, scale, options, vocab_size,
-            need_parts, grad | None) -> loss [N], stats [N,3], parts
-    backward(student, ids, logprobs, log_z, log_tail, labels, scale, stats, options, vocab_size, grad) -> None
+    forward(student [N,V], targets, labels, scale, options, vocab_size, need_parts, grad | None)
+        -> loss [N], stats [N,3], parts
+    backward(student, targets, labels, scale, stats, options, vocab_size, grad) -> None
+    `targets` are ids [N,k], logprobs [N,k], log_z [N], log_tail [N]; of the options only those of forward KL count.
     `log_z` and `log_tail` are those of options.temperature. The soft term is over ids < vocab_size; `stats` are the
     log-sum-exps of student/T over the unselected ids, of student/T over all ids < vocab_size, of student over Vs.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,22 +11,34 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import rows
 from kdfast.ops.row_op import RowCall, RowOp
-from kdfast.options import RowOptions
+from kdfast.ops.row_options import row_options
+from kdfast.options import Head
 
-_op = RowOp("logits", targets=("teacher",))
+_op = RowOp("logits", dense=True, stats=lambda teachers: 3 + teachers)
 
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
+    divergence: str = "forward_kl",
     temperature: float = 1.0,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    ab_alpha: float = 1.0,
+    ab_beta: float = 0.0,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    student_head: Head = Head(),
+    teacher_head: Head = Head(),
+    teacher_weights: Sequence[float] | None = None,
+    teacher_mix: str = "probs",
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
     overwrite_logits: bool = False,
@@ -33,25 +46,43 @@ def kd_loss(
 ) -> Any:
     """Knowledge distillation from logits to logits, fused: no N x V distribution is ever formed.
 
-    Equals, with T = temperature:
+    Equals, with T = temperature, p = softmax(teacher_logits / T), q = softmax(student_logits / T):
 
         kl = F.kl_div(F.log_softmax(student_logits / T, -1), F.log_softmax(teacher_logits / T, -1),
                       log_target=True, reduction="none").sum(-1)
-        ce = F.cross_entropy(student_logits.flatten(0, -2), labels.flatten(), reduction="none")
-        loss = (soft_weight * T**2 * kl + hard_weight * ce)[labels != ignore_index].mean()
+        ce = F.cross_entropy(student_logits.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=...)
+        z = student_logits.logsumexp(-1) ** 2
+        loss = (soft_weight * T**2 * kl + hard_weight * ce + z_loss * z)[labels != ignore_index].mean()
 
-    from one read of each logit tensor, with float32 arithmetic for half-precision inputs.
+    with float32 arithmetic for half-precision inputs, and another divergence in the place of kl:
+
+        forward_kl        KL(p || q)
+        reverse_kl        KL(q || p)
+        jsd               beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q; beta 0 is
+                          forward_kl and beta 1 reverse_kl, as in GKD's implementations (the limits would be 0)
+        skew_forward_kl   KL(p || skew * p + (1 - skew) * q)
+        skew_reverse_kl   KL(q || skew * q + (1 - skew) * p)
+        tvd               (p - q).abs().sum() / 2
+        alpha_beta        -(p**a * q**b - a/(a+b) * p**(a+b) - b/(a+b) * q**(a+b)).sum() / (a * b), a = ab_alpha,
+                          b = ab_beta, with its limits at 0; (1, 0) is forward_kl, (0, 1) reverse_kl
 
     Args:
         student_logits: `[..., Vs]` float32, bfloat16, float16 (or float64, on the reference backend).
-        teacher_logits: `[..., Vt]`, same leading dimensions and device. Gets no gradient. When Vt != Vs the soft
-            term compares the ids both sides have, as if the larger side's other logits were -inf.
+        teacher_logits: `[..., Vt]`, same leading dimensions and device, or a sequence of such tensors: several teachers,
+            mixed in the same pass. Gets no gradient. When Vt != Vs the soft term compares the ids all sides have, as if
+            the larger side's other logits were -inf.
         labels: `[...]` int64 or int32, already aligned with the logits (the caller shifts). Rows whose label is
             `ignore_index` do not count. None: every row counts and there is no hard loss.
+        divergence, beta, skew, ab_alpha, ab_beta: the soft term, as above. 0 <= beta <= 1, 0 <= skew < 1, others >= 0.
         temperature: T > 0, on both sides of the soft term.
         soft_weight, hard_weight: the two weights. The hard cross-entropy is at T = 1 over the whole student vocabulary.
         scale_by_t2: multiply the soft term by T^2, which keeps its gradient's size as T changes.
         token_weight: `[...]` weights >= 0; a row of weight 0 does not count.
+        label_smoothing: share of the hard target that is spread evenly over the student's vocabulary.
+        z_loss: weight of the squared log-sum-exp of the student's logits at T = 1, which keeps them from drifting.
+        student_head, teacher_head: what lies between the logits given and the softmax (a cap, a factor), fused.
+        teacher_weights: a positive number per teacher, normalised to sum 1; None: all alike.
+        teacher_mix: "probs": p is the weighted mean of the teachers' tempered probabilities; "logits": of their logits.
         reduction: "mean" over the rows that count, "sum", or "none" (`[...]`, 0 where a row does not count).
         num_items: divisor of the mean in place of the rows that count (gradient accumulation, data parallel).
         overwrite_logits: put the gradient in the place of `student_logits`, saving a second N x V buffer; nothing
@@ -61,16 +92,24 @@ def kd_loss(
     Raises:
         ValueError: a shape, dtype, device, option, or (on a CPU, or under `debug_checks()`) a value is wrong.
 
-    Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, equation 4 and section 2.1.
+    Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, equation 4 and section 2.1; GKD, arXiv 2306.13649 (jsd);
+    DistiLLM, arXiv 2402.03898 (skew); f-distill, arXiv 2307.15190 (tvd); ABKD, arXiv 2505.04560 (alpha_beta).
     """
-    options = RowOptions(float(temperature), float(soft_weight), float(hard_weight), scale_by_t2, ignore_index)
-    rows.check_options(options)
+    teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
+    options = row_options(
+        divergence=divergence, temperature=temperature, soft_weight=soft_weight, hard_weight=hard_weight, beta=beta,
+        skew=skew, ab_alpha=ab_alpha, ab_beta=ab_beta, scale_by_t2=scale_by_t2, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, z_loss=z_loss, student_head=student_head, teacher_head=teacher_head,
+        teachers=len(teachers), teacher_weights=teacher_weights, teacher_mix=teacher_mix,
+    )  # fmt: skip
     rows.check_float("student_logits", student_logits)
-    rows.check_float("teacher_logits", teacher_logits, like=student_logits, like_name="student_logits")
     rows.check_vocab("student_logits", student_logits)
-    rows.check_vocab("teacher_logits", teacher_logits)
     lead = student_logits.shape[:-1]
-    rows.check_lead("teacher_logits", teacher_logits.shape[:-1], lead, "student_logits")
+    for i, teacher in enumerate(teachers):
+        name = rows.member("teacher_logits", i, len(teachers))
+        rows.check_float(name, teacher, like=student_logits, like_name="student_logits")
+        rows.check_vocab(name, teacher)
+        rows.check_lead(name, teacher.shape[:-1], lead, "student_logits")
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
     if overwrite_logits:
@@ -79,7 +118,9 @@ def kd_loss(
     backend = dispatch.choose("logits", student.device, student.dtype)
     call = RowCall(
         student,
-        tensors=(rows.as_rows(teacher_logits.detach()), labels, scale),
+        targets=tuple(rows.as_rows(t.detach()) for t in teachers),
+        labels=labels,
+        scale=scale,
         scalars=(*options.values, backend, return_parts),
         lead=lead,
         reduction=reduction,

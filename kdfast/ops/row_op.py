@@ -11,13 +11,14 @@ place of the student) and NAME_backward (the gradient recomputed from row statis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast import dispatch
+from kdfast import dispatch, memory
 from kdfast.ops import rows
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
@@ -30,15 +31,15 @@ class RowOp:
 
     Args:
         name: the op's name, also that of its kernel modules.
-        targets: names of the target tensors between the student and the labels.
         extra: schema of the scalars after the options, such as "int vocab_size".
+        dense: the targets are logits of teachers, which can be looked at when a row goes wrong.
+        stats: columns of the row statistics for a number of targets.
     """
 
-    def __init__(self, name: str, targets: tuple[str, ...], extra: str = "") -> None:
-        self.name = name
-        self.n_targets = len(targets)
+    def __init__(self, name: str, extra: str = "", dense: bool = False, stats: Callable[[int], int] = lambda _: 3) -> None:
+        self.name, self.dense, self.stats = name, dense, stats
         self.n_options = len(RowOptions().values)
-        tensors = ", ".join(f"Tensor {t}" for t in targets) + ", Tensor? labels, Tensor scale"
+        tensors = "Tensor[] targets, Tensor? labels, Tensor scale"
         scalars = ", ".join(s for s in (RowOptions.schema(), extra, "str backend") if s)
         self._define(
             "", f"(Tensor student, {tensors}, {scalars}, bool need_parts, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -57,57 +58,74 @@ class RowOp:
         _lib.impl(f"{self.name}{suffix}", kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"kdfast::{self.name}{suffix}", fake, lib=_lib)
 
-    def _split(self, args: tuple[Any, ...], between: int = 0) -> tuple[tuple[Any, ...], RowOptions, tuple[Any, ...], Any]:
-        """Arguments after the student as tensors, options, extra scalars, kernel module; flags are not among them."""
-        n = self.n_targets + 2 + between
-        options = RowOptions(*args[n : n + self.n_options])
-        return args[:n], options, args[n + self.n_options : -1], dispatch.kernel(self.name, args[-1])
+    def _scalars(self, args: tuple[Any, ...]) -> tuple[RowOptions, tuple[Any, ...], Any]:
+        """Options, extra scalars and kernel module of a call, from the scalars in schema order without the flags."""
+        options = RowOptions(*args[: self.n_options])
+        return options, args[self.n_options : -1], dispatch.kernel(self.name, args[-1])
 
-    def _run(self, student: Tensor, args: tuple[Any, ...], need_parts: bool, grad: Tensor | None) -> tuple[Tensor, ...]:
-        tensors, options, extra, kernel = self._split(args)
+    def _run(
+        self, student: Tensor, targets: list[Tensor], labels: Tensor | None, scale: Tensor, scalars: tuple[Any, ...],
+        need_parts: bool, grad: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        options, extra, kernel = self._scalars(scalars)
+        loss, stats, parts = kernel.forward(student, targets, labels, scale, options, *extra, need_parts, grad)
         # The kernel writes over an overwritten student, so that only the teacher can be looked at afterwards.
         seen = None if grad is student else student
-        loss, stats, parts = kernel.forward(student, *tensors, options, *extra, need_parts, grad)
-        teacher = tensors[0] if tensors[0].is_floating_point() else None
-        rows.check_rows(loss, seen, teacher, tensors[-2], student.shape[1], options)
+        rows.check_rows(loss, seen, targets if self.dense else [], labels, student.shape[1], options)
         return loss, stats, parts
 
-    def _forward(self, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        *rest, need_parts, need_grad = args
+    def _forward(self, student: Tensor, targets: list[Tensor], labels: Any, scale: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *scalars, need_parts, need_grad = args
         grad = _grad_buffer(student) if need_grad else None
-        return *self._run(student, tuple(rest), need_parts, grad), student.new_empty(0) if grad is None else grad
+        outputs = self._run(student, targets, labels, scale, tuple(scalars), need_parts, grad)
+        return *outputs, student.new_empty(0) if grad is None else grad
 
-    def _overwrite(self, student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        *rest, need_parts = args
-        loss, _, parts = self._run(student, tuple(rest), need_parts, student)
+    def _overwrite(
+        self, student: Tensor, targets: list[Tensor], labels: Any, scale: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        *scalars, need_parts = args
+        loss, _, parts = self._run(student, targets, labels, scale, tuple(scalars), need_parts, student)
         return loss, parts
 
-    def _backward(self, student: Tensor, *args: Any) -> Tensor:
-        (*tensors, stats), options, extra, kernel = self._split(args, between=1)
+    def _backward(
+        self, student: Tensor, targets: list[Tensor], labels: Any, scale: Tensor, stats: Tensor, *scalars: Any
+    ) -> Tensor:
+        options, extra, kernel = self._scalars(scalars)
         grad = _grad_buffer(student)
-        kernel.backward(student, *tensors, stats, options, *extra, grad)
+        kernel.backward(student, targets, labels, scale, stats, options, *extra, grad)
         return grad
 
-    def _forward_fake(self, student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return *_row_outputs(student, args[-2]), _grad_buffer(student) if args[-1] else student.new_empty(0)
+    def _row_outputs(self, student: Tensor, n_targets: int, need_parts: bool) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        n = student.shape[0]
+        return (
+            student.new_empty(n, dtype=dtype),
+            student.new_empty(n, self.stats(n_targets), dtype=torch.float64),
+            student.new_empty((n, len(PARTS)) if need_parts else (0,), dtype=dtype),
+        )
 
-    def _overwrite_fake(self, student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, _, parts = _row_outputs(student, args[-1])
+    def _forward_fake(self, student: Tensor, targets: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+        grad = student.new_empty(student.shape if args[-1] else 0)
+        return *self._row_outputs(student, len(targets), args[-2]), grad
+
+    def _overwrite_fake(self, student: Tensor, targets: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+        loss, _, parts = self._row_outputs(student, len(targets), args[-1])
         return loss, parts
 
     def _backward_fake(self, student: Tensor, *args: Any) -> Tensor:
-        return _grad_buffer(student)
+        return student.new_empty(student.shape)
 
     def __call__(self, call: RowCall) -> tuple[Tensor, Tensor]:
         """(loss, parts): the loss reduced as `call.reduction` says, the parts per row."""
-        student, rest = call.student, (*call.tensors, *call.scalars)
+        # The targets go one by one: autograd sees tensors among arguments, not inside lists.
+        inputs = (self.name, len(call.targets), call.student, *call.targets, call.labels, call.scale, *call.scalars)
         if call.overwrite and call.needs_grad:
-            loss, parts = _Overwrite.apply(self.name, student, *rest)
+            loss, parts = _Overwrite.apply(*inputs)
             return loss, parts
-        if call.needs_grad and call.reduction != "none" and student.dtype != torch.float16:
-            loss, parts, _ = _InForward.apply(self.name, student, *rest)
+        if call.needs_grad and call.reduction != "none" and call.student.dtype != torch.float16:
+            loss, parts, _ = _InForward.apply(*inputs)
             return loss, parts
-        loss, parts, _ = _InBackward.apply(self.name, len(call.tensors), student, *rest)
+        loss, parts, _ = _InBackward.apply(*inputs)
         return rows.reduce(loss, call.lead, call.reduction), parts
 
 
@@ -115,12 +133,13 @@ class RowOp:
 class RowCall:
     """One checked call of a row op: N x V student rows and everything that goes with them.
 
-    `tensors` are the targets, the labels (or None) and the row scale; `scalars` the options, the extra scalars, the
-    backend and whether parts are wanted, in schema order.
+    `scalars` are the options, the extra scalars, the backend and whether parts are wanted, in schema order.
     """
 
     student: Tensor
-    tensors: tuple[Tensor | None, ...]
+    targets: tuple[Tensor, ...]
+    labels: Tensor | None
+    scale: Tensor
     scalars: tuple[Any, ...]
     lead: torch.Size
     reduction: str
@@ -129,30 +148,24 @@ class RowCall:
 
 
 def _grad_buffer(student: Tensor) -> Tensor:
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return memory.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _row_outputs(student: Tensor, need_parts: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    n = student.shape[0]
-    parts = (n, len(PARTS)) if need_parts else (0,)
-    return (
-        student.new_empty(n, dtype=dtype),
-        student.new_empty(n, 3, dtype=torch.float64),
-        student.new_empty(parts, dtype=dtype),
-    )
+def _op(name: str, n_targets: int, student: Tensor, *rest: Any) -> Any:
+    """The torch op `name` on the arguments an autograd function gets."""
+    return getattr(torch.ops.kdfast, name)(student, list(rest[:n_targets]), *rest[n_targets:])
 
 
 def _scaled(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
     out = None if upstream is None else scale_grad(grad, upstream, ctx.backend)
-    return None, out, *(None,) * (len(ctx.needs_input_grad) - 2)
+    return None, None, out, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 class _InForward(torch.autograd.Function):
     @staticmethod
-    def forward(name: str, student: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        loss, _, parts, grad = getattr(torch.ops.kdfast, name)(student, *rest, True)
+    def forward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
+        loss, _, parts, grad = _op(name, *inputs, True)
         return loss.sum(), parts, grad
 
     @staticmethod
@@ -170,9 +183,9 @@ class _InForward(torch.autograd.Function):
 
 class _Overwrite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, student: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, n_targets: int, student: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         grad = student.detach()
-        loss, parts = getattr(torch.ops.kdfast, f"{name}_overwrite")(grad, *rest)
+        loss, parts = _op(f"{name}_overwrite", n_targets, grad, *rest)
         # The detached view shares its version counter with `student`: whoever still needs the logits is told by autograd.
         torch.autograd.graph.increment_version(grad)
         ctx.mark_non_differentiable(parts)
@@ -188,24 +201,24 @@ class _Overwrite(torch.autograd.Function):
 
 class _InBackward(torch.autograd.Function):
     @staticmethod
-    def forward(name: str, n_tensors: int, student: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        loss, stats, parts, _ = getattr(torch.ops.kdfast, name)(student, *rest, False)
+    def forward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
+        loss, stats, parts, _ = _op(name, *inputs, False)
         return loss, parts, stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        name, n_tensors, *rest = inputs
+        name, n_targets, *rest = inputs
         _, parts, stats = output
         ctx.mark_non_differentiable(parts, stats)
         ctx.set_materialize_grads(False)
-        ctx.name, ctx.scalars = name, rest[1 + n_tensors : -1]
-        ctx.save_for_backward(*rest[: 1 + n_tensors], stats)
+        n_tensors = n_targets + 3  # student, targets, labels, scale
+        ctx.name, ctx.n_targets, ctx.scalars = name, n_targets, rest[n_tensors:-1]
+        ctx.save_for_backward(*rest[:n_tensors], stats)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, scale, stats = ctx.saved_tensors
         grad = None
         if upstream is not None:
-            backward = getattr(torch.ops.kdfast, f"{ctx.name}_backward")
-            grad = backward(*tensors, scale * upstream, stats, *ctx.scalars)
+            grad = _op(f"{ctx.name}_backward", ctx.n_targets, *tensors, scale * upstream, stats, *ctx.scalars)
         return None, None, grad, *(None,) * (len(ctx.needs_input_grad) - 3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,13 +40,15 @@ class Part:
 class Parts(NamedTuple):
     """Metrics of one loss call, from the same pass: nothing here is weighted, scaled by T^2 or differentiable.
 
-    soft: divergence at T. hard: student cross-entropy at T=1. kl_at_1: KL(teacher || student) at T=1.
-    teacher_nll: -log p(label) of the teacher at T=1. teacher_entropy: at T=1. top1_agreement: 1 where both
-    argmaxes agree. All in nats but the last. `hard` and `teacher_nll` have count 0 without labels.
+    soft: divergence at T. hard: student cross-entropy at T=1, without smoothing. z: lse(student)^2 at T=1.
+    kl_at_1: KL(teacher || student) at T=1. teacher_nll: -log p(label) of the teacher at T=1. teacher_entropy: at T=1.
+    top1_agreement: 1 where both argmaxes agree. All in nats but z (nats^2) and the last. `hard` and `teacher_nll` have
+    count 0 without labels.
     """
 
     soft: Part
     hard: Part
+    z: Part
     kl_at_1: Part
     teacher_nll: Part
     teacher_entropy: Part
@@ -86,6 +88,11 @@ def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_n
         raise ValueError(f"{name}: expected device {like.device} like {like_name}, got {tensor.device}")
 
 
+def member(name: str, index: int, of: int) -> str:
+    """How messages call an argument that may be one of several."""
+    return name if of == 1 else f"{name}[{index}]"
+
+
 def check_lead(name: str, lead: torch.Size, expected: torch.Size, like_name: str) -> None:
     """Raises unless both sides have the same leading dimensions."""
     if lead != expected:
@@ -96,16 +103,6 @@ def check_vocab(name: str, logits: Tensor) -> None:
     """Raises unless `logits` is [..., V] with V >= 1."""
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape [..., V] with V >= 1, got {list(logits.shape)}")
-
-
-def check_options(options: RowOptions) -> None:
-    """Raises for a scalar option that is out of range."""
-    if not (options.temperature > 0 and math.isfinite(options.temperature)):
-        raise ValueError(f"temperature: expected a finite number above 0, got {options.temperature}")
-    for name in ("soft_weight", "hard_weight"):
-        value = getattr(options, name)
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
 
 def check_labels(labels: Tensor | None, lead: torch.Size, device: torch.device, options: RowOptions) -> Tensor | None:
@@ -186,7 +183,7 @@ def row_scale(
 
 
 def check_rows(
-    loss: Tensor, student: Tensor | None, teacher: Tensor | None, labels: Tensor | None, vocab: int, options: RowOptions
+    loss: Tensor, student: Tensor | None, teachers: Sequence[Tensor], labels: Tensor | None, vocab: int, options: RowOptions
 ) -> None:
     """Names the first row whose loss is NaN: on a CPU always, on a GPU under `debug_checks()` only.
 
@@ -205,7 +202,8 @@ def check_rows(
                 f"labels: row {row} has label {label}, expected 0 <= label < {vocab} (the student's vocabulary)"
                 f" or ignore_index {options.ignore_index}"
             )
-    for name, tensor in (("teacher", teacher), ("student", student)):
+    names = ["teacher"] if len(teachers) == 1 else [f"teacher {i}" for i in range(len(teachers))]
+    for name, tensor in (*zip(names, teachers, strict=True), ("student", student)):
         if tensor is not None and bool((tensor[row].isnan() | tensor[row].isposinf()).any()):
             raise ValueError(f"{name} logits: row {row} holds NaN or +inf, expected finite numbers or -inf")
     raise ValueError(f"row {row} has loss NaN: its logits hold NaN or +inf, or are -inf throughout")

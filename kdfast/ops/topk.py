@@ -12,19 +12,20 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import rows
 from kdfast.ops.row_op import RowCall, RowOp
+from kdfast.ops.row_options import row_options
 from kdfast.ops.targets import TopKTargets
 from kdfast.options import PARTS, RowOptions
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
 _lib.define("topk_capture(Tensor logits, int k, float[] temperatures, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
-_op = RowOp("topk", targets=("ids", "logprobs", "log_z", "log_tail"), extra="int vocab_size")
+_op = RowOp("topk", extra="int vocab_size")
 
 
 @torch.library.impl(_lib, "topk_capture", "CompositeExplicitAutograd")
 def _capture(logits: Tensor, k: int, temperatures: Sequence[float], backend: str) -> tuple[Tensor, ...]:
     ids, logprobs, log_z, log_tail = dispatch.kernel("topk", backend).capture(logits, k, tuple(temperatures))
     if k:
-        rows.check_rows(logprobs[:, 0], None, logits, None, logits.shape[1], RowOptions())
+        rows.check_rows(logprobs[:, 0], None, [logits], None, logits.shape[1], RowOptions())
     return ids, logprobs, log_z, log_tail
 
 
@@ -129,8 +130,10 @@ def topk_kd_loss(
     Source: the bucket is the "ghost token" of sparse logit distillation; Kim & Rush 2016, arXiv 1606.07947, for the
     word-level loss it approximates.
     """
-    options = RowOptions(float(temperature), float(soft_weight), float(hard_weight), scale_by_t2, ignore_index)
-    rows.check_options(options)
+    options = row_options(
+        temperature=temperature, soft_weight=soft_weight, hard_weight=hard_weight, scale_by_t2=scale_by_t2,
+        ignore_index=ignore_index,
+    )  # fmt: skip
     rows.check_float("student_logits", student_logits)
     rows.check_vocab("student_logits", student_logits)
     if not isinstance(targets, TopKTargets):
@@ -161,7 +164,9 @@ def topk_kd_loss(
     )
     call = RowCall(
         student,
-        tensors=(*target_rows, labels, scale),
+        targets=target_rows,
+        labels=labels,
+        scale=scale,
         scalars=(*options.values, targets.vocab_size, backend, return_parts),
         lead=lead,
         reduction=reduction,

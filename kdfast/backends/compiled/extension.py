@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast import _C
 from kdfast.options import RowOptions
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: From this size on, a fresh output is put on huge pages before its first touch.
-_HUGE_BYTES = 4 << 20
 
 Matrix = tuple[int, int, int, int]
 ABSENT: Matrix = (0, 0, 0, 0)
@@ -26,13 +23,6 @@ def matrix(tensor: Tensor | None) -> Matrix:
     if tensor is None:
         return ABSENT
     return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], _DTYPE_CODE[tensor.dtype]
-
-
-def fresh(output: Tensor | None, *inputs: Tensor) -> Tensor | None:
-    """`output`, with huge pages asked for unless it is one of the inputs."""
-    if output is not None and output.nbytes >= _HUGE_BYTES and all(output.data_ptr() != x.data_ptr() for x in inputs):
-        _C.advise_huge(output.data_ptr(), output.nbytes)
-    return output
 
 
 def weights(options: RowOptions) -> tuple[float, float, float]:

@@ -5,13 +5,13 @@ The GEMMs stay torch's own (oneDNN or MKL): nothing written here would beat them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from kdfast.backends.compiled import logits
-from kdfast.chunks import Needs, Side, linear_rows
+from kdfast.chunks import Chunking, Needs, Side, linear_rows
 from kdfast.options import RowOptions
 
 #: Vocabulary rows of a half-precision head that are widened to float32 at a time.
@@ -56,12 +56,13 @@ class _Float32Gemms:
 
 def forward(
     student: Side,
-    teacher: Side,
+    teachers: Sequence[Side],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
-    chunk_rows: int,
+    chunking: Chunking,
     need_parts: bool,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return linear_rows(logits.forward, _Float32Gemms(), student, teacher, labels, scale, options, chunk_rows, need_parts, needs)
+    gemms = _Float32Gemms()
+    return linear_rows(logits.forward, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs)

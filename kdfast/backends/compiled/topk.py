@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kdfast import _C
-from kdfast.backends.compiled.extension import address, fresh, matrix, threads, weights
+from kdfast.backends.compiled.extension import address, matrix, threads, weights
 from kdfast.options import PARTS, RowOptions
 
 
@@ -23,10 +25,7 @@ def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Te
 
 def forward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
@@ -34,12 +33,13 @@ def forward(
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    ids, logprobs, log_z, log_tail = targets
     n = student.shape[0]
     loss = torch.empty(n)
     stats = torch.empty(n, 3, dtype=torch.float64)
     parts = torch.empty((n, len(PARTS)) if need_parts else (0,))
     _C.topk(
-        True, n, matrix(student), matrix(fresh(grad, student)), address(ids), address(logprobs), address(log_z),
+        True, n, matrix(student), matrix(grad), address(ids), address(logprobs), address(log_z),
         address(log_tail), ids.shape[1], vocab_size, address(labels), address(scale), address(loss), address(stats),
         address(parts if need_parts else None), *weights(options), threads(),
     )  # fmt: skip
@@ -48,10 +48,7 @@ def forward(
 
 def backward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     stats: Tensor,
@@ -59,8 +56,9 @@ def backward(
     vocab_size: int,
     grad: Tensor,
 ) -> None:
+    ids, logprobs, log_z, log_tail = targets
     _C.topk(
-        False, student.shape[0], matrix(student), matrix(fresh(grad, student)), address(ids), address(logprobs),
+        False, student.shape[0], matrix(student), matrix(grad), address(ids), address(logprobs),
         address(log_z), address(log_tail), ids.shape[1], vocab_size, address(labels), address(scale), 0, address(stats), 0,
         *weights(options), threads(),
     )  # fmt: skip

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from kdfast.backends.reference import logits
 from kdfast.backends.reference.logits import wide
-from kdfast.chunks import Needs, Side, grad_buffers
+from kdfast.chunks import Chunking, Needs, Side, grad_buffers
 from kdfast.options import RowOptions
 
 
-def _logits(side: Side) -> Tensor:
+def _logits(side: Side, dtype: torch.dtype) -> Tensor:
     z = wide(side.hidden) @ wide(side.weight).T
-    return z if side.bias is None else z + wide(side.bias)
+    z = z if side.bias is None else z + wide(side.bias)
+    return z if z.dtype == torch.float64 else z.to(dtype)
 
 
 def forward(
     student: Side,
-    teacher: Side,
+    teachers: Sequence[Side],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
-    chunk_rows: int,
+    chunking: Chunking,
     need_parts: bool,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    z = _logits(student)
-    loss, _, parts = logits.forward(z, _logits(teacher), labels, scale, options, need_parts, z if needs.any else None)
+    if chunking.row_index is not None:
+        scale = torch.zeros_like(scale).index_copy(0, chunking.row_index, scale[chunking.row_index])
+    z = _logits(student, chunking.dtype)
+    z_t = [_logits(teacher, chunking.dtype) for teacher in teachers]
+    loss, _, parts = logits.forward(z, z_t, labels, scale, options, need_parts, z if needs.any else None)
     hidden, weight, bias = grad_buffers(student, needs)
     if needs.hidden:
-        hidden.copy_(z @ wide(student.weight))
+        hidden.copy_(wide(z) @ wide(student.weight))
     if needs.weight:
-        weight.copy_(z.T @ wide(student.hidden))
+        weight.copy_(wide(z).T @ wide(student.hidden))
     if needs.bias:
-        bias.copy_(z.sum(0))
+        bias.copy_(wide(z).sum(0))
     return loss, parts, hidden, weight, bias

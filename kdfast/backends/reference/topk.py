@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,7 @@ def _log_tail(tempered: Tensor, mask: Tensor) -> Tensor:
 
 def forward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
@@ -48,6 +47,7 @@ def forward(
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    ids, logprobs, log_z, log_tail = targets
     z = poison(wide(student))
     tempered = z[:, :vocab_size] / options.temperature
     valid, mask = _selected(ids, vocab_size, vocab_size)
@@ -71,20 +71,17 @@ def forward(
         agree = (tempered.argmax(-1) == best).to(soft.dtype)
         kl_at_1 = soft if options.temperature == 1 else torch.full_like(soft, torch.nan)
         unknown = torch.zeros_like(soft)
-        columns = {"soft": soft, "hard": hard, "kl_at_1": kl_at_1, "teacher_nll": unknown,
+        columns = {"soft": soft, "hard": hard, "z": z.logsumexp(-1) ** 2, "kl_at_1": kl_at_1, "teacher_nll": unknown,
                    "teacher_entropy": unknown, "top1_agreement": agree}  # fmt: skip
         parts = torch.where(counts[:, None], torch.stack([columns[name] for name in PARTS], -1), 0)
     if grad is not None:
-        backward(student, ids, logprobs, log_z, log_tail, labels, scale, stats, options, vocab_size, grad)
+        backward(student, targets, labels, scale, stats, options, vocab_size, grad)
     return loss, stats, parts
 
 
 def backward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     stats: Tensor,
@@ -92,6 +89,7 @@ def backward(
     vocab_size: int,
     grad: Tensor,
 ) -> None:
+    ids, logprobs, log_z, log_tail = targets
     z = wide(student)
     tempered = z[:, :vocab_size] / options.temperature
     valid, mask = _selected(ids, vocab_size, vocab_size)

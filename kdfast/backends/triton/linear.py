@@ -7,12 +7,13 @@ logits enter bfloat16 products as bfloat16; float16 would lose 1/N to underflow,
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kdfast.backends.triton import logits
-from kdfast.chunks import Needs, Side, linear_rows
+from kdfast.chunks import Chunking, Needs, Side, linear_rows
 from kdfast.options import RowOptions
 
 #: Rows of a weight gradient that are added at a time where the GEMM cannot add to float32 by itself.
@@ -82,13 +83,13 @@ class _Float32LogitGemms:
 
 def forward(
     student: Side,
-    teacher: Side,
+    teachers: Sequence[Side],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
-    chunk_rows: int,
+    chunking: Chunking,
     need_parts: bool,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gemms = _Float32LogitGemms()
-    return linear_rows(logits.forward, gemms, student, teacher, labels, scale, options, chunk_rows, need_parts, needs)
+    return linear_rows(logits.forward, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs)

@@ -6,6 +6,8 @@ in L2), V written. `stats[:, 2]` is NaN when no option needs the student's log-s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -228,13 +230,14 @@ def backward_kernel(
 
 def forward(
     student: Tensor,
-    teacher: Tensor,
+    teachers: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    (teacher,) = teachers
     rows, width = student.shape
     common = min(width, teacher.shape[1])
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
@@ -259,13 +262,14 @@ def forward(
 
 def backward(
     student: Tensor,
-    teacher: Tensor,
+    teachers: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     stats: Tensor,
     options: RowOptions,
     grad: Tensor,
 ) -> None:
+    (teacher,) = teachers
     rows, width = student.shape
     common = min(width, teacher.shape[1])
     if rows == 0:

@@ -6,6 +6,8 @@ without comparing it with k ids. An id that is listed twice counts twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -140,7 +142,7 @@ def forward_kernel(
         at = tl.cast(row, tl.int64)
         scale = tl.load(scale_ptr + row)
         if scale == 0:
-            zero_outputs(loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6, PARTS)
+            zero_outputs(loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 7, PARTS)
             if GRAD:
                 zero_row(grad_ptr + at * grad_stride, width, LANES, VEC, RAGGED)
         else:
@@ -151,7 +153,7 @@ def forward_kernel(
             tl.debug_barrier()
             _forward_row(
                 student_ptr + at * student_stride, grad_ptr + at * grad_stride, logprobs_ptr + at * k, bits_ptr,
-                labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 6,
+                labels_ptr + at, loss_ptr + at, stats_ptr + at * 3, parts_ptr + at * 7,
                 ids, inside, k, tl.load(log_z_ptr + row), tl.load(log_tail_ptr + row),
                 scale, width, vocab, temperature, inv_t, soft_scale, hard_weight,
                 UNIT_T, LABELS, HARD, PARTS, GRAD, EXTRA, K, LANES, VEC, RAGGED,
@@ -207,14 +209,16 @@ def _forward_row(
     if PARTS:
         tl.store(parts_ptr, soft)
         tl.store(parts_ptr + 1, hard if LABELS else 0.0)
-        tl.store(parts_ptr + 2, soft if UNIT_T else NAN)
-        tl.store(parts_ptr + 3, 0.0)
+        lse = m_h + LN2 * l_h
+        tl.store(parts_ptr + 2, lse * lse)
+        tl.store(parts_ptr + 3, soft if UNIT_T else NAN)
         tl.store(parts_ptr + 4, 0.0)
+        tl.store(parts_ptr + 5, 0.0)
         best_z = tl.min(tl.where(z == top, ids, 2147483647), 0)
         best_s = tl.minimum(best_z, tl.where(m_u == top, best_u, 2147483647))
         slot = tl.min(tl.where(logprobs == tl.max(logprobs, 0), slots, K), 0)
         best_t = tl.sum(tl.where(slots == slot, ids, 0), 0)
-        tl.store(parts_ptr + 5, tl.where(best_s == best_t, 1.0, 0.0))
+        tl.store(parts_ptr + 6, tl.where(best_s == best_t, 1.0, 0.0))
     if GRAD:
         _write_grad(
             s_ptr, g_ptr, bits_ptr, width, vocab, ids, inside, z, diff, tail_diff, m_u, l_u, m_h, l_h, label,
@@ -275,10 +279,7 @@ def _bitmaps(programs: int, vocab: int, device: torch.device) -> Tensor:
 
 def forward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     options: RowOptions,
@@ -286,6 +287,7 @@ def forward(
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    ids, logprobs, log_z, log_tail = targets
     rows, width = student.shape
     vocab = min(width, vocab_size)
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
@@ -304,7 +306,7 @@ def forward(
             rows, width, vocab, bits.shape[1], ids.shape[1], student.stride(0), out.stride(0),
             options.temperature, 1 / options.temperature, options.soft_scale, options.hard_weight,
             UNIT_T=options.temperature == 1, LABELS=labels is not None,
-            HARD=labels is not None and (need_parts or options.hard_weight != 0),
+            HARD=need_parts or options.hard_weight != 0,
             PARTS=need_parts, GRAD=grad is not None, EXTRA=width > vocab, K=triton.next_power_of_2(max(ids.shape[1], 1)),
             **size.shape, **size.options,
         )  # fmt: skip
@@ -313,10 +315,7 @@ def forward(
 
 def backward(
     student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_z: Tensor,
-    log_tail: Tensor,
+    targets: Sequence[Tensor],
     labels: Tensor | None,
     scale: Tensor,
     stats: Tensor,
@@ -324,6 +323,7 @@ def backward(
     vocab_size: int,
     grad: Tensor,
 ) -> None:
+    ids, logprobs, log_z, log_tail = targets
     rows, width = student.shape
     vocab = min(width, vocab_size)
     if rows == 0:
