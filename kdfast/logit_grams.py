@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdfast.chunks import Needs, Side, grad_buffers
+from kdfast import memory
+from kdfast.chunks import Needs, Side, grad_buffers, grad_hidden_dtype
 from kdfast.head_grams import Head, chunks, column_mean, head_chunk, head_of, square
 
 #: Bytes of the block of logits that the last form holds.
@@ -219,7 +220,7 @@ def _squares(z: Tensor) -> Tensor:
 def _empty_like(weight: Tensor) -> Tensor:
     """A gradient of a head: float32, or float64 beside float64."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return memory.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
 def gram_is_cheaper(n: int, vocab: int, student_dim: int, teacher_dim: int) -> bool:
@@ -263,11 +264,10 @@ def solve(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients of hidden and head, by the form that `choose(problem, method)` picks."""
-    loss_dtype = torch.float64 if student.weight.dtype == torch.float64 else torch.float32
-    grad_hidden, grad_weight, _ = grad_buffers(student, needs)
-    n = student.hidden.shape[0]
+    n, double = student.hidden.shape[0], student.weight.dtype == torch.float64
     if n == 0:
-        return torch.zeros((), dtype=loss_dtype, device=student.hidden.device), grad_hidden, grad_weight.zero_()
+        hidden, weight, _ = grad_buffers(student, needs)
+        return weight.new_zeros(()), hidden, weight.zero_()
     hidden_s, hidden_t = student.hidden, teacher.hidden
     if mask is not None:
         hidden_s, hidden_t = (torch.where(mask[:, None], h, 0) for h in (hidden_s, hidden_t))
@@ -276,10 +276,10 @@ def solve(
     solution = choose(p, method)
     counts = torch.tensor(n, device=hidden_s.device) if mask is None else mask.sum().clamp(min=1)
     elements = counts.double() * p.vocab
-    hidden, weight = solution.gradients(2 / elements) if needs.any else (None, None)
-    loss = (solution.value / elements).clamp(min=0).to(loss_dtype)
+    loss = (solution.value / elements).clamp(min=0).to(torch.float64 if double else torch.float32)
+    of_hidden, of_weight = solution.gradients(2 / elements) if needs.any else (None, None)
     return (
         loss,
-        grad_hidden if hidden is None else hidden.to(grad_hidden.dtype),
-        grad_weight if weight is None else weight,
+        (loss.new_empty(0) if of_hidden is None else of_hidden).to(grad_hidden_dtype(student.hidden)),
+        loss.new_empty(0) if of_weight is None else of_weight,
     )

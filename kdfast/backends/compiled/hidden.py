@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast import _C
-from kdfast.backends.compiled.extension import address, fresh, matrix, threads
+from kdfast import _C, memory
+from kdfast.backends.compiled.extension import address, matrix, threads
 from kdfast.chunks import Needs, grad_hidden_dtype
 
 #: Bytes of projected states a chunk holds, and the rows below which a GEMM runs badly.
@@ -20,14 +20,14 @@ _CHUNK_BYTES, _MIN_ROWS = 1 << 20, 256
 def _rows(cosine: bool, student: Tensor, teacher: Tensor, bias: Tensor | None, scale: Tensor, grad: Tensor | None) -> Tensor:
     loss = torch.empty(student.shape[0])
     _C.hidden(
-        cosine, student.shape[0], matrix(student), matrix(teacher), matrix(fresh(grad, student)), address(bias),
+        cosine, student.shape[0], matrix(student), matrix(teacher), matrix(grad), address(bias),
         address(scale), address(loss), threads(),
     )  # fmt: skip
     return loss
 
 
 def _direct(cosine: bool, student: Tensor, teacher: Tensor, scale: Tensor, need_hidden: bool) -> tuple[Tensor, Tensor]:
-    grad = torch.empty(student.shape if need_hidden else (0,), dtype=student.dtype)
+    grad = memory.empty(student.shape if need_hidden else (0,), dtype=student.dtype, device=student.device)
     return _rows(cosine, student, teacher, None, scale, grad if need_hidden else None), grad
 
 
@@ -41,7 +41,8 @@ def mse(
     if projection is None:
         return *_direct(False, student, teacher, scale, needs.hidden), torch.empty(0), torch.empty(0)
     n, width = student.shape[0], projection.shape[0]
-    grad_hidden = torch.empty(student.shape if needs.hidden else (0,), dtype=grad_hidden_dtype(student))
+    shape = student.shape if needs.hidden else (0,)
+    grad_hidden = memory.empty(shape, dtype=grad_hidden_dtype(student), device=student.device)
     grad_weight = torch.zeros(projection.shape if needs.weight else (0,))
     grad_bias = torch.zeros(width if needs.bias else 0)
     loss = torch.empty(n)
