@@ -6,6 +6,8 @@ trainer (`kdfast.train`). Importing this package needs torch and numpy only.
 
 import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
+from kdfast.ops.attention import attention_kl, attention_mse
+from kdfast.ops.attention_map import attention_map_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
@@ -17,6 +19,9 @@ __all__ = [
     "Part",
     "Parts",
     "TopKTargets",
+    "attention_kl",
+    "attention_map_mse",
+    "attention_mse",
     "backends",
     "debug_checks",
     "kd_loss",

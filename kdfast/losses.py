@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from kdfast.ops.attention import attention_kl, attention_mse
+from kdfast.ops.attention_map import attention_map_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.topk import topk_kd_loss
@@ -47,3 +49,21 @@ class TopKKDLoss(_Loss):
     """`TopKKDLoss(**options)(student_logits, targets, labels)` equals `topk_kd_loss(..., **options)`."""
 
     function = staticmethod(topk_kd_loss)
+
+
+class AttentionMSELoss(_Loss):
+    """`AttentionMSELoss(**options)(q_s, k_s, q_t, k_t)` equals `attention_mse(..., **options)`."""
+
+    function = staticmethod(attention_mse)
+
+
+class AttentionKLLoss(_Loss):
+    """`AttentionKLLoss(**options)(q_s, k_s, q_t, k_t)` equals `attention_kl(..., **options)`."""
+
+    function = staticmethod(attention_kl)
+
+
+class AttentionMapMSELoss(_Loss):
+    """`AttentionMapMSELoss(**options)(maps_s, maps_t)` equals `attention_map_mse(..., **options)`."""
+
+    function = staticmethod(attention_map_mse)

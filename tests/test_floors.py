@@ -16,16 +16,17 @@ ROOMS = {
     "options": set(),
     "dispatch": set(),
     "chunks": {"options"},
+    "grams": {"options"},
     "backends.reference": {"options", "dispatch", "chunks"},
-    "backends.compiled": {"options", "dispatch", "chunks", "_C"},
-    "backends.triton": {"options", "dispatch", "chunks"},
+    "backends.compiled": {"options", "dispatch", "chunks", "grams", "_C"},
+    "backends.triton": {"options", "dispatch", "chunks", "grams"},
     "ops": {"options", "dispatch", "chunks"},
     "losses": {"options", "ops"},
     "cache": {"options", "ops", "_C"},
     "train": {"options", "ops", "losses", "cache"},
     "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C"},
 }
-OPS = ["linear", "logits", "scale", "topk"]
+OPS = ["attention", "linear", "logits", "scale", "topk"]
 
 
 def room_of(module: str) -> str:

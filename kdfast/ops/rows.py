@@ -67,6 +67,11 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         _debug = before
 
 
+def checks_values(device: torch.device) -> bool:
+    """Whether values on this device are looked at: on a CPU always, on a GPU under `debug_checks()` only."""
+    return device.type == "cpu" or _debug
+
+
 def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:
     """Raises unless `tensor` is a floating tensor, on the device of `like` when that is given."""
     if not isinstance(tensor, Tensor):

@@ -28,6 +28,11 @@ def matrix(tensor: Tensor | None) -> Matrix:
     return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], _DTYPE_CODE[tensor.dtype]
 
 
+def dtype_code(tensor: Tensor) -> int:
+    """What the kernels call the dtype of `tensor`."""
+    return _DTYPE_CODE[tensor.dtype]
+
+
 def fresh(output: Tensor | None, *inputs: Tensor) -> Tensor | None:
     """`output`, with huge pages asked for unless it is one of the inputs."""
     if output is not None and output.nbytes >= _HUGE_BYTES and all(output.data_ptr() != x.data_ptr() for x in inputs):

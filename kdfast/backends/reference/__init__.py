@@ -2,4 +2,4 @@
 
 from kdfast.dispatch import Backend, register
 
-register(Backend(name="reference", package=__name__, ops=("logits", "linear", "topk", "scale")))
+register(Backend(name="reference", package=__name__, ops=("logits", "linear", "topk", "attention", "scale")))
