@@ -98,10 +98,13 @@ def _tiled(
     tiles = list(_tiles(n, heads, lq, lk, options.causal)) if n * rows * lk else []
     room = [torch.empty(max(count * size * keys for count, size, keys in (t.sizes for t in tiles)))
             for _ in range(1 if keys_t is None else 2)] if tiles else []  # fmt: skip
+    exact = _Float64(x, options)
     for tile in tiles:
         views = [r[: _count(tile.sizes)].view(tile.sizes) for r in room]
         q = queries[tile.groups, tile.rows]
         torch.bmm(q, b.k[tile.groups, : tile.keys].mT, out=views[0])
+        if not b.difference and _cancelled(views[0], q[..., :ds], b.k[tile.groups, : tile.keys, :ds]):
+            exact.difference(tile, views[0])
         if keys_t is not None:
             torch.bmm(q[..., ds:], keys_t[tile.groups, : tile.keys].mT, out=views[1])
         _C.attention_tile(
@@ -114,6 +117,27 @@ def _tiled(
             grad_k[tile.groups, : tile.keys].baddbmm_(views[0].mT, queries_s[tile.groups, tile.rows])
     total = loss.sum(-1).to(scale.dtype)
     return grams.finish(x, total, grad_q, grad_k)
+
+
+class _Float64:
+    """Differences of scores whose terms cancel, from a basis that is widened when the first tile asks."""
+
+    def __init__(self, x: Inputs, options: AttentionOptions) -> None:
+        self._x, self._options = x, options
+        self._basis: Basis | None = None
+
+    def difference(self, tile: _Tile, out: Tensor) -> None:
+        if self._basis is None:
+            self._basis = grams.basis(self._x.to(torch.float64), self._options, difference=False)
+        b = self._basis
+        queries = b.q.view(b.q.shape[0], -1, b.q.shape[3])
+        out.copy_(torch.bmm(queries[tile.groups, tile.rows], b.k[tile.groups, : tile.keys].mT))
+
+
+def _cancelled(difference: Tensor, q_s: Tensor, k_s: Tensor) -> bool:
+    """Whether the difference is small beside the student's scores, by their size if their directions were random."""
+    scores = q_s.square().sum((-1, -2)) * k_s.square().sum((-1, -2)) / q_s.shape[-1]
+    return bool((scores > grams.CANCELLED * difference.square().sum((-1, -2))).any())
 
 
 def _count(sizes: tuple[int, int, int]) -> int:
