@@ -117,18 +117,20 @@ def _by_key_head(groups: Tensor, keys: Tensor) -> Tensor:
     return groups.unflatten(1, (keys.shape[1], -1))
 
 
-def _fill_queries(student: Tensor, teacher: Tensor, x: Inputs, ratio: float, difference: bool) -> None:
-    if not difference:
-        student.copy_(x.q_s)
-        torch.mul(x.q_t, -ratio, out=teacher)
-        return
+def query_difference(q_s: Tensor, q_t: Tensor, ratio: float) -> Tensor:
+    """q_s - ratio * q_t, rounded once: rounding the product first would cost what the difference basis is for."""
     if ratio == 1:
+        return q_s - q_t
+    return q_s.double().sub_(q_t.double(), alpha=ratio).to(q_s.dtype)
+
+
+def _fill_queries(student: Tensor, teacher: Tensor, x: Inputs, ratio: float, difference: bool) -> None:
+    if difference and ratio == 1:
         torch.sub(x.q_s, x.q_t, out=student)
         teacher.copy_(x.q_t)
         return
-    # Rounding ratio * q_t to float32 first would cost what the difference basis is for.
-    student.copy_(x.q_s.double().sub_(x.q_t.double(), alpha=ratio))
-    torch.mul(x.q_t, ratio, out=teacher)
+    student.copy_(query_difference(x.q_s, x.q_t, ratio) if difference else x.q_s)
+    torch.mul(x.q_t, ratio if difference else -ratio, out=teacher)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _check_finite(loss: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
     """Names what made a loss NaN or infinite: on a CPU always, on a GPU under `debug_checks()` only."""
-    if not rows.checks_values(loss.device) or bool(loss.isfinite().all()):
+    if not rows.checks_values(loss.device) or math.isfinite(loss.sum()):
         return
     q_s, k_s, q_t, k_t, query_mask, key_mask, _ = tensors
     for name, x, mask in (("q_s", q_s, query_mask), ("k_s", k_s, key_mask), ("q_t", q_t, query_mask), ("k_t", k_t, key_mask)):
@@ -110,7 +111,7 @@ def _loss(
     reduction: str,
 ) -> Tensor:
     q_s, k_s = maps.q_s, maps.k_s
-    lq, lk, heads = q_s.shape[2], k_s.shape[2], q_s.shape[1]
+    lq, lk = q_s.shape[2], k_s.shape[2]
     query_mask = inputs.check_mask("query_mask", masks[0], (q_s.shape[0], lq), q_s)
     key_mask = inputs.check_mask("key_mask", masks[1], (q_s.shape[0], lk), q_s)
     options = AttentionOptions(
@@ -120,13 +121,8 @@ def _loss(
         causal,
         method,
     )
-    dtype = torch.float64 if q_s.dtype == torch.float64 else torch.float32
-    seen = inputs.keys_seen(query_mask, key_mask, causal, maps)
-    if kind == "kl":
-        counts, everything = (seen > 0).sum(1), lq
-    else:
-        counts, everything = seen.sum(1), lq * lk
-    scale = inputs.head_scale(counts, everything, heads, normalize, reduction, dtype)
+    counts, everything = inputs.counted(kind, query_mask, key_mask, causal, maps)
+    scale = inputs.head_scale(counts, everything, normalize, reduction, q_s)
     backend = dispatch.choose("attention", q_s.device, q_s.dtype)
     arguments = (*maps.tensors, query_mask, key_mask, scale, *options.values, backend)
     needs_grad = (q_s.requires_grad or k_s.requires_grad) and torch.is_grad_enabled()

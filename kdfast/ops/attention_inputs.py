@@ -93,39 +93,50 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def keys_seen(
-    query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, maps: Maps
-) -> Tensor:
-    """`[B, Lq]` int64: how many keys count for each query, 0 for a query that does not count itself."""
-    batch, _, lq, _ = maps.q_s.shape
-    lk, device = maps.k_s.shape[2], maps.q_s.device
-    if key_mask is None:
-        seen = torch.arange(1, lk + 1, device=device).expand(batch, lk)
-    else:
-        seen = key_mask.cumsum(1)
-    if causal and lk:
-        seen = seen[:, torch.arange(lq, device=device).clamp(max=lk - 1)]
-    else:
-        seen = seen[:, -1:].expand(batch, lq) if lk else seen.new_zeros(batch, lq)
-    return seen if query_mask is None else seen * query_mask
+def counted(
+    kind: str, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, maps: Maps
+) -> tuple[Tensor | int, int]:
+    """(terms of one head that count, `[B]` or one number for all; terms of one head): pairs, or for "kl" rows."""
+    (batch, _, lq, _), lk = maps.q_s.shape, maps.k_s.shape[2]
+    everything = lq if kind == "kl" else lq * lk
+    if query_mask is None and key_mask is None:
+        if kind == "kl":
+            return lq if lk else 0, everything
+        beyond = max(lq - lk, 0)
+        return (lq - beyond) * (lq - beyond + 1) // 2 + beyond * lk if causal else lq * lk, everything
+    seen = _keys_seen(key_mask, causal, batch, lq, lk, maps.q_s.device)
+    if query_mask is not None:
+        seen = seen * query_mask
+    return (seen > 0).sum(1) if kind == "kl" else seen.sum(1), everything
 
 
-def head_scale(counts: Tensor, everything: int, heads: int, normalize: str, reduction: str, dtype: torch.dtype) -> Tensor:
-    """`[B, H]` factors of each head's summed loss. No host synchronisation.
+def _keys_seen(key_mask: Tensor | None, causal: bool, batch: int, lq: int, lk: int, device: torch.device) -> Tensor:
+    """`[B, Lq]` int64: how many keys count for each query."""
+    if lk == 0:
+        return torch.zeros(batch, lq, dtype=torch.int64, device=device)
+    seen = torch.arange(1, lk + 1, device=device).expand(batch, lk) if key_mask is None else key_mask.cumsum(1)
+    if causal:
+        return seen[:, torch.arange(lq, device=device).clamp(max=lk - 1)]
+    return seen[:, -1:].expand(batch, lq)
+
+
+def head_scale(counts: Tensor | int, everything: int, normalize: str, reduction: str, like: Tensor) -> Tensor:
+    """`[B, H]` factors of each head's summed loss, for `like` `[B, H, ...]`. No host synchronisation.
 
     Args:
-        counts: `[B]` or `[B, H]` terms of one head that count.
+        counts: terms of one head that count: `[B]`, `[B, H]`, or one number for all.
         everything: terms of one head, whether they count or not.
 
     A mean over nothing is 0, with zero gradients: a batch of padding must not poison a training run.
     """
     check_choice("normalize", normalize, ("valid", "all"))
     check_choice("reduction", reduction, rows.REDUCTIONS)
-    counts = (counts[:, None] if counts.ndim == 1 else counts).expand(-1, heads)
-    if reduction == "sum":
-        return torch.ones(counts.shape, dtype=dtype, device=counts.device)
-    if normalize == "all":
-        terms = everything if reduction == "none" else everything * counts.numel()
-        return torch.full(counts.shape, 1.0 / max(terms, 1), dtype=dtype, device=counts.device)
-    divisor = counts if reduction == "none" else counts.sum().expand(counts.shape)
+    shape = like.shape[:2]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if reduction == "sum" or normalize == "all" or isinstance(counts, int):
+        terms = everything if normalize == "all" or not isinstance(counts, int) else counts
+        terms = 1 if reduction == "sum" else terms if reduction == "none" else terms * math.prod(shape)
+        return torch.full(shape, 1.0 / max(terms, 1), dtype=dtype, device=like.device)
+    counts = (counts[:, None] if counts.ndim == 1 else counts).expand(shape)
+    divisor = counts if reduction == "none" else counts.sum().expand(shape)
     return divisor.clamp(min=1).to(torch.float64).reciprocal().to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def _attention_map(
     maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, backend: str, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     loss, grad = dispatch.kernel("attention", backend).map_forward(maps_s, maps_t, mask, scale, need_grad)
-    if rows.checks_values(loss.device) and not bool(loss.isfinite().all()):
+    if rows.checks_values(loss.device) and not math.isfinite(loss.sum()):
         batch, head = (~loss.isfinite()).nonzero()[0].tolist()
         raise ValueError(
             f"maps_s, maps_t: batch {batch}, head {head} has a difference that is not finite where the mask counts;"
@@ -116,13 +117,12 @@ def attention_map_mse(
         raise ValueError(f"maps_s: expected shape [B, H, Lq, Lk], got {list(maps_s.shape)}")
     if maps_t.shape != maps_s.shape:
         raise ValueError(f"maps_t: expected shape {list(maps_s.shape)} like maps_s, got {list(maps_t.shape)}")
-    batch, heads, lq, lk = maps_s.shape
-    counts = torch.full((batch,), lq * lk, device=maps_s.device)
+    lq, lk = maps_s.shape[2:]
+    counts: Tensor | int = lq * lk
     if mask is not None:
         mask = _expanded(mask, maps_s)
         counts = mask.sum((-1, -2))
-    dtype = torch.float64 if maps_s.dtype == torch.float64 else torch.float32
-    scale = inputs.head_scale(counts, lq * lk, heads, normalize, reduction, dtype)
+    scale = inputs.head_scale(counts, lq * lk, normalize, reduction, maps_s)
     backend = dispatch.choose("attention", maps_s.device, maps_s.dtype)
     arguments = (maps_s, maps_t.detach(), mask, scale, backend)
     needs_grad = maps_s.requires_grad and torch.is_grad_enabled()

@@ -7,6 +7,7 @@ that a tile goes through memory once and the tiles of a call share one workspace
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kdfast import _C, grams
 from kdfast.backends.compiled.extension import address, dtype_code, fresh, threads
-from kdfast.grams import Basis, Inputs
+from kdfast.grams import Inputs
 from kdfast.options import AttentionOptions
 
 _KINDS = {"scores": 0, "probs": 1, "kl": 2}
@@ -82,56 +83,57 @@ def _tiles(n: int, heads: int, lq: int, lk: int, causal: bool) -> Iterator[_Tile
                 yield _Tile(slice(g, g + 1), rows, min(lk, end) if causal else lk)
 
 
-def _tiled(
-    x: Inputs, query_mask: Tensor | None, key_mask: Tensor | None, scale: Tensor, options: AttentionOptions, need_grad: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    b = grams.basis(x, options, difference=x.same_size)
-    n, heads, lq, w = b.q.shape
-    lk, ds, rows = b.k.shape[1], b.width, heads * lq
-    queries = b.q.view(n, rows, w)
-    # The student's and the teacher's own keys, and the student's queries, as the GEMMs after the difference want them.
-    keys_t = _teacher_keys(x, b) if options.kind != "scores" else None
-    queries_s = b.student_queries(queries) if need_grad else None
-    loss = torch.zeros(n, heads, lq, dtype=torch.float64)
-    grad_q = torch.zeros(n, rows, ds) if need_grad else None
-    grad_k = torch.zeros(n, lk, ds) if need_grad else None
-    tiles = list(_tiles(n, heads, lq, lk, options.causal)) if n * rows * lk else []
-    room = [torch.empty(max(count * size * keys for count, size, keys in (t.sizes for t in tiles)))
-            for _ in range(1 if keys_t is None else 2)] if tiles else []  # fmt: skip
-    exact = _Float64(x, options)
-    for tile in tiles:
-        views = [r[: _count(tile.sizes)].view(tile.sizes) for r in room]
-        q = queries[tile.groups, tile.rows]
-        torch.bmm(q, b.k[tile.groups, : tile.keys].mT, out=views[0])
-        if not b.difference and _cancelled(views[0], q[..., :ds], b.k[tile.groups, : tile.keys, :ds]):
-            exact.difference(tile, views[0])
-        if keys_t is not None:
-            torch.bmm(q[..., ds:], keys_t[tile.groups, : tile.keys].mT, out=views[1])
-        _C.attention_tile(
-            _KINDS[options.kind], address(views[0]), address(views[1]) if keys_t is not None else 0, tile.sizes,
-            tile.groups.start, tile.rows.start, x.groups, heads, lq, address(query_mask), address(key_mask), lk,
-            address(scale), address(loss), b.factor, b.factor if b.difference else -b.factor, options.causal, threads(),
-        )  # fmt: skip
-        if grad_q is not None and grad_k is not None and queries_s is not None:
-            torch.bmm(views[0], b.k[tile.groups, : tile.keys, :ds], out=grad_q[tile.groups, tile.rows])
-            grad_k[tile.groups, : tile.keys].baddbmm_(views[0].mT, queries_s[tile.groups, tile.rows])
-    total = loss.sum(-1).to(scale.dtype)
-    return grams.finish(x, total, grad_q, grad_k)
+class _Products:
+    """Tiles of score differences, in units of the student's scale, and of the teacher's products.
 
-
-class _Float64:
-    """Differences of scores whose terms cancel, from a basis that is widened when the first tile asks."""
+    Where head sizes are equal the difference is formed from differences of queries and keys (see `grams`): a tile is two
+    products, as the student's and the teacher's scores would be, and exact however close the two are.
+    """
 
     def __init__(self, x: Inputs, options: AttentionOptions) -> None:
-        self._x, self._options = x, options
-        self._basis: Basis | None = None
+        self.ratio = options.scale_t / options.scale_s
+        self.q_s, self.q_t = (_queries(q, x.groups) for q in (x.q_s, x.q_t))
+        self.k_s, self.k_t = (_keys(k, x.groups) for k in (x.k_s, x.k_t))
+        self.close = x.same_size
+        self._wide: tuple[Tensor, ...] | None = None
+        if self.close:
+            self.dq = grams.query_difference(self.q_s, self.q_t, self.ratio)
+            self.dk = self.k_s - self.k_t
 
     def difference(self, tile: _Tile, out: Tensor) -> None:
-        if self._basis is None:
-            self._basis = grams.basis(self._x.to(torch.float64), self._options, difference=False)
-        b = self._basis
-        queries = b.q.view(b.q.shape[0], -1, b.q.shape[3])
-        out.copy_(torch.bmm(queries[tile.groups, tile.rows], b.k[tile.groups, : tile.keys].mT))
+        groups, rows, keys = tile.groups, tile.rows, slice(0, tile.keys)
+        k_s, q_t = self.k_s[groups, keys], self.q_t[groups, rows]
+        if self.close:
+            torch.bmm(self.dq[groups, rows], k_s.mT, out=out)
+            out.baddbmm_(q_t, self.dk[groups, keys].mT, alpha=self.ratio)
+            return
+        q_s = self.q_s[groups, rows]
+        torch.bmm(q_s, k_s.mT, out=out)
+        out.baddbmm_(q_t, self.k_t[groups, keys].mT, alpha=-self.ratio)
+        if _cancelled(out, q_s, k_s):
+            out.copy_(self._in_float64(tile))
+
+    def _in_float64(self, tile: _Tile) -> Tensor:
+        if self._wide is None:
+            self._wide = tuple(x.double() for x in (self.q_s, self.k_s, self.q_t, self.k_t))
+        q_s, k_s, q_t, k_t = self._wide
+        groups, rows, keys = tile.groups, tile.rows, slice(0, tile.keys)
+        out = torch.bmm(q_s[groups, rows], k_s[groups, keys].mT)
+        return out.baddbmm_(q_t[groups, rows], k_t[groups, keys].mT, alpha=-self.ratio)
+
+    def teacher(self, tile: _Tile, out: Tensor) -> None:
+        torch.bmm(self.q_t[tile.groups, tile.rows], self.k_t[tile.groups, : tile.keys].mT, out=out)
+
+
+def _queries(q: Tensor, groups: int) -> Tensor:
+    """`[N, R * Lq, D]`: the heads that see the same keys on both sides one after another."""
+    return q.reshape(q.shape[0] * groups, -1, q.shape[3])
+
+
+def _keys(k: Tensor, groups: int) -> Tensor:
+    """`[N, Lk, D]`, repeated only where the other side's heads share fewer."""
+    batch, heads, length, size = k.shape
+    return k[:, :, None].expand(batch, heads, groups // heads, length, size).reshape(batch * groups, length, size)
 
 
 def _cancelled(difference: Tensor, q_s: Tensor, k_s: Tensor) -> bool:
@@ -140,16 +142,39 @@ def _cancelled(difference: Tensor, q_s: Tensor, k_s: Tensor) -> bool:
     return bool((scores > grams.CANCELLED * difference.square().sum((-1, -2))).any())
 
 
-def _count(sizes: tuple[int, int, int]) -> int:
-    return sizes[0] * sizes[1] * sizes[2]
-
-
-def _teacher_keys(x: Inputs, b: Basis) -> Tensor:
-    """`[N, Lk, dt]`: half of the basis, or where that holds differences a copy."""
-    if not b.difference:
-        return b.k[..., b.width :]
-    batch, heads, lk, dt = x.k_t.shape
-    return x.k_t[:, :, None].expand(batch, heads, x.groups // heads, lk, dt).reshape(-1, lk, dt)
+def _tiled(
+    x: Inputs, query_mask: Tensor | None, key_mask: Tensor | None, scale: Tensor, options: AttentionOptions, need_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    products = _Products(x, options)
+    q_s, k_s = products.q_s, products.k_s
+    (n, rows, _), lq, lk = q_s.shape, x.q_s.shape[2], k_s.shape[1]
+    softmax = options.kind != "scores"
+    tiles = list(_tiles(n, x.shared, lq, lk, options.causal)) if n * rows * lk else []
+    largest = max((math.prod(t.sizes) for t in tiles), default=0)
+    room = [torch.empty(largest) for _ in range(1 + softmax)]
+    loss = torch.zeros(n, rows, dtype=torch.float64)
+    whole = bool(tiles) and tiles[0].rows == slice(0, rows)
+    grad_q = torch.empty_like(q_s) if tiles else torch.zeros_like(q_s)
+    grad_k = torch.empty_like(k_s) if whole else torch.zeros_like(k_s)
+    for tile in tiles:
+        scores, *teacher = [r[: math.prod(tile.sizes)].view(tile.sizes) for r in room]
+        products.difference(tile, scores)
+        if softmax:
+            products.teacher(tile, teacher[0])
+        _C.attention_tile(
+            _KINDS[options.kind], address(scores), address(teacher[0]) if softmax else 0, tile.sizes, tile.groups.start,
+            tile.rows.start, x.groups, x.shared, lq, address(query_mask), address(key_mask), lk, address(scale), address(loss),
+            options.scale_s, options.scale_t, options.causal, threads(),
+        )  # fmt: skip
+        if not need_grad:
+            continue
+        torch.bmm(scores, k_s[tile.groups, : tile.keys], out=grad_q[tile.groups, tile.rows])
+        if whole:
+            torch.bmm(scores.mT, q_s[tile.groups], out=grad_k[tile.groups])
+        else:
+            grad_k[tile.groups, : tile.keys].baddbmm_(scores.mT, q_s[tile.groups, tile.rows])
+    total = loss.view(n * x.shared, lq).sum(-1).to(scale.dtype)
+    return grams.finish(x, total, *((grad_q, grad_k) if need_grad else (None, None)))
 
 
 def map_forward(
