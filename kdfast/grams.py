@@ -15,6 +15,7 @@ CPU with MKL, and on a GPU it is cuBLAS's split-K case. What a kernel of ours co
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -39,12 +40,12 @@ class Inputs:
     q_t: Tensor
     k_t: Tensor
 
-    @property
+    @functools.cached_property
     def shared(self) -> int:
         heads = self.q_s.shape[1]
         return math.gcd(heads // self.k_s.shape[1], heads // self.k_t.shape[1])
 
-    @property
+    @functools.cached_property
     def groups(self) -> int:
         return self.q_s.shape[1] // self.shared
 
@@ -62,7 +63,8 @@ def clean(
     """Widened inputs whose masked positions are 0, whatever they held."""
 
     def one(x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x.float()
+        if x.dtype != torch.float32:
+            x = x.float()
         return x if mask is None else x.masked_fill(~mask[:, None, :, None], 0)
 
     return Inputs(one(q_s, query_mask), one(k_s, key_mask), one(q_t, query_mask), one(k_t, key_mask))
@@ -253,13 +255,12 @@ def finish(
     x: Inputs, loss: Tensor, grad_q: Tensor | None, grad_k: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """From groups to batch and heads: padding is cut off, key heads add up what their groups say."""
-    batch, heads, lq, ds = x.q_s.shape
-    lk = x.k_s.shape[2]
-    loss = loss.reshape(batch, heads)
+    shape, keys = x.q_s.shape, x.k_s.shape
     if grad_q is None or grad_k is None:
-        return loss, None, None
-    grad_q = grad_q.view(batch, heads, -1, ds)[:, :, :lq]
-    if grad_k.shape[1] < lk:  # causal keys beyond the last query are seen by none
-        grad_k = torch.nn.functional.pad(grad_k, (0, 0, 0, lk - grad_k.shape[1]))
-    per_head = grad_k[:, :lk].unflatten(0, (batch, x.k_s.shape[1], -1))
-    return loss, grad_q, per_head[:, :, 0] if per_head.shape[2] == 1 else per_head.sum(2)
+        return loss.view(shape[:2]), None, None
+    if grad_q.numel() == shape.numel() and grad_k.numel() == keys.numel():
+        return loss.view(shape[:2]), grad_q.view(shape), grad_k.view(keys)
+    grad_q = grad_q.view(*shape[:2], -1, shape[3])[:, :, : shape[2]]
+    if grad_k.shape[1] < keys[2]:  # causal keys beyond the last query are seen by none
+        grad_k = torch.nn.functional.pad(grad_k, (0, 0, 0, keys[2] - grad_k.shape[1]))
+    return loss.view(shape[:2]), grad_q, grad_k[:, : keys[2]].unflatten(0, (*keys[:2], -1)).sum(2)

@@ -64,4 +64,4 @@ class AttentionOptions:
     @property
     def values(self) -> tuple[str | float | bool, ...]:
         """The fields in schema order, to pass to an op; `AttentionOptions(*values)` is the way back."""
-        return dataclasses.astuple(self)
+        return self.kind, self.scale_s, self.scale_t, self.causal, self.method

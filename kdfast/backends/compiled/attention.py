@@ -42,7 +42,11 @@ def forward(
         loss, grad_q, grad_k = _tiled(x, query_mask, key_mask, scale, options, need_grad)
     if grad_q is None or grad_k is None:
         return loss, q_s.new_empty(0), k_s.new_empty(0)
-    return loss, grad_q.to(q_s.dtype), grad_k.to(k_s.dtype)
+    return loss, _as(grad_q, q_s), _as(grad_k, k_s)
+
+
+def _as(grad: Tensor, student: Tensor) -> Tensor:
+    return grad if grad.dtype == student.dtype else grad.to(student.dtype)
 
 
 def _prefers_grams(x: Inputs, options: AttentionOptions) -> bool:
@@ -60,10 +64,17 @@ class _Tile:
     groups: slice
     rows: slice
     keys: int
+    whole: bool  # all groups, rows and keys
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         return self.groups.stop - self.groups.start, self.rows.stop - self.rows.start, self.keys
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        return x if self.whole else x[self.groups, self.rows]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return x if self.whole else x[self.groups, : self.keys]
 
 
 def _tiles(n: int, heads: int, lq: int, lk: int, causal: bool) -> Iterator[_Tile]:
@@ -72,7 +83,7 @@ def _tiles(n: int, heads: int, lq: int, lk: int, causal: bool) -> Iterator[_Tile
     several = _TILE_BYTES // (4 * group * lk)
     if several >= 1:
         for begin in range(0, n, several):
-            yield _Tile(slice(begin, min(n, begin + several)), slice(0, group), lk)
+            yield _Tile(slice(begin, min(n, begin + several)), slice(0, group), lk, several >= n)
         return
     step = max(16, _TILE_BYTES // (4 * lk))
     for g in range(n):
@@ -80,7 +91,7 @@ def _tiles(n: int, heads: int, lq: int, lk: int, causal: bool) -> Iterator[_Tile
             for begin in range(0, lq, step):
                 end = min(lq, begin + step)
                 rows = slice(head * lq + begin, head * lq + end)
-                yield _Tile(slice(g, g + 1), rows, min(lk, end) if causal else lk)
+                yield _Tile(slice(g, g + 1), rows, min(lk, end) if causal else lk, False)
 
 
 class _Products:
@@ -101,15 +112,14 @@ class _Products:
             self.dk = self.k_s - self.k_t
 
     def difference(self, tile: _Tile, out: Tensor) -> None:
-        groups, rows, keys = tile.groups, tile.rows, slice(0, tile.keys)
-        k_s, q_t = self.k_s[groups, keys], self.q_t[groups, rows]
+        k_s, q_t = tile.of_keys(self.k_s), tile.of_queries(self.q_t)
         if self.close:
-            torch.bmm(self.dq[groups, rows], k_s.mT, out=out)
-            out.baddbmm_(q_t, self.dk[groups, keys].mT, alpha=self.ratio)
+            torch.bmm(tile.of_queries(self.dq), k_s.mT, out=out)
+            out.baddbmm_(q_t, tile.of_keys(self.dk).mT, alpha=self.ratio)
             return
-        q_s = self.q_s[groups, rows]
+        q_s = tile.of_queries(self.q_s)
         torch.bmm(q_s, k_s.mT, out=out)
-        out.baddbmm_(q_t, self.k_t[groups, keys].mT, alpha=-self.ratio)
+        out.baddbmm_(q_t, tile.of_keys(self.k_t).mT, alpha=-self.ratio)
         if _cancelled(out, q_s, k_s):
             out.copy_(self._in_float64(tile))
 
@@ -117,12 +127,11 @@ class _Products:
         if self._wide is None:
             self._wide = tuple(x.double() for x in (self.q_s, self.k_s, self.q_t, self.k_t))
         q_s, k_s, q_t, k_t = self._wide
-        groups, rows, keys = tile.groups, tile.rows, slice(0, tile.keys)
-        out = torch.bmm(q_s[groups, rows], k_s[groups, keys].mT)
-        return out.baddbmm_(q_t[groups, rows], k_t[groups, keys].mT, alpha=-self.ratio)
+        out = torch.bmm(tile.of_queries(q_s), tile.of_keys(k_s).mT)
+        return out.baddbmm_(tile.of_queries(q_t), tile.of_keys(k_t).mT, alpha=-self.ratio)
 
     def teacher(self, tile: _Tile, out: Tensor) -> None:
-        torch.bmm(self.q_t[tile.groups, tile.rows], self.k_t[tile.groups, : tile.keys].mT, out=out)
+        torch.bmm(tile.of_queries(self.q_t), tile.of_keys(self.k_t).mT, out=out)
 
 
 def _queries(q: Tensor, groups: int) -> Tensor:
@@ -133,6 +142,8 @@ def _queries(q: Tensor, groups: int) -> Tensor:
 def _keys(k: Tensor, groups: int) -> Tensor:
     """`[N, Lk, D]`, repeated only where the other side's heads share fewer."""
     batch, heads, length, size = k.shape
+    if heads == groups:
+        return k.reshape(batch * heads, length, size)
     return k[:, :, None].expand(batch, heads, groups // heads, length, size).reshape(batch * groups, length, size)
 
 
@@ -153,9 +164,9 @@ def _tiled(
     largest = max((math.prod(t.sizes) for t in tiles), default=0)
     room = [torch.empty(largest) for _ in range(1 + softmax)]
     loss = torch.zeros(n, rows, dtype=torch.float64)
-    whole = bool(tiles) and tiles[0].rows == slice(0, rows)
-    grad_q = torch.empty_like(q_s) if tiles else torch.zeros_like(q_s)
-    grad_k = torch.empty_like(k_s) if whole else torch.zeros_like(k_s)
+    every_row = bool(tiles) and tiles[0].rows == slice(0, rows)
+    grad_q = torch.empty(q_s.shape) if tiles else torch.zeros(q_s.shape)
+    grad_k = torch.empty(k_s.shape) if every_row else torch.zeros(k_s.shape)
     for tile in tiles:
         scores, *teacher = [r[: math.prod(tile.sizes)].view(tile.sizes) for r in room]
         products.difference(tile, scores)
@@ -168,11 +179,11 @@ def _tiled(
         )  # fmt: skip
         if not need_grad:
             continue
-        torch.bmm(scores, k_s[tile.groups, : tile.keys], out=grad_q[tile.groups, tile.rows])
-        if whole:
-            torch.bmm(scores.mT, q_s[tile.groups], out=grad_k[tile.groups])
+        torch.bmm(scores, tile.of_keys(k_s), out=tile.of_queries(grad_q))
+        if every_row:
+            torch.bmm(scores.mT, tile.of_queries(q_s), out=tile.of_keys(grad_k))
         else:
-            grad_k[tile.groups, : tile.keys].baddbmm_(scores.mT, q_s[tile.groups, tile.rows])
+            tile.of_keys(grad_k).baddbmm_(scores.mT, tile.of_queries(q_s))
     total = loss.view(n * x.shared, lq).sum(-1).to(scale.dtype)
     return grams.finish(x, total, *((grad_q, grad_k) if need_grad else (None, None)))
 
