@@ -57,9 +57,7 @@ class Inputs:
         return Inputs(*(x.to(dtype) for x in (self.q_s, self.k_s, self.q_t, self.k_t)))
 
 
-def clean(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
-) -> Inputs:
+def clean(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> Inputs:
     """Widened inputs whose masked positions are 0, whatever they held."""
 
     def one(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -198,7 +196,9 @@ def _inner(b: Basis, gram_q: Tensor, gram_k: Tensor, scale: Tensor) -> tuple[Ten
     return product.sum((-1, -2)).clamp_(min=0) * factor, own * factor
 
 
-def score_mse(x: Inputs, scale: Tensor, options: AttentionOptions, need_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def score_mse(
+    x: Inputs, scale: Tensor, options: AttentionOptions, need_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss `[B, H]` and gradients `[B, H, Lq, ds]`, `[B, Hk, Lk, ds]` (or None) by Gram matrices.
 
     On a CPU the groups whose terms cancel by more than `CANCELLED` are done again in float64, which is asked of the

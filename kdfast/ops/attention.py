@@ -25,6 +25,9 @@ _TENSORS = 7
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
 def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, (*options, backend, need_grad) = args[:_TENSORS], args[_TENSORS:]
+    q_s, k_s, scale = tensors[0], tensors[1], tensors[-1]
+    if q_s.numel() == 0 or k_s.numel() == 0:
+        return torch.zeros_like(scale), _gradient(q_s, need_grad).zero_(), _gradient(k_s, need_grad).zero_()
     kernel = dispatch.kernel("attention", backend)
     loss, grad_q, grad_k = kernel.forward(*tensors, AttentionOptions(*options), need_grad)
     _check_finite(loss, tensors)
@@ -34,8 +37,11 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("kdfast::attention", lib=_lib)
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     q_s, k_s, scale, need_grad = args[0], args[1], args[_TENSORS - 1], args[-1]
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_grad else x.new_empty(0) for x in (q_s, k_s)]
-    return torch.empty_like(scale), *grads
+    return torch.empty_like(scale), _gradient(q_s, need_grad), _gradient(k_s, need_grad)
+
+
+def _gradient(x: Tensor, need_grad: bool) -> Tensor:
+    return torch.empty(x.shape if need_grad else (0,), dtype=x.dtype, device=x.device)
 
 
 def _check_finite(loss: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
@@ -51,7 +57,9 @@ def _check_finite(loss: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
             batch, head, position = bad.nonzero()[0].tolist()
             raise ValueError(f"{name}: [{batch}, {head}, {position}] holds NaN or infinity, expected finite numbers")
     batch, head = (~loss.isfinite()).nonzero()[0].tolist()
-    raise ValueError(f"the loss of batch {batch}, head {head} is not finite: its scores overflow float32; scale the inputs down")
+    raise ValueError(
+        f"the loss of batch {batch}, head {head} is not finite: its scores overflow float32; scale the inputs down"
+    )
 
 
 class _InForward(torch.autograd.Function):

@@ -160,12 +160,11 @@ def _tiled(
     q_s, k_s = products.q_s, products.k_s
     (n, rows, _), lq, lk = q_s.shape, x.q_s.shape[2], k_s.shape[1]
     softmax = options.kind != "scores"
-    tiles = list(_tiles(n, x.shared, lq, lk, options.causal)) if n * rows * lk else []
-    largest = max((math.prod(t.sizes) for t in tiles), default=0)
-    room = [torch.empty(largest) for _ in range(1 + softmax)]
+    tiles = list(_tiles(n, x.shared, lq, lk, options.causal))
+    room = [torch.empty(max(math.prod(t.sizes) for t in tiles)) for _ in range(1 + softmax)]
     loss = torch.zeros(n, rows, dtype=torch.float64)
-    every_row = bool(tiles) and tiles[0].rows == slice(0, rows)
-    grad_q = torch.empty(q_s.shape) if tiles else torch.zeros(q_s.shape)
+    every_row = tiles[0].rows == slice(0, rows)
+    grad_q = torch.empty(q_s.shape)
     grad_k = torch.empty(k_s.shape) if every_row else torch.zeros(k_s.shape)
     for tile in tiles:
         scores, *teacher = [r[: math.prod(tile.sizes)].view(tile.sizes) for r in room]
@@ -188,9 +187,7 @@ def _tiled(
     return grams.finish(x, total, *((grad_q, grad_k) if need_grad else (None, None)))
 
 
-def map_forward(
-    maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor]:
+def map_forward(maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
     student, teacher = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (maps_s, maps_t))
     teacher = teacher.float() if teacher.dtype == torch.float64 else teacher
     if mask is not None and mask.stride(3) not in (0, 1):

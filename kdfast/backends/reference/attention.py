@@ -34,9 +34,7 @@ def forward(
     return loss, (grad_u @ ks).to(q_s.dtype), grad_k.to(k_s.dtype)
 
 
-def map_forward(
-    maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor]:
+def map_forward(maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
     difference = wide(maps_s) - wide(maps_t)
     if mask is not None:
         difference = torch.where(mask, difference, 0)
@@ -56,9 +54,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _pairs(
-    query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, lq: int, lk: int, device: torch.device
-) -> Tensor:
+def _pairs(query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, lq: int, lk: int, device: torch.device) -> Tensor:
     """[B or 1, 1, Lq, Lk]: the pairs that count."""
     counts = torch.ones(1, 1, lq, lk, dtype=torch.bool, device=device)
     if causal:
