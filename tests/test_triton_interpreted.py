@@ -16,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-MODULES = ["check_logits.py", "check_topk.py", "check_linear.py"]
+MODULES = ["check_logits.py", "check_topk.py", "check_linear.py", "check_attention.py"]
 FOLDER = Path(__file__).parent / "triton_kernels"
 
 
