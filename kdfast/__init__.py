@@ -6,6 +6,8 @@ Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`, `hidden_mse` and more
 
 import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
+from kdfast.ops.attention import attention_kl, attention_mse
+from kdfast.ops.attention_map import attention_map_mse
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.linear_logit_mse import linear_logit_mse
@@ -21,6 +23,9 @@ __all__ = [
     "Part",
     "Parts",
     "TopKTargets",
+    "attention_kl",
+    "attention_map_mse",
+    "attention_mse",
     "backends",
     "debug_checks",
     "hidden_cosine",

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from kdfast.ops.attention import attention_kl, attention_mse
+from kdfast.ops.attention_map import attention_map_mse
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.linear_logit_mse import linear_logit_mse
@@ -49,6 +51,24 @@ class TopKKDLoss(_Loss):
     """`TopKKDLoss(**options)(student_logits, targets, labels)` equals `topk_kd_loss(..., **options)`."""
 
     function = staticmethod(topk_kd_loss)
+
+
+class AttentionMSELoss(_Loss):
+    """`AttentionMSELoss(**options)(q_s, k_s, q_t, k_t)` equals `attention_mse(..., **options)`."""
+
+    function = staticmethod(attention_mse)
+
+
+class AttentionKLLoss(_Loss):
+    """`AttentionKLLoss(**options)(q_s, k_s, q_t, k_t)` equals `attention_kl(..., **options)`."""
+
+    function = staticmethod(attention_kl)
+
+
+class AttentionMapMSELoss(_Loss):
+    """`AttentionMapMSELoss(**options)(maps_s, maps_t)` equals `attention_map_mse(..., **options)`."""
+
+    function = staticmethod(attention_map_mse)
 
 
 class HiddenMSELoss(_Loss):

@@ -69,9 +69,14 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         _debug = before
 
 
+def checks_values(device: torch.device) -> bool:
+    """Whether values on this device are looked at: on a CPU always, on a GPU under `debug_checks()` only."""
+    return device.type == "cpu" or _debug
+
+
 def first_bad(loss: Tensor) -> int | None:
     """The first row whose loss is NaN, where values are checked: on a CPU, and on a GPU under `debug_checks()` only."""
-    if loss.device.type != "cpu" and not _debug:
+    if not checks_values(loss.device):
         return None
     bad = loss.isnan()
     return int(bad.nonzero()[0]) if bool(bad.any()) else None

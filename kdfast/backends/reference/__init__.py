@@ -2,4 +2,8 @@
 
 from kdfast.dispatch import Backend, register
 
-register(Backend(name="reference", package=__name__, ops=("logits", "linear", "topk", "hidden", "linear_logit_mse", "scale")))
+register(
+    Backend(
+        name="reference", package=__name__, ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale")
+    )
+)
