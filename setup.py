@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 COMMON = (
     "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-    " -Wall -Wextra -Wno-maybe-uninitialized"
+    " -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
 )
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 ISAS = {"baseline": ""}

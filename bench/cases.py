@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.plain import from_logs
 from kdfast.ops.targets import TopKTargets
 
 Outcome = tuple[Tensor, tuple[Tensor, ...]]
@@ -18,12 +19,17 @@ _CHUNK, _KEPT = 1 << 23, 1 << 25
 
 @dataclass(frozen=True)
 class Objective:
-    """soft_weight * T^2 * KL(teacher_T || student_T) + hard_weight * CE, mean over labels other than ignore_index."""
+    """soft_weight * T^2 * D(teacher_T, student_T) + hard_weight * CE, mean over labels other than ignore_index."""
 
     temperature: float = 2.0
     soft_weight: float = 0.5
     hard_weight: float = 0.5
     ignore_index: int = -100
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    skew: float = 0.1
+    ab_alpha: float = 0.5
+    ab_beta: float = 0.5
 
 
 def _generator(device: str, seed: int) -> torch.Generator:
@@ -40,7 +46,7 @@ def _plain_sum(student: Tensor, teacher: Tensor, labels: Tensor, objective: Obje
     """Plain PyTorch, summed over the rows that count."""
     t = objective.temperature
     keep = labels != objective.ignore_index
-    kl = F.kl_div(F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1), log_target=True, reduction="none").sum(-1)
+    kl = from_logs(objective, F.log_softmax(teacher / t, -1), F.log_softmax(student / t, -1))
     ce = F.cross_entropy(student, labels, reduction="sum", ignore_index=objective.ignore_index)
     return objective.soft_weight * t * t * (kl * keep).sum() + objective.hard_weight * ce
 
@@ -57,12 +63,13 @@ class LogitsCase:
 
     @classmethod
     def make(
-        cls, n: int, vocab: int, dtype: torch.dtype, *, device: str = "cpu", ignored: int = 0, seed: int = 0
-    ) -> LogitsCase:
+        cls, n: int, vocab: int, dtype: torch.dtype, *, device: str = "cpu", ignored: int = 0, seed: int = 0,
+        objective: Objective = Objective(),
+    ) -> LogitsCase:  # fmt: skip
         random = _generator(device, seed)
         teacher = torch.randn(n, vocab, device=device, dtype=dtype, generator=random).mul_(3)
         student = torch.randn(n, vocab, device=device, dtype=dtype, generator=random).mul_(2).add_(teacher, alpha=0.5)
-        return cls(student.requires_grad_(), teacher, _labels(n, vocab, ignored, device, random), ignored=ignored)
+        return cls(student.requires_grad_(), teacher, _labels(n, vocab, ignored, device, random), objective, ignored)
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:

@@ -91,7 +91,7 @@ def reason(error: BaseException) -> str:
 
 
 class _CpuClock:
-    """Wall time. Buffers above some megabytes come fresh from the kernel on each call, as they do in training."""
+    """Wall time. Outputs are dropped between calls, as in training: what an allocator makes of that is part of its time."""
 
     def __call__(self, work: Work, turn: int) -> float:
         argument = work.inputs[turn % len(work.inputs)]()

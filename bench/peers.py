@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 import kdfast
 from bench.cases import CaptureCase, LinearCase, LogitsCase, Objective, Outcome, TopKCase, ghost_sum
 from bench.measure import relative_error
+from bench.plain import from_logs, from_probs
 
 Run = Callable[[Any], Outcome]
 
@@ -75,8 +77,12 @@ def differs(got: Outcome, truth: Outcome, tolerance: float) -> str:
 
 
 def _options(o: Objective) -> dict[str, Any]:
-    return {"temperature": o.temperature, "soft_weight": o.soft_weight, "hard_weight": o.hard_weight,
-            "ignore_index": o.ignore_index}  # fmt: skip
+    return dataclasses.asdict(o)
+
+
+def _topk_options(o: Objective) -> dict[str, Any]:
+    names = ("temperature", "soft_weight", "hard_weight", "ignore_index")
+    return {name: getattr(o, name) for name in names}
 
 
 def _mean(kl: Tensor, student: Tensor, labels: Tensor, o: Objective) -> Tensor:
@@ -94,13 +100,19 @@ def _wide(logits: Tensor) -> Tensor:
 def eager_log_target(s: Tensor, t: Tensor, labels: Tensor, o: Objective) -> Tensor:
     s, t = _wide(s), _wide(t)
     log_q, log_p = F.log_softmax(s / o.temperature, -1), F.log_softmax(t / o.temperature, -1)
-    return _mean(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1), s, labels, o)
+    return _mean(from_logs(o, log_p, log_q), s, labels, o)
 
 
 def eager_probs(s: Tensor, t: Tensor, labels: Tensor, o: Objective) -> Tensor:
     s, t = _wide(s), _wide(t)
     log_q, p = F.log_softmax(s / o.temperature, -1), F.softmax(t / o.temperature, -1)
     return _mean(F.kl_div(log_q, p, reduction="none").sum(-1), s, labels, o)
+
+
+def eager_probs_of_logs(s: Tensor, t: Tensor, labels: Tensor, o: Objective) -> Tensor:
+    s, t = _wide(s), _wide(t)
+    log_q, log_p = F.log_softmax(s / o.temperature, -1), F.log_softmax(t / o.temperature, -1)
+    return _mean(from_probs(o, log_p, log_q), s, labels, o)
 
 
 Plain = Callable[[Tensor, Tensor, Tensor, Objective], Tensor]
@@ -134,6 +146,15 @@ def logits_peers(device: str, *, compiled: tuple[str, ...] = ("log_target", "pro
     peers.append(Peer("Liger KLDIVLoss", trained(_liger_kl), missing=missing, note=f"{note}; no ignore_index"))
     peers.append(Peer("Liger JSD beta=0", trained(_liger_jsd), missing=missing, note=note))
     return peers
+
+
+def divergence_peers() -> list[Peer]:
+    """For `LogitsCase` with any divergence; Liger's kernels know forward KL and JSD, on a GPU."""
+    return [
+        *(p for p in logits_peers("cpu", compiled=()) if p.ours),
+        Peer("eager logs", _on_logits(eager_log_target), note="KLs by F.kl_div, mixtures by logaddexp"),
+        Peer("eager probs", _on_logits(eager_probs_of_logs), note="probabilities formed"),
+    ]
 
 
 def liger_missing() -> str:
@@ -284,7 +305,9 @@ def topk_peers(*, compiled: bool = True) -> list[Peer]:
 
     def ours(overwrite: bool) -> Run:
         return trained(
-            lambda c: kdfast.topk_kd_loss(c.student, c.targets, c.labels, overwrite_logits=overwrite, **_options(c.objective))
+            lambda c: kdfast.topk_kd_loss(
+                c.student, c.targets, c.labels, overwrite_logits=overwrite, **_topk_options(c.objective)
+            )
         )
 
     def dense(c: TopKCase) -> Tensor:

@@ -1,23 +1,42 @@
 """The C++ extension: addresses are integers, a matrix is (address, elements between rows, columns, dtype code)."""
 
+from collections.abc import Sequence
+
 _Matrix = tuple[int, int, int, int]
 
 def isa() -> str: ...
 def safe_threads(wanted: int) -> int: ...
+class LogitsOptions:
+    def __init__(
+        self,
+        kind: int,
+        first: float,
+        second: float,
+        temperature: float,
+        soft_scale: float,
+        hard_weight: float,
+        label_smoothing: float,
+        z_loss: float,
+        student_softcap: float,
+        student_scale: float,
+        teacher_softcap: float,
+        teacher_scale: float,
+        mix_probs: bool,
+    ) -> None: ...
+
 def logits(
     forward: bool,
     rows: int,
     student: _Matrix,
-    teacher: _Matrix,
+    teachers: list[_Matrix],
+    teacher_weights: Sequence[float],
     grad: _Matrix,
     labels: int,
     scale: int,
     loss: int,
     stats: int,
     parts: int,
-    temperature: float,
-    soft_scale: float,
-    hard_weight: float,
+    options: LogitsOptions,
     threads: int,
 ) -> None: ...
 def topk_capture(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast import kd_loss, use_backend
+from kdfast.options import RowOptions
 
 BACKENDS = ["cpp", "reference"]
 OPTIONS = {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
@@ -298,12 +299,12 @@ def test_compile_and_func(reduction: str, backend: str) -> None:
 def test_opcheck(backend: str) -> None:
     student, teacher, labels = batch(5, 40, 40)
     scale = (labels != -100).float()
-    options = (2.0, 0.7, 0.3, True, -100, backend)
+    options = (*RowOptions(temperature=2.0, soft_weight=0.7, hard_weight=0.3).values, backend)
     ops = torch.ops.kdfast
-    torch.library.opcheck(ops.logits.default, (student, teacher, labels, scale, *options, True, True))
-    torch.library.opcheck(ops.logits_overwrite.default, (student.clone(), teacher, labels, scale, *options, True))
-    stats = ops.logits(student, teacher, labels, scale, *options, False, False)[1]
-    torch.library.opcheck(ops.logits_backward.default, (student, teacher, labels, scale, stats, *options))
+    torch.library.opcheck(ops.logits.default, (student, [teacher], labels, scale, *options, True, True))
+    torch.library.opcheck(ops.logits_overwrite.default, (student.clone(), [teacher], labels, scale, *options, True))
+    stats = ops.logits(student, [teacher], labels, scale, *options, False, False)[1]
+    torch.library.opcheck(ops.logits_backward.default, (student, [teacher], labels, scale, stats, *options))
 
 
 def bad(**change: object) -> dict[str, object]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdfast import TopKTargets, topk_kd_loss, topk_targets, use_backend
 from kdfast.ops.topk import label_logprobs
+from kdfast.options import RowOptions
 
 BACKENDS = ["cpp", "reference"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -218,9 +219,9 @@ def test_compile_and_opcheck(backend: str) -> None:
     assert torch.allclose(compiled, expected, rtol=1e-5, atol=1e-8)
     ops, rows = (
         torch.ops.kdfast,
-        (targets.ids, targets.logprobs, targets.log_z[:, 0], targets.log_tail[:, 0], labels, torch.ones(5)),
+        ([targets.ids, targets.logprobs, targets.log_z[:, 0], targets.log_tail[:, 0]], labels, torch.ones(5)),
     )
-    options = (1.0, 1.0, 0.5, True, -100, 40, backend)  # at T = 1 no part is NaN, which would not equal itself
+    options = (*RowOptions(hard_weight=0.5).values, 40, backend)  # at T = 1 no part is NaN, which would not equal itself
     torch.library.opcheck(ops.topk_capture.default, (teacher, 4, [1.0, 2.0], backend))
     torch.library.opcheck(ops.topk.default, (student, *rows, *options, True, True))
     torch.library.opcheck(ops.topk_overwrite.default, (student.clone(), *rows, *options, True))

@@ -24,7 +24,13 @@ struct RowWeights {
     float hard_weight;  // weight of the cross-entropy at T = 1
 };
 
-constexpr int kStats = 3;  // of topk; logits has one more for every further teacher
+// What a model does between its linear head and its softmax: z = softcap * tanh(scale * x / softcap); softcap 0 is no cap.
+struct Head {
+    float softcap = 0, scale = 1;
+
+    bool trivial() const { return softcap == 0 && scale == 1; }
+};
+
 constexpr int kParts = 7;  // soft, hard, z, kl_at_1, teacher_nll, teacher_entropy, top1_agreement
 
 }  // namespace kdfast

@@ -5,8 +5,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "elementary.h"
 #include "matrix.h"
-#include "simd.h"
 
 namespace kdfast {
 namespace KDFAST_ISA {
@@ -35,25 +35,53 @@ void narrow(const float* from, int64_t n, T* to) {
     if (i < n) store_tail(to + i, n - i, load(from + i));
 }
 
-// One row of a matrix, read in blocks: float32 in place, anything else (and a ragged end, filled with -inf) through a buffer.
+// x through a model's head, in place; the padding stays -inf. +inf becomes NaN, which a cap would hide.
+inline void through_head(Head head, int64_t n, float* x) {
+    const float inverse = head.softcap == 0 ? 0 : 1 / head.softcap;
+    for (int64_t i = 0; i < padded(n); i += W) {
+        vec z = load(x + i) * head.scale;
+        if (head.softcap != 0) z = z == set(kInf) ? set(kNan) : head.softcap * tanh(z * inverse);
+        store(x + i, z);
+    }
+    std::fill(x + n, x + padded(n), -kInf);
+}
+
+// grad *= d head / d x, from z = head(x).
+inline void back_through_head(Head head, int64_t n, const float* z, float* grad) {
+    const float inverse = head.softcap == 0 ? 0 : 1 / head.softcap;
+    for (int64_t i = 0; i < padded(n); i += W) {
+        const vec t = inverse == 0 ? vec{} : load(z + i) * inverse;
+        store(grad + i, load(grad + i) * (head.scale * (1.0f - t * t)));
+    }
+}
+
+// One row of logits as the softmax sees them, read in blocks: float32 in place, anything else (a ragged end, filled with
+// -inf; logits that pass a head) through a buffer.
 struct Source {
     const char* data;
     Dtype dtype;
+    Head head = {};
 
     const float* block(int64_t begin, int64_t n, Buffer& buffer) const {
         const char* from = data + begin * bytes_of(dtype);
         if (dtype == Dtype::float32) {
-            if (n % W == 0) return reinterpret_cast<const float*>(from);
+            if (n % W == 0 && head.trivial()) return reinterpret_cast<const float*>(from);
             widen(reinterpret_cast<const float*>(from), n, buffer.data);
         } else if (dtype == Dtype::bfloat16) {
             widen(reinterpret_cast<const bf16*>(from), n, buffer.data);
         } else {
             widen(reinterpret_cast<const f16*>(from), n, buffer.data);
         }
+        if (!head.trivial()) through_head(head, n, buffer.data);
         return buffer.data;
     }
 
     float at(int64_t i) const {
+        const float x = head.scale * raw(i);
+        return head.softcap == 0 ? x : head.softcap * std::tanh(x / head.softcap);
+    }
+
+    float raw(int64_t i) const {
         if (dtype == Dtype::float32) return reinterpret_cast<const float*>(data)[i];
         if (dtype == Dtype::bfloat16) return to_float(reinterpret_cast<const bf16*>(data)[i]);
         return to_float(reinterpret_cast<const f16*>(data)[i]);
@@ -163,7 +191,8 @@ class OnlineSum {
     double lse_at_1() const { return double(anchor_) + std::log(sum_1_); }
 
     // First id of the largest logit; looks again at the one block that holds it.
-    int64_t argmax(const Source& row, int64_t columns, Buffer& buffer) const {
+    template <typename Row>
+    int64_t argmax(const Row& row, int64_t columns, Buffer& buffer) const {
         const int64_t n = std::min(kBlock, columns - best_begin_);
         const float* z = row.block(best_begin_, n, buffer);
         return best_begin_ + (std::find(z, z + n, anchor_) - z);
@@ -176,16 +205,18 @@ class OnlineSum {
     bool started_ = false;
 };
 
-// Gradient of student ids the teacher does not have, [begin_id, vs): only the hard loss reaches them.
-inline void hard_only_pass(Source s, Sink g, int64_t begin_id, int64_t vs, double lse_1, float hard_grad, Buffer* buffers) {
+// Gradient of student ids the teacher does not have, [begin_id, vs): hard_grad * q - constant at T = 1.
+inline void hard_only_pass(Source s, Sink g, int64_t begin_id, int64_t vs, double lse_1, float hard_grad, float constant,
+                           Buffer* buffers) {
     const Softmax q1(float(lse_1), 1, lse_1);
     for (int64_t begin = begin_id; begin < vs; begin += kBlock) {
         const int64_t n = std::min(kBlock, vs - begin);
         const float* z = s.block(begin, n, buffers[0]);
         float* out = g.block(begin, n, buffers[2]);
         for (int64_t i = 0; i < padded(n); i += W) {
-            store(out + i, hard_grad == 0 ? vec{} : hard_grad * q1.factor * exp(q1.shifted(load(z + i))));
+            store(out + i, hard_grad == 0 ? vec{} : hard_grad * q1.factor * exp(q1.shifted(load(z + i))) - constant);
         }
+        if (!s.head.trivial()) back_through_head(s.head, n, z, out);
         g.commit(begin, n, out);
     }
 }
@@ -199,9 +230,9 @@ inline const float* without(const float* z, int64_t begin, int64_t n, const std:
 }
 
 // A row that does not count.
-inline void clear_row(int64_t r, float* loss, double* stats, float* parts) {
+inline void clear_row(int64_t r, int64_t n_stats, float* loss, double* stats, float* parts) {
     loss[r] = 0;
-    std::fill_n(stats + r * kStats, kStats, 0.0);
+    std::fill_n(stats + r * n_stats, n_stats, 0.0);
     if (parts) std::fill_n(parts + r * kParts, kParts, 0.0f);
 }
 

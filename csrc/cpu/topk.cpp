@@ -80,7 +80,7 @@ double entries_value(Entries& e, const Softmax& q) {
         const vec p = exp(up), qv = exp(uq);
         store(&e.p[size_t(i)], p);
         store(&e.q[size_t(i)], qv);
-        total += ForwardKl::value(p, qv, up - uq);
+        total += kl_term(p, qv, up - uq);
     }
     for (int64_t i = 0; i < e.size(); ++i) infinite |= e.z[size_t(i)] == -kInf && e.p[size_t(i)] > 0;
     return infinite ? double(kInf) : double(reduce_add(total));
@@ -110,7 +110,7 @@ void gradient(const TopKArgs& a, Source s, Sink g, const Entries& e, double lse_
         }
         g.commit(begin, n, out);
     }
-    if (vs > a.vocab) hard_only_pass(s, g, a.vocab, vs, lse_1, kHard ? hard_grad : 0, buffers);
+    if (vs > a.vocab) hard_only_pass(s, g, a.vocab, vs, lse_1, kHard ? hard_grad : 0, 0, buffers);
     const auto hard_at = [&](float z, int64_t id) {
         return !kHard ? 0 : hard_grad * (id == label ? std::expm1(z - lse_1) : std::exp(z - lse_1));
     };
@@ -155,7 +155,7 @@ void one_row(const TopKArgs& a, int64_t r, LossRoom& room) {
     double* stats = a.stats + r * kStats;
     if (scale == 0) {
         if (g.data) g.clear(vs);
-        if (kForward) clear_row(r, a.loss, a.stats, a.parts);
+        if (kForward) clear_row(r, kStats, a.loss, a.stats, a.parts);
         return;
     }
     Entries& e = room.entries;

@@ -19,6 +19,8 @@ struct CaptureArgs {
     int threads;
 };
 
+constexpr int kStats = 3;
+
 struct TopKArgs {
     int64_t rows;
     Matrix student, grad;

@@ -1,4 +1,4 @@
-"""Knowledge distillation on logits in C++ (`csrc/cpu/logits.cpp`). Contract: `kdfast.backends`."""
+"""Knowledge distillation on logits in C++ (`csrc/cpu/logits_rows.h`). Contract: `kdfast.backends`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from kdfast import _C
-from kdfast.backends.compiled.extension import address, matrix, threads, weights
-from kdfast.options import PARTS, RowOptions
+from kdfast.backends.compiled.extension import address, matrix, threads
+from kdfast.options import DIVERGENCES, PARTS, RowOptions
+
+
+def _options(o: RowOptions) -> _C.LogitsOptions:
+    return _C.LogitsOptions(
+        DIVERGENCES.index(o.kind), *o.coefficients, o.temperature, o.soft_scale, o.hard_weight, o.label_smoothing, o.z_loss,
+        o.student_softcap, o.student_scale, o.teacher_softcap, o.teacher_scale, o.teacher_mix == "probs",
+    )  # fmt: skip
 
 
 def forward(
@@ -21,14 +28,14 @@ def forward(
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (teacher,) = teachers
     n = student.shape[0]
     loss = torch.empty(n)
-    stats = torch.empty(n, 3, dtype=torch.float64)
+    stats = torch.empty(n, 3 + len(teachers), dtype=torch.float64)
     parts = torch.empty((n, len(PARTS)) if need_parts else (0,))
     _C.logits(
-        True, n, matrix(student), matrix(teacher), matrix(grad), address(labels), address(scale),
-        address(loss), address(stats), address(parts if need_parts else None), *weights(options), threads(),
+        True, n, matrix(student), [matrix(t) for t in teachers], options.teacher_weights,
+        matrix(grad), address(labels), address(scale), address(loss), address(stats),
+        address(parts if need_parts else None), _options(options), threads(),
     )  # fmt: skip
     return loss, stats, parts
 
@@ -42,8 +49,7 @@ def backward(
     options: RowOptions,
     grad: Tensor,
 ) -> None:
-    (teacher,) = teachers
     _C.logits(
-        False, student.shape[0], matrix(student), matrix(teacher), matrix(grad), address(labels),
-        address(scale), 0, address(stats), 0, *weights(options), threads(),
+        False, student.shape[0], matrix(student), [matrix(t) for t in teachers], options.teacher_weights, matrix(grad),
+        address(labels), address(scale), 0, address(stats), 0, _options(options), threads(),
     )  # fmt: skip
