@@ -106,7 +106,7 @@ double kl_row(const RowSoftmax& row, float* difference, const float* teacher, co
     for (int64_t i = 0; i < n; i += W) {
         const vec v = get(difference, i, n, row.shift) - row.shift, p = get(teacher, i, n, 0) * row.p_factor;
         const vec apart = row.close ? p * expm1_small(v) : get(student, i, n, 0) * row.q_factor - p;
-        loss += ForwardKl::value(p, p + apart, -v);
+        loss += kl_term(p, p + apart, -v);
         put(difference, i, n, weight * apart);
     }
     return reduce_add(loss);

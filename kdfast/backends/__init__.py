@@ -50,8 +50,8 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
 `linear_logit_mse`
     forward(student: Side, teacher: Side, mask [N] bool | None, center, method, needs: Needs)
         -> loss [], grad_hidden, grad_weight (float32); what is not needed has size 0
-    Both heads have V rows and no bias. The loss is the mean over V and the rows that count; `kdfast.logit_grams` holds what the
-    backends share. Only `reference` forms N x V logits.
+    Both heads have V rows and no bias. The loss is the mean over V and the rows that count; `kdfast.logit_grams` holds what
+    the backends share. Only `reference` forms N x V logits.
 
 `scale`
     scale_(grad, upstream []) -> None: grad *= upstream in place, leaving at once when upstream is 1
