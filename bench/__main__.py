@@ -9,6 +9,7 @@ COMMANDS = {
     "logits": "kd_loss from logits",
     "linear": "linear_kd_loss from hidden states",
     "topk": "capture of top-k targets, and the loss from them",
+    "attention": "attention losses from queries and keys, by length",
     "aot": "compile every Triton kernel with no GPU; registers and spills",
     "gpu": "everything that needs a GPU, in one run of at most 8 minutes",
 }
@@ -17,7 +18,7 @@ COMMANDS = {
 def usage() -> str:
     """The help text."""
     lines = ["usage: python -m bench COMMAND [options]", ""]
-    lines += [f"  {name:<8}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "examples:",
