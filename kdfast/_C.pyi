@@ -74,6 +74,20 @@ def attention_tile(
     causal: bool,
     threads: int,
 ) -> None: ...
+def attention_direct(
+    kind: int,
+    sides: tuple[int, ...],
+    grads: tuple[int, int],
+    sizes: tuple[int, ...],
+    query_mask: int,
+    key_mask: int,
+    scale: int,
+    loss: int,
+    scale_s: float,
+    ratio: float,
+    causal: bool,
+    threads: int,
+) -> None: ...
 def attention_maps(
     student: int,
     student_dtype: int,
