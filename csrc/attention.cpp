@@ -55,6 +55,38 @@ void bind_attention(py::module_& m) {
         py::arg("heads"), py::arg("queries"), py::arg("query_mask"), py::arg("key_mask"), py::arg("mask_keys"),
         py::arg("scale"), py::arg("loss"), py::arg("factor_s"), py::arg("factor_t"), py::arg("causal"), py::arg("threads"));
     m.def(
+        "attention_direct",
+        [](int kind, std::array<std::uintptr_t, 4> sides, std::array<std::uintptr_t, 2> grads, std::array<int64_t, 6> sizes,
+           std::uintptr_t query_mask, std::uintptr_t key_mask, std::uintptr_t scale, std::uintptr_t loss, float scale_s, float ratio,
+           bool causal, int threads) {
+            const AttentionDirect maps{static_cast<AttentionKind>(kind),
+                                       pointer<const float>(sides[0]),
+                                       pointer<const float>(sides[1]),
+                                       pointer<const float>(sides[2]),
+                                       pointer<const float>(sides[3]),
+                                       pointer<float>(grads[0]),
+                                       pointer<float>(grads[1]),
+                                       sizes[0],
+                                       sizes[1],
+                                       sizes[2],
+                                       sizes[3],
+                                       sizes[4],
+                                       sizes[5],
+                                       pointer<const uint8_t>(query_mask),
+                                       pointer<const uint8_t>(key_mask),
+                                       pointer<const float>(scale),
+                                       pointer<double>(loss),
+                                       scale_s,
+                                       ratio,
+                                       causal,
+                                       safe_threads(threads)};
+            py::gil_scoped_release release;
+            KDFAST_CALL(attention_direct, maps);
+        },
+        "Loss and gradients of whole maps; sizes are groups, groups a batch, heads a group, queries, keys, head size.",
+        py::arg("kind"), py::arg("sides"), py::arg("grads"), py::arg("sizes"), py::arg("query_mask"), py::arg("key_mask"),
+        py::arg("scale"), py::arg("loss"), py::arg("scale_s"), py::arg("ratio"), py::arg("causal"), py::arg("threads"));
+    m.def(
         "attention_maps",
         [](std::uintptr_t student, int student_dtype, std::uintptr_t teacher, int teacher_dtype, std::uintptr_t grad,
            std::uintptr_t mask, std::array<int64_t, 4> sizes, std::array<int64_t, 3> student_strides,

@@ -6,6 +6,7 @@ _Matrix = tuple[int, int, int, int]
 
 def isa() -> str: ...
 def safe_threads(wanted: int) -> int: ...
+
 class LogitsOptions:
     def __init__(
         self,
@@ -89,6 +90,20 @@ def attention_tile(
     loss: int,
     factor_s: float,
     factor_t: float,
+    causal: bool,
+    threads: int,
+) -> None: ...
+def attention_direct(
+    kind: int,
+    sides: tuple[int, ...],
+    grads: tuple[int, int],
+    sizes: tuple[int, ...],
+    query_mask: int,
+    key_mask: int,
+    scale: int,
+    loss: int,
+    scale_s: float,
+    ratio: float,
     causal: bool,
     threads: int,
 ) -> None: ...

@@ -26,6 +26,22 @@ struct AttentionTile {
     int threads;
 };
 
+// Whole maps of contiguous float32 [groups, heads * queries, size] and [groups, keys, size], one group a thread at a time; both sides
+// have the same head size, a multiple of 16.
+struct AttentionDirect {
+    AttentionKind kind;
+    const float *q_s, *k_s, *q_t, *k_t;
+    float *grad_q, *grad_k;  // null when not wanted
+    int64_t groups, groups_per_batch, heads, queries, keys, size;
+    const uint8_t* query_mask;  // [B, queries] or null
+    const uint8_t* key_mask;    // [B, keys] or null
+    const float* scale;         // [groups, heads]
+    double* loss;               // [groups, heads * queries]
+    float scale_s, ratio;       // ratio = scale_t / scale_s
+    bool causal;
+    int threads;
+};
+
 // One [Lq, Lk] map per batch and head, with unit stride along keys and any other strides.
 struct AttentionMaps {
     const char *student, *teacher;
@@ -38,6 +54,7 @@ struct AttentionMaps {
     int threads;
 };
 
-KDFAST_PER_ISA(void attention_tile(const AttentionTile& tile); void attention_maps(const AttentionMaps& maps);)
+KDFAST_PER_ISA(void attention_tile(const AttentionTile& tile); void attention_direct(const AttentionDirect& maps);
+               void attention_maps(const AttentionMaps& maps);)
 
 }  // namespace kdfast

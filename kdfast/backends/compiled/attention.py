@@ -22,6 +22,8 @@ from kdfast.options import AttentionOptions
 _KINDS = {"scores": 0, "probs": 1, "kl": 2}
 #: Bytes of one tile of scores: with its twin for the teacher it stays in a second-level cache while rows are worked on.
 _TILE_BYTES = 1 << 20
+#: Bytes of one head's keys up to which a thread does a group by itself.
+_KEY_BYTES = 256 << 10
 
 
 def forward(
@@ -39,7 +41,7 @@ def forward(
     if options.kind == "scores" and _prefers_grams(x, options):
         loss, grad_q, grad_k = grams.score_mse(x, scale, options, need_grad)
     else:
-        loss, grad_q, grad_k = _tiled(x, query_mask, key_mask, scale, options, need_grad)
+        loss, grad_q, grad_k = (_direct if _fits_cache(x) else _tiled)(x, query_mask, key_mask, scale, options, need_grad)
     if grad_q is None or grad_k is None:
         return loss, q_s.new_empty(0), k_s.new_empty(0)
     return loss, _as(grad_q, q_s), _as(grad_k, k_s)
@@ -151,6 +153,29 @@ def _cancelled(difference: Tensor, q_s: Tensor, k_s: Tensor) -> bool:
     """Whether the difference is small beside the student's scores, by their size if their directions were random."""
     scores = q_s.square().sum((-1, -2)) * k_s.square().sum((-1, -2)) / q_s.shape[-1]
     return bool((scores > grams.CANCELLED * difference.square().sum((-1, -2))).any())
+
+
+def _fits_cache(x: Inputs) -> bool:
+    """Whether every thread can take whole groups and keep their keys in its second-level cache."""
+    size, keys = x.q_s.shape[3], x.k_s.shape[2]
+    enough = x.q_s.shape[0] * x.groups >= threads()
+    return x.same_size and size % 16 == 0 and enough and 4 * size * keys <= _KEY_BYTES
+
+
+def _direct(
+    x: Inputs, query_mask: Tensor | None, key_mask: Tensor | None, scale: Tensor, options: AttentionOptions, need_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    q_s, q_t = (_queries(q, x.groups).contiguous() for q in (x.q_s, x.q_t))
+    k_s, k_t = (_keys(k, x.groups).contiguous() for k in (x.k_s, x.k_t))
+    (n, rows, size), lq, lk = q_s.shape, x.q_s.shape[2], k_s.shape[1]
+    loss = torch.empty(n, rows, dtype=torch.float64)
+    grads = (torch.empty(q_s.shape), torch.empty(k_s.shape)) if need_grad else (None, None)
+    _C.attention_direct(
+        _KINDS[options.kind], tuple(address(s) for s in (q_s, k_s, q_t, k_t)), (address(grads[0]), address(grads[1])),
+        (n, x.groups, x.shared, lq, lk, size), address(query_mask), address(key_mask), address(scale), address(loss),
+        options.scale_s, options.scale_t / options.scale_s, options.causal, threads(),
+    )  # fmt: skip
+    return grams.finish(x, loss.view(-1, lq).sum(-1).to(scale.dtype), *grads)
 
 
 def _tiled(

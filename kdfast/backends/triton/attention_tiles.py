@@ -132,7 +132,7 @@ def score_gradient(d, t, seen, lse, shift, along, KIND: tl.constexpr):
 
 @triton.jit
 def queries_kernel(
-    q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr, query_mask_ptr, key_mask_ptr, scale_ptr, loss_ptr, stats_ptr, grad_ptr,
+    q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr, query_mask_ptr, key_mask_ptr, scale_ptr, loss_ptr, state_ptr, grad_ptr,
     q_s_batch, q_s_head, q_s_row, k_s_batch, k_s_head, k_s_row, q_t_batch, q_t_head, q_t_row, k_t_batch, k_t_head, k_t_row,
     heads, share_s, share_t, lq, lk, size_s, size_t, scale_s, scale_t, rows,
     KIND: tl.constexpr, CLOSE: tl.constexpr, QUERY_MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -223,9 +223,9 @@ def queries_kernel(
     inside = queries < lq
     at = pair * lq + queries
     tl.store(loss_ptr + at, tl.where(scale != 0, tl.where(query_counts, scale * loss, 0.0), 0.0), mask=inside)
-    tl.store(stats_ptr + at, lse, mask=inside)
-    tl.store(stats_ptr + rows + at, shift, mask=inside)
-    tl.store(stats_ptr + 2 * rows + at, along, mask=inside)
+    tl.store(state_ptr + at, lse, mask=inside)
+    tl.store(state_ptr + rows + at, shift, mask=inside)
+    tl.store(state_ptr + 2 * rows + at, along, mask=inside)
     if GRAD:
         columns = tl.arange(0, DS)[None, :]
         grad = tl.where(scale != 0, grad * (scale_s * scale), 0.0)
@@ -238,7 +238,7 @@ def queries_kernel(
 
 @triton.jit
 def keys_kernel(
-    q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr, query_mask_ptr, key_mask_ptr, scale_ptr, stats_ptr, grad_ptr,
+    q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr, query_mask_ptr, key_mask_ptr, scale_ptr, state_ptr, grad_ptr,
     q_s_batch, q_s_head, q_s_row, k_s_batch, k_s_head, k_s_row, q_t_batch, q_t_head, q_t_row, k_t_batch, k_t_head, k_t_row,
     heads, share_s, share_t, lq, lk, size_s, size_t, scale_s, scale_t, rows,
     KIND: tl.constexpr, CLOSE: tl.constexpr, QUERY_MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -270,7 +270,7 @@ def keys_kernel(
             seen = key_counts[None, :] & query_counts[:, None]
             if CAUSAL:
                 seen = seen & (keys[None, :] <= queries[:, None])
-            at = stats_ptr + pair * lq + queries
+            at = state_ptr + pair * lq + queries
             lse = tl.load(at, mask=queries < lq, other=0.0)
             shift = tl.load(at + rows, mask=queries < lq, other=0.0)
             along = tl.load(at + 2 * rows, mask=queries < lq, other=0.0)
