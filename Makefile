@@ -49,6 +49,7 @@ bench: build
 	$(BIN)/python -m bench logits
 	$(BIN)/python -m bench linear
 	$(BIN)/python -m bench topk
+	$(BIN)/python -m bench attention
 
 clean:
 	rm -rf build *.egg-info kdfast/_C*.so .mypy_cache .ruff_cache .pytest_cache

@@ -9,6 +9,7 @@ COMMANDS = {
     "logits": "kd_loss from logits",
     "linear": "linear_kd_loss from hidden states",
     "topk": "capture of top-k targets, and the loss from them",
+    "attention": "attention losses from queries and keys, by length",
     "numerics": "errors against float64 as student and teacher come to agree",
     "curves": "time an element against V and N, with a picture",
     "aot": "compile every Triton kernel with no GPU; registers and spills",

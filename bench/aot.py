@@ -29,9 +29,10 @@ from kdfast.options import DIVERGENCES
 GATED = ("sm_80", "sm_90")
 TARGETS = (*GATED, "sm_100", "gfx942")
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_FLOATS = ("inv_t", "soft_scale", "hard_weight", "temperature")
+_FLOATS = ("inv_t", "soft_scale", "hard_weight", "temperature", "scale_s", "scale_t")
 #: What the row kernels' other pointers point to, by argument name.
-_FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32"}
+_FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32",
+          "query_mask_ptr": "*i1", "key_mask_ptr": "*i1", "mask_ptr": "*i1"}  # fmt: skip
 #: One for each launch size, the widest and tightest first, and one whose rows are not aligned.
 _VOCABS = (151936, 57344, 16384, 1024, 50257)
 
@@ -96,6 +97,8 @@ def cases() -> Iterator[Case]:
     """Every kernel at every launch size, in representative types and flags."""
     yield from _logits_cases()
     yield from _topk_cases()
+    yield from _attention_cases()
+    yield from _hidden_cases()
     from kdfast.backends.triton import scale, selection
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -173,6 +176,42 @@ def _topk_cases() -> Iterator[Case]:
         for flag, flags in _BACKWARD.items():
             yield _row_case(topk.backward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
         yield _row_case(selection.sums_kernel, f"{name} V={vocab}", pointers, {"DIGITS": selection.DIGITS[dtype]}, size)
+
+
+def _attention_cases() -> Iterator[Case]:
+    from kdfast.backends.triton import attention
+    from kdfast.backends.triton import attention_tiles as tiles
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    for (name, dtype), (ds, dt), kind in itertools.product(dtypes.items(), ((64, 64), (128, 128), (32, 256)), (2, 1, 0)):
+        pointers = {side: dtype for side in ("q_s", "k_s", "q_t", "k_t", "grad")}
+        flags = tiles.flags(kind, ds, dt, dtype, True, True, True)
+        size = tiles.launch(ds, dt, dtype)
+        label = f"{name} D={ds},{dt} {('scores', 'probs', 'kl')[kind]}"
+        constants = {**flags, **size.shape}
+        yield Case(tiles.queries_kernel, label, pointers, {**constants, "GRAD": True}, size.options)
+        yield Case(tiles.keys_kernel, label, pointers, constants, size.options)
+    for name, dtype in dtypes.items():
+        flags = {"MASK": True, "GRAD": True, "BLOCK": attention.MAP_BLOCK}
+        options = {"num_warps": attention.MAP_WARPS, "enable_fp_fusion": True}
+        pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
+        yield Case(tiles.map_kernel, name, pointers, flags, options)
+
+
+def _hidden_cases() -> Iterator[Case]:
+    from kdfast.backends.triton import hidden
+
+    bm, bn, bk = hidden.PROJECT_TILE
+    tile = {"BIAS": True, "WIDEN": False, "BM": bm, "BN": bn, "BK": bk}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        options = {"num_warps": hidden.WARPS, "enable_fp_fusion": True}
+        for kernel, block in itertools.product((hidden.mse_kernel, hidden.cosine_kernel), (1024, hidden.BLOCK)):
+            pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
+            yield Case(kernel, f"{name} block={block}", pointers, {"BLOCK": block, "GRAD": True}, options)
+        options = {"num_warps": hidden.PROJECT_WARPS, "enable_fp_fusion": True}
+        for precision in ("ieee", "tf32"):
+            pointers = {"student": dtype, "projection": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
+            yield Case(hidden.project_kernel, f"{name} {precision}", pointers, {**tile, "PRECISION": precision}, options)
 
 
 def _row_case(kernel: Any, label: str, pointers: dict[str, Any], flags: dict[str, Any], size: Any) -> Case:

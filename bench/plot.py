@@ -1,10 +1,12 @@
-"""A picture of a results file: each contestant's time relative to kdfast, and how near kdfast is to the machine's limit."""
+"""Pictures of a results file: each contestant's time relative to kdfast and to the machine's limit; time and memory by length."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.report import Row
 
@@ -40,7 +42,49 @@ def draw(rows: Sequence[Row], path: str | Path) -> bool:
         axis.tick_params(labelsize=8)
         axis.margins(x=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    first = measured[0]
+    _save(figure, measured[0], path)
+    return True
+
+
+def draw_scaling(rows: Sequence[Row], path: str | Path) -> bool:
+    """Writes a PNG of time and memory against the length L of each case, one column an op; False as for `draw`."""
+    measured = [(int(found[1]), r) for r in rows if (found := re.search(r"\bL=(\d+)", r.shape)) and not math.isnan(r.median_ms)]
+    ops = list(dict.fromkeys(r.op for _, r in measured))
+    if not ops:
+        return False
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(ops), figsize=(4.2 * len(ops), 6.5), squeeze=False, sharex=True)
+    for column, op in enumerate(ops):
+        of_op = [(length, r) for length, r in measured if r.op == op and "(again)" not in r.contestant]
+        for name in dict.fromkeys(r.contestant for _, r in of_op):
+            points = sorted((length, r.median_ms, r.peak_mib) for length, r in of_op if r.contestant == name)
+            lengths, times, peaks = zip(*points, strict=True)
+            style = {"marker": "o", "linewidth": 2 if name.startswith("kdfast") else 1, "label": name}
+            axes[0, column].plot(lengths, times, **style)
+            axes[1, column].plot(lengths, peaks, **style)
+        axes[0, column].set_title(op, fontsize=10)
+        axes[1, column].set_xlabel("length L")
+    for axis in axes.flat:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("median, ms")
+    axes[1, 0].set_ylabel("peak memory, MiB")
+    axes[0, 0].legend(fontsize=8)
+    _save(figure, measured[0][1], path)
+    return True
+
+
+def _save(figure: Any, first: Row, path: str | Path) -> None:
+    from matplotlib import pyplot
+
     figure.suptitle(f"{first.device}, torch {first.torch}, kdfast at {first.commit}", fontsize=10)
     figure.tight_layout()
     path = Path(path)
@@ -48,7 +92,6 @@ def draw(rows: Sequence[Row], path: str | Path) -> bool:
     figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
     part.replace(path)
-    return True
 
 
 def _label(row: Row) -> str:

@@ -23,6 +23,8 @@ inline Matrix matrix(const pybind11::tuple& t) {
 void bind_runtime(pybind11::module_& m);
 void bind_logits(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
+void bind_hidden(pybind11::module_& m);
 void bind_codec(pybind11::module_& m);
 
 }  // namespace kdfast

@@ -6,5 +6,7 @@ PYBIND11_MODULE(_C, m) {
     kdfast::bind_runtime(m);
     kdfast::bind_logits(m);
     kdfast::bind_topk(m);
+    kdfast::bind_attention(m);
+    kdfast::bind_hidden(m);
     kdfast::bind_codec(m);
 }

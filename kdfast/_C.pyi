@@ -6,6 +6,7 @@ _Matrix = tuple[int, int, int, int]
 
 def isa() -> str: ...
 def safe_threads(wanted: int) -> int: ...
+
 class LogitsOptions:
     def __init__(
         self,
@@ -70,6 +71,66 @@ def topk(
     temperature: float,
     soft_scale: float,
     hard_weight: float,
+    threads: int,
+) -> None: ...
+def attention_tile(
+    kind: int,
+    difference: int,
+    teacher: int,
+    sizes: tuple[int, int, int],
+    first_group: int,
+    first_row: int,
+    groups_per_batch: int,
+    heads: int,
+    queries: int,
+    query_mask: int,
+    key_mask: int,
+    mask_keys: int,
+    scale: int,
+    loss: int,
+    factor_s: float,
+    factor_t: float,
+    causal: bool,
+    threads: int,
+) -> None: ...
+def attention_direct(
+    kind: int,
+    sides: tuple[int, ...],
+    grads: tuple[int, int],
+    sizes: tuple[int, ...],
+    query_mask: int,
+    key_mask: int,
+    scale: int,
+    loss: int,
+    scale_s: float,
+    ratio: float,
+    causal: bool,
+    threads: int,
+) -> None: ...
+def attention_maps(
+    student: int,
+    student_dtype: int,
+    teacher: int,
+    teacher_dtype: int,
+    grad: int,
+    mask: int,
+    sizes: tuple[int, ...],
+    student_strides: tuple[int, ...],
+    teacher_strides: tuple[int, ...],
+    mask_strides: tuple[int, ...],
+    scale: int,
+    loss: int,
+    threads: int,
+) -> None: ...
+def hidden(
+    cosine: bool,
+    rows: int,
+    student: _Matrix,
+    teacher: _Matrix,
+    grad: _Matrix,
+    bias: int,
+    scale: int,
+    loss: int,
     threads: int,
 ) -> None: ...
 def codec_encode(

@@ -1,12 +1,16 @@
 """kdfast: knowledge distillation that costs what the arithmetic costs.
 
-Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`), an offline teacher cache (`kdfast.cache`) and a thin
-trainer (`kdfast.train`). Importing this package needs torch and numpy only.
+Fused losses (`kd_loss`, `linear_kd_loss`, `topk_kd_loss`, `hidden_mse` and more), an offline teacher cache
+(`kdfast.cache`) and a thin trainer (`kdfast.train`). Importing this package needs torch and numpy only.
 """
 
 import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
+from kdfast.ops.attention import attention_kl, attention_mse
+from kdfast.ops.attention_map import attention_map_mse
+from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
+from kdfast.ops.linear_logit_mse import linear_logit_mse
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
 from kdfast.ops.targets import TopKTargets
@@ -19,10 +23,16 @@ __all__ = [
     "Part",
     "Parts",
     "TopKTargets",
+    "attention_kl",
+    "attention_map_mse",
+    "attention_mse",
     "backends",
     "debug_checks",
+    "hidden_cosine",
+    "hidden_mse",
     "kd_loss",
     "linear_kd_loss",
+    "linear_logit_mse",
     "topk_kd_loss",
     "topk_targets",
     "use_backend",

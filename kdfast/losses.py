@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from kdfast.ops.attention import attention_kl, attention_mse
+from kdfast.ops.attention_map import attention_map_mse
+from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
+from kdfast.ops.linear_logit_mse import linear_logit_mse
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.topk import topk_kd_loss
 
@@ -47,3 +51,40 @@ class TopKKDLoss(_Loss):
     """`TopKKDLoss(**options)(student_logits, targets, labels)` equals `topk_kd_loss(..., **options)`."""
 
     function = staticmethod(topk_kd_loss)
+
+
+class AttentionMSELoss(_Loss):
+    """`AttentionMSELoss(**options)(q_s, k_s, q_t, k_t)` equals `attention_mse(..., **options)`."""
+
+    function = staticmethod(attention_mse)
+
+
+class AttentionKLLoss(_Loss):
+    """`AttentionKLLoss(**options)(q_s, k_s, q_t, k_t)` equals `attention_kl(..., **options)`."""
+
+    function = staticmethod(attention_kl)
+
+
+class AttentionMapMSELoss(_Loss):
+    """`AttentionMapMSELoss(**options)(maps_s, maps_t)` equals `attention_map_mse(..., **options)`."""
+
+    function = staticmethod(attention_map_mse)
+
+
+class HiddenMSELoss(_Loss):
+    """`HiddenMSELoss(**options)(h_s, h_t, projection, bias)` equals `hidden_mse(..., **options)`."""
+
+    function = staticmethod(hidden_mse)
+
+
+class HiddenCosineLoss(_Loss):
+    """`HiddenCosineLoss(**options)(h_s, h_t)` equals `hidden_cosine(..., **options)`."""
+
+    function = staticmethod(hidden_cosine)
+
+
+class LinearLogitMSELoss(_Loss):
+    """`LinearLogitMSELoss(**options)(student_hidden, student_weight, teacher_hidden, teacher_weight)` equals
+    `linear_logit_mse(..., **options)`."""
+
+    function = staticmethod(linear_logit_mse)

@@ -107,3 +107,29 @@ class RowOptions:
     def values(self) -> tuple[Any, ...]:
         """The fields in schema order, to pass to an op; `RowOptions(*values)` is the way back."""
         return tuple(self.__dict__.values())
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How two attention maps are compared.
+
+    kind: "scores" squared differences of scores, "probs" of probabilities, "kl" KL(teacher || student) of a query's row.
+    scale_s, scale_t: what each side's query-key products are multiplied by. causal: query i sees keys j <= i.
+    method: "gram", "tiled" or "auto"; only "scores" has a choice.
+    """
+
+    kind: str = "scores"
+    scale_s: float = 1.0
+    scale_t: float = 1.0
+    causal: bool = False
+    method: str = "auto"
+
+    @classmethod
+    def schema(cls) -> str:
+        """The fields as `torch.library` schema arguments."""
+        return ", ".join(f"{_SCHEMA_TYPE[str(f.type)]} {f.name}" for f in dataclasses.fields(cls))
+
+    @property
+    def values(self) -> tuple[str | float | bool, ...]:
+        """The fields in schema order, to pass to an op; `AttentionOptions(*values)` is the way back."""
+        return self.kind, self.scale_s, self.scale_t, self.causal, self.method

@@ -17,16 +17,20 @@ ROOMS = {
     "dispatch": set(),
     "memory": set(),
     "chunks": {"options", "memory"},
+    "grams": {"options"},
+    "head_grams": set(),
+    "logit_grams": {"memory", "chunks", "head_grams"},
     "backends.reference": {"options", "dispatch", "chunks"},
-    "backends.compiled": {"options", "dispatch", "chunks", "_C"},
-    "backends.triton": {"options", "dispatch", "chunks"},
+    "backends.compiled": {"options", "dispatch", "memory", "chunks", "grams", "logit_grams", "_C"},
+    "backends.triton": {"options", "dispatch", "chunks", "grams", "logit_grams"},
     "ops": {"options", "dispatch", "memory", "chunks"},
     "losses": {"options", "ops"},
     "cache": {"options", "ops", "_C"},
     "train": {"options", "ops", "losses", "cache"},
+    "integrations": set(),
     "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C"},
 }
-OPS = ["linear", "logits", "scale", "topk"]
+OPS = ["attention", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 
 
 def room_of(module: str) -> str:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdfast import kd_loss, linear_kd_loss, topk_kd_loss, topk_targets
-from kdfast.losses import KDLoss, LinearKDLoss, TopKKDLoss
+from kdfast import (
+    hidden_cosine,
+    hidden_mse,
+    kd_loss,
+    linear_kd_loss,
+    linear_logit_mse,
+    topk_kd_loss,
+    topk_targets,
+)
+from kdfast.losses import HiddenCosineLoss, HiddenMSELoss, KDLoss, LinearKDLoss, LinearLogitMSELoss, TopKKDLoss
 
 OPTIONS = {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
 
@@ -18,6 +26,17 @@ def test_modules_equal_their_functions() -> None:
     assert torch.equal(TopKKDLoss(**OPTIONS)(student, targets, labels), topk_kd_loss(student, targets, labels, **OPTIONS))
     heads = torch.randn(5, 3), torch.randn(17, 3), torch.randn(5, 6), torch.randn(17, 6)
     assert torch.equal(LinearKDLoss(**OPTIONS)(*heads, labels), linear_kd_loss(*heads, labels, **OPTIONS))
+
+
+def test_modules_of_hidden_states_equal_their_functions() -> None:
+    h_s, h_t, mask = torch.randn(5, 3), torch.randn(5, 6), torch.tensor([True] * 4 + [False])
+    projection = torch.randn(6, 3)
+    module = HiddenMSELoss(normalize="all")
+    assert torch.equal(module(h_s, h_t, projection, mask=mask), hidden_mse(h_s, h_t, projection, mask=mask, normalize="all"))
+    other = torch.randn(5, 3)
+    assert torch.equal(HiddenCosineLoss(reduction="none")(h_s, other), hidden_cosine(h_s, other, reduction="none"))
+    heads = torch.randn(17, 3), h_t, torch.randn(17, 6)
+    assert torch.equal(LinearLogitMSELoss(center=True)(h_s, *heads), linear_logit_mse(h_s, *heads, center=True))
 
 
 def test_an_option_at_the_call_wins_and_a_wrong_one_is_refused() -> None:

@@ -17,7 +17,15 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-MODULES = ["check_logits.py", "check_divergences.py", "check_topk.py", "check_linear.py"]
+MODULES = [
+    "check_logits.py",
+    "check_divergences.py",
+    "check_topk.py",
+    "check_linear.py",
+    "check_hidden.py",
+    "check_linear_logit_mse.py",
+    "check_attention.py",
+]
 FOLDER = Path(__file__).parent / "triton_kernels"
 
 

@@ -30,6 +30,29 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     `log_z` and `log_tail` are those of options.temperature. The soft term is over ids < vocab_size; `stats` are the
     log-sum-exps of student/T over the unselected ids, of student/T over all ids < vocab_size, of student over Vs.
 
+`attention`
+    forward(q_s [B,H,Lq,ds], k_s [B,Hs,Lk,ds], q_t [B,H,Lq,dt], k_t [B,Ht,Lk,dt], query_mask [B,Lq] | None,
+            key_mask [B,Lk] | None, scale [B,H], options, need_grad)
+        -> loss [B,H], grad_q, grad_k in the student's dtype (of size 0 when not asked for)
+    map_forward(maps_s [B,H,Lq,Lk], maps_t, mask of the same shape | None, scale [B,H], need_grad) -> loss [B,H], grad
+    options is an `AttentionOptions`. Strides are free. Query head h sees key head h * Hs // H. `scale` multiplies a head's
+    loss and gradient; the loss is a sum over the pairs (kl: rows) that both masks and causality let count. What a mask
+    leaves out is not used, whatever it holds. A query that sees no key gives 0. NaN or infinity that counts makes the
+    head's loss not finite. No dimension is 0. Memory grows with Lq + Lk, not their product, except in `reference`.
+
+`hidden`
+    mse(student [N,Ds], projection [D,Ds] | None, bias [D] | None, teacher [N,D], scale [N], needs: Needs)
+        -> loss [N], grad_hidden, grad_projection (float32), grad_bias (float32); what is not needed has size 0
+    cosine(student [N,D], teacher [N,D], scale [N], need_hidden) -> loss [N], grad_hidden
+    Loss of a row: mean of squares of student @ projection.T + bias - teacher, or 1 - cos (1, without gradient, when
+    either side is 0), times its scale. A row with scale 0 gives loss and gradients 0 whatever it holds.
+
+`linear_logit_mse`
+    forward(student: Side, teacher: Side, mask [N] bool | None, center, method, needs: Needs)
+        -> loss [], grad_hidden, grad_weight (float32); what is not needed has size 0
+    Both heads have V rows and no bias. The loss is the mean over V and the rows that count; `kdfast.logit_grams` holds what
+    the backends share. Only `reference` forms N x V logits.
+
 `scale`
     scale_(grad, upstream []) -> None: grad *= upstream in place, leaving at once when upstream is 1
 

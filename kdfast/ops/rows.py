@@ -70,8 +70,16 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Whether values may be looked at: always on a CPU, elsewhere it would wait for the device."""
+    """Whether values on this device are looked at: on a CPU always, on a GPU under `debug_checks()` only."""
     return device.type == "cpu" or _debug
+
+
+def first_bad(loss: Tensor) -> int | None:
+    """The first row whose loss is NaN, where values are checked: on a CPU, and on a GPU under `debug_checks()` only."""
+    if not values_are_checked(loss.device):
+        return None
+    bad = loss.isnan()
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
 
 def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:

@@ -25,6 +25,11 @@ def matrix(tensor: Tensor | None) -> Matrix:
     return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], _DTYPE_CODE[tensor.dtype]
 
 
+def dtype_code(tensor: Tensor) -> int:
+    """What the kernels call the dtype of `tensor`."""
+    return _DTYPE_CODE[tensor.dtype]
+
+
 def weights(options: RowOptions) -> tuple[float, float, float]:
     """(temperature, factor of the divergence, factor of the cross-entropy)."""
     return options.temperature, options.soft_scale, options.hard_weight

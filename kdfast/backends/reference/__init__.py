@@ -2,4 +2,10 @@
 
 from kdfast.dispatch import Backend, register
 
-register(Backend(name="reference", package=__name__, ops=("logits", "linear", "topk", "scale", "parallel")))
+register(
+    Backend(
+        name="reference",
+        package=__name__,
+        ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale", "parallel"),
+    )
+)

@@ -1,0 +1,65 @@
+"""Losses between hidden states in C++ (`csrc/cpu/hidden.cpp`). Contract: `kdfast.backends`.
+
+The projection's products stay torch's own (oneDNN or MKL): nothing written here would beat them. Rows go through in
+chunks that a second-level cache holds, so that the projected states never return to memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast import _C, memory
+from kdfast.backends.compiled.extension import address, matrix, threads
+from kdfast.chunks import Needs, grad_hidden_dtype
+
+#: Bytes of projected states a chunk holds, and the rows below which a GEMM runs badly.
+_CHUNK_BYTES, _MIN_ROWS = 1 << 20, 256
+
+
+def _rows(cosine: bool, student: Tensor, teacher: Tensor, bias: Tensor | None, scale: Tensor, grad: Tensor | None) -> Tensor:
+    loss = torch.empty(student.shape[0])
+    _C.hidden(
+        cosine, student.shape[0], matrix(student), matrix(teacher), matrix(grad), address(bias),
+        address(scale), address(loss), threads(),
+    )  # fmt: skip
+    return loss
+
+
+def _direct(cosine: bool, student: Tensor, teacher: Tensor, scale: Tensor, need_hidden: bool) -> tuple[Tensor, Tensor]:
+    grad = memory.empty(student.shape if need_hidden else (0,), dtype=student.dtype, device=student.device)
+    return _rows(cosine, student, teacher, None, scale, grad if need_hidden else None), grad
+
+
+def cosine(student: Tensor, teacher: Tensor, scale: Tensor, need_hidden: bool) -> tuple[Tensor, Tensor]:
+    return _direct(True, student, teacher, scale, need_hidden)
+
+
+def mse(
+    student: Tensor, projection: Tensor | None, bias: Tensor | None, teacher: Tensor, scale: Tensor, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if projection is None:
+        return *_direct(False, student, teacher, scale, needs.hidden), torch.empty(0), torch.empty(0)
+    n, width = student.shape[0], projection.shape[0]
+    shape = student.shape if needs.hidden else (0,)
+    grad_hidden = memory.empty(shape, dtype=grad_hidden_dtype(student), device=student.device)
+    grad_weight = torch.zeros(projection.shape if needs.weight else (0,))
+    grad_bias = torch.zeros(width if needs.bias else 0)
+    loss = torch.empty(n)
+    weight, offset = projection.float(), None if bias is None else bias.float().contiguous()
+    chunk = max(_MIN_ROWS, _CHUNK_BYTES // (4 * width))
+    room = torch.empty(min(n, chunk), width)
+    for begin in range(0, n, chunk):
+        rows = slice(begin, begin + chunk)
+        wide = student[rows].float()
+        if not scale[rows].all():
+            wide = wide.masked_fill((scale[rows] == 0)[:, None], 0)  # 0 * NaN would reach the projection's gradient
+        projected = torch.mm(wide, weight.t(), out=room[: wide.shape[0]])
+        loss[rows] = _rows(False, projected, teacher[rows], offset, scale[rows], projected if needs.any else None)
+        if needs.hidden:
+            grad_hidden[rows] = projected @ weight
+        if needs.weight:
+            grad_weight.addmm_(projected.t(), wide)
+        if needs.bias:
+            grad_bias += projected.sum(0)
+    return loss, grad_hidden, grad_weight, grad_bias

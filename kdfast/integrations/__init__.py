@@ -1,0 +1,1 @@
+"""Outside libraries, one file each, imported when used."""

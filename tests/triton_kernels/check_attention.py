@@ -1,0 +1,97 @@
+"""The Triton attention kernels against the float64 reference. Run by `test_triton_interpreted`."""
+
+from __future__ import annotations
+
+import plain
+import pytest
+import torch
+from torch import Tensor
+
+from kdfast.backends.reference import attention as reference
+from kdfast.backends.triton import attention
+from kdfast.options import AttentionOptions
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "method"), [("scores", "gram"), ("scores", "tiled"), ("probs", "auto"), ("kl", "auto")]
+)
+
+#: One unit in the last place of what gradients are rounded to: the interpreter truncates where a GPU rounds to nearest.
+ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def sides(heads: tuple[int, int, int], sizes: tuple[int, int], lengths: tuple[int, int], device: str) -> list[Tensor]:
+    (h, hs, ht), (ds, dt), (lq, lk) = heads, sizes, lengths
+    return [torch.randn(2, *shape, device=device) for shape in ((h, lq, ds), (hs, lk, ds), (h, lq, dt), (ht, lk, dt))]
+
+
+def check(
+    tensors: list[Tensor], kind: str, method: str, masks: tuple[Tensor | None, Tensor | None], causal: bool, bound: float,
+    scales: tuple[float, float] = (0.3, 0.3),
+) -> None:  # fmt: skip
+    scale = torch.rand(tensors[0].shape[:2], device=tensors[0].device) + 0.5
+    options = AttentionOptions(kind, *scales, causal, method)
+    exact = reference.forward(*(x.double() for x in tensors), *masks, scale.double(), options, True)
+    got = attention.forward(*tensors, *masks, scale, options, True)
+    only_loss, *nothing = attention.forward(*tensors, *masks, scale, options, False)
+    assert plain.error(only_loss, got[0].double()) <= 1e-6
+    assert [x.numel() for x in nothing] == [0, 0]
+    for name, mine, truth in zip(("loss", "grad_q", "grad_k"), got, exact, strict=True):
+        assert mine.isfinite().all()
+        assert plain.error(mine, truth) <= bound, f"{name}: {plain.error(mine, truth):.1e}"
+
+
+@KINDS
+@pytest.mark.parametrize(("masked", "causal"), [(False, False), (True, True)], ids=["all-pairs", "padded-causal"])
+@pytest.mark.parametrize(
+    ("heads", "sizes", "lengths"),
+    [((2, 2, 2), (16, 16), (70, 70)), ((4, 2, 1), (8, 20), (70, 90)), ((6, 2, 3), (5, 5), (90, 19))],
+    ids=["equal", "grouped-sizes-differ", "odd-groups-long-queries"],
+)
+def test_against_reference(
+    heads: tuple[int, int, int], sizes: tuple[int, int], lengths: tuple[int, int], masked: bool, causal: bool,
+    kind: str, method: str, device: str,
+) -> None:  # fmt: skip
+    masks = tuple(torch.rand(2, n, device=device) > 0.3 if masked else None for n in lengths)
+    check(sides(heads, sizes, lengths, device), kind, method, masks, causal, 5e-6)
+
+
+@KINDS
+def test_half_precision_and_strides(kind: str, method: str, device: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        tensors = [
+            x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in sides((4, 2, 4), (32, 32), (40, 40), device)
+        ]
+        check(tensors, kind, method, (None, None), False, ULP[dtype])
+
+
+@KINDS
+@pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5])
+def test_error_does_not_grow_near_agreement(distance: float, kind: str, method: str, device: str) -> None:
+    tensors = sides((2, 2, 2), (32, 32), (70, 70), device)
+    for student, teacher in ((0, 2), (1, 3)):
+        tensors[student] = tensors[teacher] + distance * torch.randn_like(tensors[teacher])
+    check(tensors, kind, method, (None, None), False, 1e-5, scales=(0.125, 0.125))
+
+
+def test_nothing_seen(device: str) -> None:
+    tensors = sides((2, 2, 2), (8, 8), (20, 20), device)
+    none = torch.zeros(2, 20, dtype=torch.bool, device=device)
+    for kind in ("scores", "probs", "kl"):
+        for masks in ((none, None), (None, none)):
+            options = AttentionOptions(kind, 1.0, 1.0, False, "tiled")
+            out = attention.forward(*tensors, *masks, torch.ones(2, 2, device=device), options, True)
+            assert all(x.abs().max() == 0 for x in out)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("width", [7, 2100], ids=["one-block", "ragged-blocks"])
+def test_maps(width: int, dtype: torch.dtype, masked: bool, device: str) -> None:
+    maps_s, maps_t = (torch.randn(2, 3, 2, width, device=device).to(dtype).transpose(1, 2) for _ in range(2))
+    mask = (torch.rand(2, 1, 1, width, device=device) > 0.3).expand(maps_s.shape) if masked else None
+    scale = torch.rand(2, 2, device=device)
+    exact = reference.map_forward(maps_s.double(), maps_t.double(), mask, scale.double(), True)
+    got = attention.map_forward(maps_s, maps_t, mask, scale, True)
+    for mine, truth, bound in zip(got, exact, (2e-6, ULP[dtype]), strict=True):
+        assert plain.error(mine, truth) <= bound
+    assert attention.map_forward(maps_s, maps_t, mask, scale, False)[1].numel() == 0
