@@ -11,7 +11,9 @@ from kdfast.backends.reference import attention as reference
 from kdfast.backends.triton import attention
 from kdfast.options import AttentionOptions
 
-KINDS = pytest.mark.parametrize(("kind", "method"), [("scores", "gram"), ("scores", "tiled"), ("probs", "auto"), ("kl", "auto")])
+KINDS = pytest.mark.parametrize(
+    ("kind", "method"), [("scores", "gram"), ("scores", "tiled"), ("probs", "auto"), ("kl", "auto")]
+)
 
 #: One unit in the last place of what gradients are rounded to: the interpreter truncates where a GPU rounds to nearest.
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -56,7 +58,9 @@ def test_against_reference(
 @KINDS
 def test_half_precision_and_strides(kind: str, method: str, device: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        tensors = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in sides((4, 2, 4), (32, 32), (40, 40), device)]
+        tensors = [
+            x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in sides((4, 2, 4), (32, 32), (40, 40), device)
+        ]
         check(tensors, kind, method, (None, None), False, ULP[dtype])
 
 

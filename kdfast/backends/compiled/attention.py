@@ -2,8 +2,8 @@
 
 Three ways, each where it is fastest:
 - Gram matrices for scores of long maps. Their GEMMs are torch's own (MKL or oneDNN), with operands of megabytes.
-- `csrc/cpu/attention_direct.cpp` where there is a group of heads for every thread: scores, rows and gradients of 48 queries stay in
-  the second-level cache. Its products are 48 x 64 x L, where a GEMM call costs as much to start as to finish.
+- `csrc/cpu/attention_direct.cpp` where there is a group of heads for every thread: scores, rows and gradients of 48 queries
+  stay in the second-level cache, and one parallel region takes the place of five GEMM calls.
 - torch's GEMMs around `attention_tile`, which works on rows in place, for the rest: few heads, odd or unequal head sizes.
 All keep O(L) memory.
 """

@@ -84,9 +84,7 @@ def _tiled(
     return loss.sum(-1), grad_q, grad_k
 
 
-def map_forward(
-    maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor]:
+def map_forward(maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
     student, teacher = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (maps_s, maps_t))
     batch, heads, lq, lk = student.shape
     loss = scale.new_zeros(batch, heads, lq)
