@@ -184,7 +184,7 @@ def _attention_cases() -> Iterator[Case]:
 
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     for (name, dtype), (ds, dt), kind in itertools.product(dtypes.items(), ((64, 64), (128, 128), (32, 256)), (2, 1, 0)):
-        pointers = {side: dtype for side in ("q_s", "k_s", "q_t", "k_t", "grad")}
+        pointers = dict.fromkeys(("q_s", "k_s", "q_t", "k_t", "grad"), dtype)
         flags = tiles.flags(kind, ds, dt, dtype, True, True, True)
         size = tiles.launch(ds, dt, dtype)
         label = f"{name} D={ds},{dt} {('scores', 'probs', 'kl')[kind]}"

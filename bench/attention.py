@@ -1,4 +1,4 @@
-"""The attention losses from queries and keys, forward and backward, against PyTorch with its maps: time and memory by length."""
+"""Attention losses from queries and keys, forward and backward, against PyTorch with its maps: time and memory by length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a results file: each contestant's time relative to kdfast and to the machine's limit; time and memory by length."""
+"""Pictures of a results file: times relative to kdfast and to the machine's limit; time and memory by length."""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import attention_plain as plain_attention
 import plain
 import pytest
@@ -76,10 +80,41 @@ def test_half_precision(causal: bool, loss: str, dtype: torch.dtype) -> None:
 
 
 @LOSS
-@pytest.mark.parametrize("length", [700, 1100], ids=["tiles-of-one-head", "ragged-tiles"])
 @CAUSAL
-def test_many_tiles(causal: bool, length: int, loss: str) -> None:
-    compare(loss, inputs((2, 1, 2), (16, 16), (length, length)), "cpp", torch.float32, causal=causal)
+@pytest.mark.parametrize(
+    ("heads", "sizes", "length", "batch"),
+    [
+        ((2, 1, 2), (16, 16), 700, 2),
+        ((2, 1, 2), (8, 8), 700, 2),
+        ((1, 1, 1), (16, 16), 1100, 1),
+        ((2, 1, 1), (24, 16), 200, 2),
+    ],
+    ids=["fused", "tiles-of-one-head", "fewer-heads-than-threads", "tiles-of-several-heads"],
+)
+def test_every_way_on_a_cpu(
+    heads: tuple[int, int, int], sizes: tuple[int, int], length: int, batch: int, causal: bool, loss: str
+) -> None:
+    sides = inputs(heads, sizes, (length, length - 3), batch)
+    masks = {"query_mask": torch.rand(batch, length) > 0.3, "key_mask": torch.rand(batch, length - 3) > 0.3}
+    compare(loss, sides, "cpp", torch.float32, causal=causal, **masks)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The instruction set is chosen once a process: these run in processes of their own."""
+    code = (
+        "import torch, kdfast\n"
+        "x = [torch.randn(2, 2, 61, 32) for _ in range(4)]\n"
+        "for f, o in ((kdfast.attention_mse, {}), (kdfast.attention_mse, {'on': 'probs'}), (kdfast.attention_kl, {})):\n"
+        "    grads = []\n"
+        "    for dtype in (torch.float32, torch.float64):\n"
+        "        q, k = (s.to(dtype).requires_grad_() for s in x[:2])\n"
+        "        value = f(q, k, *(s.to(dtype) for s in x[2:]), causal=True, **o)\n"
+        "        grads.append([value.detach(), *torch.autograd.grad(value, (q, k))])\n"
+        "    assert all(((a - b).norm() / b.norm()).item() < 5e-6 for a, b in zip(*grads)), grads\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KDFAST_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,5 @@
-// Attention maps of a moderate length, one group of heads a thread at a time: products, rows and gradients without leaving the
-// second-level cache, and one parallel region where separate GEMMs would be five.
+// Attention maps, one group of heads a thread at a time: scores, rows and gradients of some queries without leaving the second-level
+// cache, and one parallel region where separate GEMMs would be five.
 #include <vector>
 
 #include "attention.h"

@@ -1,7 +1,8 @@
 """Tiles of two attention maps: the kernels of `attention`.
 
-A tile holds d = student - teacher scores and t = teacher scores, in float32. In float32 with equal head sizes d is formed from
-differences of queries and keys, so that it is exact however close the two are; half inputs cannot be that close. Where scores are close, q - p is p * expm1(log q - log p) and not a difference of exponentials.
+A tile holds d = student - teacher scores and t = teacher scores, in float32. In float32 with equal head sizes d is formed
+from differences of queries and keys, so that it is exact however close the two are; half inputs cannot be that close.
+Where scores are close, q - p is p * expm1(log q - log p) and not a difference of exponentials.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class Launch:
 
 
 def launch(ds: int, dt: int, dtype: torch.dtype) -> Launch:
-    """Size of the programs; a pure function of its arguments."""
-    widest = max(padded(ds), padded(dt)) * (2 if dtype == torch.float32 else 1)
-    if widest <= 128:
-        return Launch(64, 64, 8)
-    return Launch(32, 32, 4) if widest <= 256 else Launch(16, 16, 4)
+    """Size of the programs: the largest that hold their tiles in registers. A pure function of its arguments."""
+    widest = max(padded(ds), padded(dt))
+    if widest <= 64:
+        return Launch(32, 16, 4) if dtype == torch.float32 else Launch(64, 64, 8)
+    if widest <= 128 and dtype != torch.float32:
+        return Launch(32, 16, 8)
+    return Launch(16, 16, 8)
 
 
 def padded(size: int) -> int:
