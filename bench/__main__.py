@@ -10,6 +10,9 @@ COMMANDS = {
     "linear": "linear_kd_loss from hidden states",
     "topk": "capture of top-k targets, and the loss from them",
     "attention": "attention losses from queries and keys, by length",
+    "hidden": "losses between hidden states",
+    "linear_logit_mse": "logit matching through Gram matrices",
+    "tinybert": "a whole TinyBERT step of a real model against its forwards and backward",
     "numerics": "errors against float64 as student and teacher come to agree",
     "curves": "time an element against V and N, with a picture",
     "aot": "compile every Triton kernel with no GPU; registers and spills",
@@ -20,7 +23,7 @@ COMMANDS = {
 def usage() -> str:
     """The help text."""
     lines = ["usage: python -m bench COMMAND [options]", ""]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<18}{text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "examples:",

@@ -226,6 +226,22 @@ def test_checkpointed_layers_are_noted_once() -> None:
     assert len(seen) == 2
 
 
+def test_compiled_models_are_seen() -> None:
+    model, batch = MODELS["bert"]().eval(), batch_for("bert")
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batch)  # compiled before the first capture
+    for _ in range(2):
+        grads = []
+        for run in (model, compiled):
+            with capture_attention(model) as capture:
+                run(**batch)
+                seen = capture.take()
+            weight = model.encoder.layer[0].attention.self.query.weight
+            grads += torch.autograd.grad(scores(seen[1]).square().mean(), weight)
+            assert len(seen) == 2
+        assert torch.allclose(*grads, rtol=1e-4, atol=1e-7)
+
+
 def test_bad_input() -> None:
     model = MODELS["bert"]()
     with (

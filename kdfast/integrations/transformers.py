@@ -185,7 +185,7 @@ def capture_attention(
         kinds: "self", "cross" or both.
 
     What was captured and not taken is dropped when the block ends, and the model is as before. Layers that activation
-    checkpointing runs again in backward are noted once. A model inside `torch.compile` is not seen: capture it eagerly.
+    checkpointing runs again in backward are noted once. A compiled model compiles once more for its capturing form.
 
     Raises:
         ValueError: the model runs eager attention, does not use the registry, or is being captured already; unknown kinds.

