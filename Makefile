@@ -31,7 +31,7 @@ quickstart: build
 	$(BIN)/kdfast quickstart --seeds $(SEEDS) $(QUICKSTART_ARGS)
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: build
 	$(BIN)/ruff check .

@@ -41,7 +41,10 @@ def empty(shape: tuple[int, ...] | torch.Size, *, dtype: torch.dtype, device: to
     view = memoryview(pages)
     # The tensor's storage holds `view`, and nothing else does: when it goes, the pages are free again.
     weakref.finalize(view, _give_back, pages).atexit = False
-    return torch.frombuffer(view, dtype=dtype, count=count).view(shape)
+    tensor = torch.frombuffer(view, dtype=dtype, count=count).view(shape)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        tensor.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)  # as torch.empty does
+    return tensor
 
 
 def release() -> int:

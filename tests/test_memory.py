@@ -58,6 +58,10 @@ def test_shape_dtype_and_alignment_are_those_of_torch_empty() -> None:
         assert got.data_ptr() % 64 == 0
 
 
+def test_memory_nobody_wrote_is_poisoned_when_torch_is_asked_to() -> None:
+    assert large().isnan().all()  # tests/conftest.py asks
+
+
 def test_a_much_larger_buffer_is_not_spent_on_a_small_tensor() -> None:
     wide = large(8 * ROWS)
     address = wide.data_ptr()
