@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdfast import memory
+
 Prepare = Callable[[], object]
 
 # Long enough for the host to enqueue a forward and backward before the device reaches them.
@@ -184,6 +186,7 @@ def compare(
 def release(device: str) -> None:
     """Gives freed memory back, so that one contestant's leftovers are not another's peak."""
     gc.collect()
+    memory.release()
     if device == "cuda":
         torch.cuda.empty_cache()
         return

@@ -187,10 +187,13 @@ def _liger_jsd(case: LogitsCase) -> Tensor:
     )
 
 
-def linear_peers(device: str, *, compiled: bool = True) -> list[Peer]:
-    """For `LinearCase`; `compiled=False` leaves out what needs torch.compile."""
-    peers = [
-        Peer("kdfast", trained(_linear_ours), ours=True),
+def linear_peers(device: str, *, compiled: bool = True, half: bool = False) -> list[Peer]:
+    """For `LinearCase`; `compiled=False` leaves out what needs torch.compile, `half` adds logits rounded to bfloat16."""
+    peers = [Peer("kdfast", trained(_linear_ours), ours=True, note="float32 logits" if half else "")]
+    if half:
+        run = trained(functools.partial(_linear_ours, logits_dtype=torch.bfloat16))
+        peers.append(Peer("kdfast bfloat16 logits", run, ours=True, note="the precision of the others"))
+    peers += [
         Peer("four GEMMs alone", FourGemms(), comparable=False, note="floor: no loss, outputs preallocated"),
         Peer("eager log_target", _on_hidden(eager_log_target), note="logits materialised"),
         Peer("Liger FusedLinearJSD", trained(functools.partial(_liger_linear, compiled=False)), missing=liger_missing()),
@@ -211,10 +214,11 @@ def linear_peers(device: str, *, compiled: bool = True) -> list[Peer]:
     return peers
 
 
-def _linear_ours(c: LinearCase) -> Tensor:
+def _linear_ours(c: LinearCase, logits_dtype: torch.dtype = torch.float32) -> Tensor:
     return kdfast.linear_kd_loss(
-        c.student_hidden, c.student_weight, c.teacher_hidden, c.teacher_weight, c.labels, **_options(c.objective)
-    )
+        c.student_hidden, c.student_weight, c.teacher_hidden, c.teacher_weight, c.labels, logits_dtype=logits_dtype,
+        **_options(c.objective),
+    )  # fmt: skip
 
 
 def _on_hidden(function: Plain) -> Run:

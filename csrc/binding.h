@@ -22,6 +22,7 @@ inline Matrix matrix(const pybind11::tuple& t) {
 
 void bind_runtime(pybind11::module_& m);
 void bind_logits(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
 void bind_hidden(pybind11::module_& m);

@@ -4,7 +4,11 @@
 
 #include "binding.h"
 #include "cpu/isa.h"
+#include "cpu/linear.h"
 
+#if KDFAST_X86
+#include <cpuid.h>
+#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <unistd.h>
@@ -29,6 +33,15 @@ Isa best_isa() {
     return Isa::baseline;
 }
 
+bool is_intel() {
+#if KDFAST_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 const char* isa_name() {
     switch (isa()) {
         case Isa::avx512: return "avx512";
@@ -44,6 +57,17 @@ Isa isa() {
     return found;
 }
 
+bool pairs_of_bf16() {
+#if KDFAST_X86
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    // Leaf 7, subleaf 1, EAX bit 5: AVX512_BF16, which older compilers have no name for.
+    static const bool found = isa() == Isa::avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return found;
+#else
+    return false;
+#endif
+}
+
 int safe_threads(int wanted) { return forked || wanted < 1 ? 1 : wanted; }
 
 void bind_runtime(pybind11::module_& m) {
@@ -52,6 +76,7 @@ void bind_runtime(pybind11::module_& m) {
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
     m.def("isa", &isa_name, "Instruction set the kernels use on this processor: avx512, avx2 or baseline.");
+    m.def("is_intel", &is_intel, "Whether this processor is Intel's, which MKL knows best.");
     m.def("safe_threads", &safe_threads, py::arg("wanted"), "Threads a kernel will use: 1 in a forked child.");
 }
 

@@ -6,6 +6,20 @@ _Matrix = tuple[int, int, int, int]
 
 def isa() -> str: ...
 def safe_threads(wanted: int) -> int: ...
+def is_intel() -> bool: ...
+def pairs_of_bf16() -> bool: ...
+def matmul(
+    rows: int,
+    columns: int,
+    depth: int,
+    a: _Matrix,
+    b: _Matrix,
+    out: int,
+    out_row: int,
+    bias: int,
+    add: bool,
+    threads: int,
+) -> None: ...
 
 class LogitsOptions:
     def __init__(

@@ -25,6 +25,11 @@ def matrix(tensor: Tensor | None) -> Matrix:
     return tensor.data_ptr(), tensor.stride(0), tensor.shape[1], _DTYPE_CODE[tensor.dtype]
 
 
+def operand(tensor: Tensor) -> Matrix:
+    """(address, elements between rows, elements between columns, dtype code) of a matrix of any strides."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), _DTYPE_CODE[tensor.dtype]
+
+
 def dtype_code(tensor: Tensor) -> int:
     """What the kernels call the dtype of `tensor`."""
     return _DTYPE_CODE[tensor.dtype]

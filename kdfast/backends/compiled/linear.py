@@ -1,67 +1,84 @@
-"""Knowledge distillation through linear heads on a CPU: torch's GEMMs around the C++ row kernel. Contract: `kdfast.backends`.
+"""Knowledge distillation through linear heads on a CPU: GEMMs around the C++ row kernel. Contract: `kdfast.backends`.
 
-The GEMMs stay torch's own (oneDNN or MKL): nothing written here would beat them.
+Who multiplies (`csrc/cpu/linear.cpp` is ours, written because of what torch's CPU build leaves open):
+
+    operands        result     by
+    float32         float32    torch (MKL); ours on AVX-512 processors that are not Intel's, where MKL stays at half rate
+    bfloat16        float32    ours: torch has no such product. AVX512_BF16 multiplies pairs, at twice the rate of float32
+    float16, mixed  float32    ours, widened while packing; torch's float16 products run at 1-20 GFLOP/s
+    bfloat16        bfloat16   torch (oneDNN), also with AMX
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from kdfast import _C
 from kdfast.backends.compiled import logits
+from kdfast.backends.compiled.extension import address, operand, threads
 from kdfast.chunks import Chunking, Needs, RowKernel, Side, linear_rows
 from kdfast.options import RowOptions
 
-#: Vocabulary rows of a half-precision head that are widened to float32 at a time.
+#: Vocabulary rows of a head that are worked on at a time where a product needs a float32 buffer.
 _TILE = 4096
 
 
+@functools.cache
+def _beats_mkl() -> bool:
+    return _C.isa() == "avx512" and not _C.is_intel()
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False) -> None:
+    """out = a @ b + bias, or out += a @ b; `out` is float32 with unit stride along columns."""
+    bias = None if bias is None else bias.float()
+    if _beats_mkl() or not a.dtype == b.dtype == torch.float32:
+        (rows, depth), columns = a.shape, b.shape[1]
+        sides = operand(a), operand(b)
+        _C.matmul(rows, columns, depth, *sides, address(out), out.stride(0), address(bias), add, threads())
+    elif add:
+        out.addmm_(a, b)
+    elif bias is not None:
+        torch.addmm(bias, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+
+
 def _tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in float32: itself, or tile by tile through one buffer."""
-    if weight.dtype == torch.float32:
-        yield slice(0, weight.shape[0]), weight
-        return
-    room = torch.empty(min(_TILE, weight.shape[0]), weight.shape[1])
     for begin in range(0, weight.shape[0], _TILE):
         tile = weight[begin : begin + _TILE]
-        yield slice(begin, begin + tile.shape[0]), room[: tile.shape[0]].copy_(tile)
+        yield slice(begin, begin + tile.shape[0]), tile
 
 
 class _Gemms:
     def grad_dtype(self, student: Side, logits_dtype: torch.dtype) -> torch.dtype:
-        return logits_dtype
+        return torch.bfloat16 if student.weight.dtype == torch.bfloat16 and _C.pairs_of_bf16() else logits_dtype
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if out.dtype == hidden.dtype:
-            torch.mm(hidden, weight.t(), out=out)
+        if out.dtype == torch.float32:
+            _mm(hidden, weight.t(), out, bias=bias)
+        elif hidden.dtype == weight.dtype == out.dtype:
+            torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
         else:
-            wide = hidden.float()
             for columns, tile in _tiles(weight):
-                part = out[:, columns]
-                torch.mm(wide, tile.t(), out=part) if out.dtype == torch.float32 else part.copy_(wide @ tile.t())
-        if bias is not None:
-            out.add_(bias)
+                room = torch.empty(hidden.shape[0], tile.shape[0])
+                _mm(hidden, tile.t(), room, bias=None if bias is None else bias[columns])
+                out[:, columns] = room
 
     def grad_hidden(self, grad: Tensor, weight: Tensor, out: Tensor) -> None:
-        if grad.dtype == weight.dtype == out.dtype:
+        if grad.dtype == weight.dtype == out.dtype == torch.bfloat16:
             torch.mm(grad, weight, out=out)
             return
-        total = torch.zeros(out.shape)
-        for columns, tile in _tiles(weight):
-            total.addmm_(grad[:, columns].float(), tile)
-        out.copy_(total)
+        total = out if out.dtype == torch.float32 else torch.empty(out.shape)
+        _mm(grad, weight, total)
+        if total is not out:
+            out.copy_(total)
 
     def grad_weight(self, grad: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-        if grad.dtype == hidden.dtype == torch.bfloat16:
-            # oneDNN rounds each product to bfloat16; the sum over chunks is float32.
-            product = torch.mm(grad.t(), hidden)
-            out.add_(product) if accumulate else out.copy_(product)
-        elif accumulate:
-            out.addmm_(grad.float().t(), hidden.float())
-        else:
-            torch.mm(grad.float().t(), hidden.float(), out=out)
+        _mm(grad.t(), hidden, out, add=accumulate)
 
 
 def forward(
