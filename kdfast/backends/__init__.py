@@ -19,7 +19,12 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
 `linear`
     forward(student: Side, teachers: [Side, ...], labels, scale, options, chunking: Chunking, need_parts, needs: Needs)
         -> loss [N], parts, grad_hidden, grad_weight (float32), grad_bias (float32); what is not needed has size 0
-    `Side`, `Needs` and `Chunking` are those of `kdfast.chunks`, whose `linear_rows` is the loop over chunks.
+    `Side`, `Needs` and `Chunking` are those of `kdfast.chunks`, whose `linear_rows` is the loop over chunks. It asks the row
+    kernel (a last argument, by default `forward` of `logits`) to write gradients in another dtype than the logits have.
+
+`parallel`
+    log_sums, row_sums, gradient: a slice of the vocabulary before, between and after the exchanges of `ops.parallel`;
+    see `reference.parallel`, the only one.
 
 `topk`
     capture(logits [N,V], k, temperatures) -> ids [N,k] int32, logprobs [N,k], log_z [N,n_T], log_tail [N,n_T]

@@ -128,8 +128,9 @@ def linear_kd_loss(
         reduce_hidden_grad: all-reduce the gradient of student_hidden over tp_group, once; False leaves every rank its share.
         divergence ... return_parts: as in `kd_loss`. With reduction "none" backward runs the chunks again.
 
-    On a CPU with bfloat16 or float16 heads and float32 logits the weights are widened a tile at a time and multiplied in
-    float32, since no CPU GEMM in torch takes half inputs to a float32 result.
+    On a CPU bfloat16 heads give float32 logits by a product of our own (torch has none; oneDNN's would round to bfloat16), on
+    pairs of values where the processor has AVX512_BF16; gradients of the logits then enter their products in bfloat16, as on
+    a GPU. float16 heads are widened to float32 on the way.
 
     Raises:
         ValueError: as `kd_loss`.
