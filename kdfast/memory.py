@@ -42,7 +42,7 @@ def empty(shape: tuple[int, ...] | torch.Size, *, dtype: torch.dtype, device: to
     # The tensor's storage holds `view`, and nothing else does: when it goes, the pages are free again.
     weakref.finalize(view, _give_back, pages).atexit = False
     tensor = torch.frombuffer(view, dtype=dtype, count=count).view(shape)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)  # as torch.empty does
     return tensor
 
