@@ -1,6 +1,6 @@
 // c = a b for large operands of any strides: packed into panels, float32 or pairs of bfloat16, register tiles over them.
 //
-// A block of a (kBlockRows x depth) and one of b (depth x kBlockColumns) are packed by all threads together; tasks of
+// A block of a and one of b, some slices of kDepth units along k, are packed by all threads together; tasks of
 // kTaskRows x kTaskColumns then run over them: a panel of a stays in the first-level cache while the columns of b that a
 // task needs stay in the second. Every element of c has one thread and one order of additions, whatever the threads.
 #include "linear.h"
@@ -18,7 +18,9 @@ namespace {
 constexpr int kRows = kTileRows, kColumns = 2 * W;
 constexpr int64_t kDepth = 512;  // units along k: 24 KiB of a panel of a
 constexpr int64_t kTaskRows = 8 * kRows, kTaskColumns = 8 * kColumns;
-constexpr int64_t kBlockRows = 16 * kTaskRows, kBlockColumns = 8 * kTaskColumns;
+constexpr int64_t kBlockRows = 16 * kTaskRows, kBlockColumns = 16 * kTaskColumns;
+
+constexpr int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // What a panel is made of: one float32, or two bfloat16 that follow each other along k.
 struct Single {
@@ -79,7 +81,7 @@ inline void unit_of(const bf16* first, const bf16* second, uint32_t& out) {
 template <typename U, int kLanes, typename T>
 void pack_panel(const T* from, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values, typename U::Unit* out) {
     constexpr int64_t kStep = U::kValues;
-    const int64_t whole = values / kStep, units = (values + kStep - 1) / kStep;
+    const int64_t whole = values / kStep, units = up(values, kStep);
     if (lanes < kLanes) std::fill_n(out, units * kLanes, typename U::Unit(0));
     if (lane_stride == 1 && lanes == kLanes) {
         for (int64_t p = 0; p < whole; ++p) {
@@ -106,8 +108,9 @@ void pack_panel(const T* from, int64_t lane_stride, int64_t k_stride, int64_t la
             }
         }
     }
+    const T* nothing = nullptr;
     for (int64_t lane = 0; whole < units && lane < lanes; ++lane) {
-        unit_of(from + lane * lane_stride + whole * kStep * k_stride, static_cast<const T*>(nullptr), out[whole * kLanes + lane]);
+        unit_of(from + lane * lane_stride + whole * kStep * k_stride, nothing, out[whole * kLanes + lane]);
     }
 }
 
@@ -128,8 +131,8 @@ void pack(const Operand& x, int64_t lane_stride, int64_t k_stride, int64_t lane,
 
 // A tile that c has no room for goes through a buffer.
 template <typename U>
-void edge_tile(const typename U::Unit* a, const typename U::Unit* b, float* c, int64_t c_row, int64_t units, bool add, int64_t rows,
-               int64_t columns) {
+void edge_tile(const typename U::Unit* a, const typename U::Unit* b, float* c, int64_t c_row, int64_t units, bool add,
+               int64_t rows, int64_t columns) {
     alignas(64) float room[kRows * kColumns];
     U::template tile<kRows, 2>(a, b, room, kColumns, units, false);
     for (int64_t i = 0; i < rows; ++i) {
@@ -137,54 +140,65 @@ void edge_tile(const typename U::Unit* a, const typename U::Unit* b, float* c, i
     }
 }
 
-// Blocks of a and b whose product is added to one block of c.
+// Blocks of a and b whose product is added to one block of c, packed in slices of `depth` units along k.
 template <typename U>
 struct Block {
-    const MatmulArgs& args;
-    int64_t row, column, k, rows, columns, values;
-    typename U::Unit *a, *b;
+    using Unit = typename U::Unit;
 
-    int64_t units() const { return (values + U::kValues - 1) / U::kValues; }
+    const MatmulArgs& args;
+    int64_t row, column, k, rows, columns, values, depth;
+    Unit *a, *b;
+
+    int64_t slices() const { return up(values, depth * U::kValues); }
+    int64_t values_of(int64_t slice) const { return std::min(depth * U::kValues, values - slice * depth * U::kValues); }
+    int64_t units_of(int64_t slice) const { return up(values_of(slice), U::kValues); }
+    Unit* a_of(int64_t slice) const { return a + slice * depth * up(rows, kRows) * kRows; }
+    Unit* b_of(int64_t slice) const { return b + slice * depth * up(columns, kColumns) * kColumns; }
 
     void pack_both() const {
-        const int64_t of_a = (rows + kRows - 1) / kRows, of_b = (columns + kColumns - 1) / kColumns;
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < of_a + of_b; ++panel) {
-            if (panel < of_a) {
-                const int64_t lane = panel * kRows;
-                pack<U, kRows>(args.a, args.a.row, args.a.column, row + lane, k, std::min<int64_t>(kRows, rows - lane), values,
-                               a + lane * units());
+        const int64_t of_a = up(rows, kRows), of_b = up(columns, kColumns);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t panel = 0; panel < slices() * (of_a + of_b); ++panel) {
+            const int64_t slice = panel / (of_a + of_b), at = panel % (of_a + of_b);
+            const int64_t from = k + slice * depth * U::kValues, n = values_of(slice), units = units_of(slice);
+            if (at < of_a) {
+                const int64_t lane = at * kRows;
+                pack<U, kRows>(args.a, args.a.row, args.a.column, row + lane, from, std::min<int64_t>(kRows, rows - lane), n,
+                               a_of(slice) + lane * units);
             } else {
-                const int64_t lane = (panel - of_a) * kColumns;
-                pack<U, kColumns>(args.b, args.b.column, args.b.row, column + lane, k, std::min<int64_t>(kColumns, columns - lane),
-                                  values, b + lane * units());
+                const int64_t lane = (at - of_a) * kColumns;
+                pack<U, kColumns>(args.b, args.b.column, args.b.row, column + lane, from,
+                                  std::min<int64_t>(kColumns, columns - lane), n, b_of(slice) + lane * units);
             }
         }
     }
 
     void multiply() const {
-        const int64_t down = (rows + kTaskRows - 1) / kTaskRows, across = (columns + kTaskColumns - 1) / kTaskColumns;
+        const int64_t down = up(rows, kTaskRows), across = up(columns, kTaskColumns);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < down * across; ++task) {
             const int64_t i = task % down * kTaskRows, j = task / down * kTaskColumns;
-            run(i, std::min(i + kTaskRows, rows), j, std::min(j + kTaskColumns, columns));
+            for (int64_t slice = 0; slice < slices(); ++slice) {
+                run(slice, i, std::min(i + kTaskRows, rows), j, std::min(j + kTaskColumns, columns));
+            }
         }
     }
 
-    void run(int64_t i_begin, int64_t i_end, int64_t j_begin, int64_t j_end) const {
-        const bool first = k == 0 && !args.add;
+    void run(int64_t slice, int64_t i_begin, int64_t i_end, int64_t j_begin, int64_t j_end) const {
+        const bool first = k == 0 && slice == 0 && !args.add, add = !first || args.bias != nullptr;
+        const int64_t units = units_of(slice);
         for (int64_t i = i_begin; i < i_end; i += kRows) {
             for (int64_t j = j_begin; j < j_end; j += kColumns) {
+                const Unit *left = a_of(slice) + i * units, *right = b_of(slice) + j * units;
                 float* c = args.c + (row + i) * args.c_row + column + j;
                 const int64_t height = std::min<int64_t>(kRows, i_end - i), width = std::min<int64_t>(kColumns, j_end - j);
-                const bool add = !first || args.bias != nullptr;
                 if (first && args.bias) {
                     for (int64_t r = 0; r < height; ++r) std::copy_n(args.bias + column + j, width, c + r * args.c_row);
                 }
                 if (height == kRows && width == kColumns) {
-                    U::template tile<kRows, 2>(a + i * units(), b + j * units(), c, args.c_row, units(), add);
+                    U::template tile<kRows, 2>(left, right, c, args.c_row, units, add);
                 } else {
-                    edge_tile<U>(a + i * units(), b + j * units(), c, args.c_row, units(), add, height, width);
+                    edge_tile<U>(left, right, c, args.c_row, units, add, height, width);
                 }
             }
         }
@@ -194,25 +208,22 @@ struct Block {
 template <typename U>
 void product(const MatmulArgs& args) {
     using Unit = typename U::Unit;
-    const int64_t depth = std::min(kDepth, (args.k + U::kValues - 1) / U::kValues);
-    const auto room = [&](int64_t wanted, int64_t most, int64_t tile) {
-        const int64_t lanes = (std::min(wanted, most) + tile - 1) / tile * tile;
-        return std::unique_ptr<Unit[]>(new Unit[size_t(lanes * depth)]);
-    };
-    const auto a = room(args.m, kBlockRows, kRows), b = room(args.n, kBlockColumns, kColumns);
+    const int64_t depth = std::min(kDepth, up(args.k, U::kValues));
+    // Where c has few columns its blocks get more rows, and where it is small as a whole several slices of k: the threads
+    // then wait for each other less often.
+    const int64_t b_lanes = up(std::min(args.n, kBlockColumns), kColumns) * kColumns;
+    const int64_t block_rows = kBlockRows + (kBlockColumns - b_lanes) / kTaskRows * kTaskRows;
+    const int64_t a_lanes = up(std::min(args.m, block_rows), kRows) * kRows;
+    const int64_t most = std::max<int64_t>(1, (kBlockRows + kBlockColumns) / (a_lanes + b_lanes));
+    const int64_t stride = std::min(most, up(args.k, depth * U::kValues)) * depth;
+    const std::unique_ptr<Unit[]> a(new Unit[size_t(a_lanes * stride)]), b(new Unit[size_t(b_lanes * stride)]);
 #pragma omp parallel num_threads(args.threads)
     for (int64_t column = 0; column < args.n; column += kBlockColumns) {
-        for (int64_t row = 0; row < args.m; row += kBlockRows) {
-            for (int64_t k = 0; k < args.k; k += depth * U::kValues) {
-                const Block<U> block{args,
-                                     row,
-                                     column,
-                                     k,
-                                     std::min(kBlockRows, args.m - row),
-                                     std::min(kBlockColumns, args.n - column),
-                                     std::min(depth * U::kValues, args.k - k),
-                                     a.get(),
-                                     b.get()};
+        for (int64_t row = 0; row < args.m; row += block_rows) {
+            for (int64_t k = 0; k < args.k; k += stride * U::kValues) {
+                const int64_t rows = std::min(block_rows, args.m - row), columns = std::min(kBlockColumns, args.n - column);
+                const int64_t values = std::min(stride * U::kValues, args.k - k);
+                const Block<U> block{args, row, column, k, rows, columns, values, depth, a.get(), b.get()};
                 block.pack_both();
                 block.multiply();
             }
