@@ -20,6 +20,7 @@ from kdfast.train.step import Metrics
 _NAMES = {
     "soft": ("kl_at_T", False),
     "hard": ("student_ppl", True),
+    "z": ("lse_squared", False),
     "kl_at_1": ("kl_at_1", False),
     "teacher_nll": ("teacher_ppl", True),
     "teacher_entropy": ("teacher_entropy", False),
