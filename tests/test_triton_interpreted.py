@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,37 +28,22 @@ MODULES = [
 FOLDER = Path(__file__).parent / "triton_kernels"
 
 
-def start(module: str, interpret: str) -> subprocess.Popen[str]:
+def run(module: str, interpret: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / module)]
-    # One thread each: the interpreter has no use for more, and the modules run side by side.
-    env = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-8000:]
-
-
-@pytest.fixture(scope="module")
-def interpreted(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All chosen modules, started together."""
-    chosen = [item for item in request.session.items if "interpreted" in getattr(item, "fixturenames", ())]
-    processes = {item.callspec.params["module"]: start(item.callspec.params["module"], "1") for item in chosen}
-    yield processes
-    for process in processes.values():
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    # One thread: the interpreter has no use for more, and modules may run side by side.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env |= {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_interpreted(module: str, interpreted: dict[str, subprocess.Popen[str]]) -> None:
-    finish(interpreted[module])
+def test_interpreted(module: str) -> None:
+    run(module, "1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 @pytest.mark.parametrize("module", MODULES)
 def test_on_gpu(module: str) -> None:
-    finish(start(module, "0"))
+    run(module, "0")
