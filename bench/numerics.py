@@ -33,11 +33,11 @@ MARKS = "<!-- numerics: begin -->", "<!-- numerics: end -->"
 
 @dataclass(frozen=True)
 class Line:
-    """One contestant's errors: (gradient, value) at each overlap, None where it cannot run."""
+    """One contestant's errors: (gradient, value) at each overlap."""
 
     table: str
     contestant: str
-    errors: tuple[tuple[float, float] | None, ...]
+    errors: tuple[tuple[float, float], ...]
 
 
 def noise_for(overlap: float, distribution: Callable[[float], tuple[Tensor, Tensor]]) -> float:
@@ -87,16 +87,12 @@ def _contestants(peers: Sequence[Peer]) -> list[Peer]:
     return [*ours, *(p for p in peers[1:] if p.comparable and not p.ours and not p.missing)]
 
 
-def errors_of(peer: Peer, cases: Sequence[LogitsCase | LinearCase]) -> tuple[tuple[float, float] | None, ...]:
+def errors_of(peer: Peer, cases: Sequence[LogitsCase | LinearCase]) -> tuple[tuple[float, float], ...]:
     """(gradient, value) errors on each case."""
-    found: list[tuple[float, float] | None] = []
+    found: list[tuple[float, float]] = []
     for case in cases:
         truth = case.truth()
-        try:
-            loss, grads = peer.run(case)
-        except (RuntimeError, NotImplementedError):  # the dtype is not implemented there
-            found.append(None)
-            continue
+        loss, grads = peer.run(case)
         got = (loss, case.comparable(grads))
         found.append((relative_error(got[1], truth[1]), relative_error(got[:1], truth[:1])))
     return tuple(found)
@@ -126,7 +122,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
         text += ["", f"### {title}", "", "| | " + " | ".join(f"{o:g}" for o in OVERLAPS) + " |", "|---" * 6 + "|"]
         for line in lines:
             if line.table == title:
-                cells = ("not there" if e is None else f"{e[0]:.1e} / {e[1]:.1e}" for e in line.errors)
+                cells = (f"{e[0]:.1e} / {e[1]:.1e}" for e in line.errors)
                 text.append(f"| {line.contestant} | " + " | ".join(cells) + " |")
     return "\n".join([*text, ""])
 

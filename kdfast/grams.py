@@ -196,6 +196,14 @@ def _inner(b: Basis, gram_q: Tensor, gram_k: Tensor, scale: Tensor) -> tuple[Ten
     return product.sum((-1, -2)).clamp_(min=0) * factor, own * factor
 
 
+def preferred(q_s: Tensor, k_t: Tensor, options: AttentionOptions, cost: float = 1) -> bool:
+    """Whether Grams are asked for, or cost less than scores do; `cost`: of a Gram's product, in the direct kernel's."""
+    if options.method != "auto":
+        return options.method == "gram"
+    (lq, ds), (lk, dt) = q_s.shape[2:], k_t.shape[2:]
+    return 2 * lq * lk > cost * (lq + lk) * (ds + dt)
+
+
 def score_mse(
     x: Inputs, scale: Tensor, options: AttentionOptions, need_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

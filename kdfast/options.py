@@ -109,6 +109,10 @@ class RowOptions:
         return tuple(self.__dict__.values())
 
 
+#: What `AttentionOptions.kind` may be; kernels know one by its place here.
+ATTENTION_KINDS = ("scores", "probs", "kl")
+
+
 @dataclass(frozen=True)
 class AttentionOptions:
     """How two attention maps are compared.

@@ -295,7 +295,7 @@ def test_opcheck(loss: str, backend: str) -> None:
     arguments = (*inputs((4, 2, 4), (8, 8), (9, 9)), mask, mask, torch.rand(2, 4), kind, 0.3, 0.3, True,
                  own.get("method", "auto"), backend)  # fmt: skip
     for need_grad in (True, False):
-        torch.library.opcheck(torch.ops.kdfast.attention.default, (*arguments, need_grad))
+        torch.library.opcheck(torch.ops.kdfast.attention.default, (*arguments, need_grad, need_grad))
 
 
 @pytest.mark.parametrize("loss", ["auto", "kl"])

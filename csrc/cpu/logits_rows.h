@@ -294,7 +294,7 @@ void one_row(const LogitsArgs& a, int64_t r, Room& room) {
         const Values found = past_caches ? next_pass<D, kHard, kParts, kPower, kValue, true, true>(s, room, g, common, sums, o, f)
                                          : next_pass<D, kHard, kParts, kPower, kValue, true, false>(s, room, g, common, sums, o, f);
         if (kValue) values = found;
-        if (vs > common) hard_only_pass(s, g, common, vs, sums.lse_1, f.hard, f.constant, &room.student);
+        if (vs > common) hard_only_pass(s, g, common, vs, sums.lse_1, f.hard, f.constant, room.student, room.grad);
         if (kHard && label.id >= 0 && f.label != 0) {
             // Formed again rather than subtracted: q - 1 would lose its digits, and a half-precision gradient be rounded twice.
             const double q1_less_1 = std::expm1(double(label.student) - sums.lse_1);

@@ -207,12 +207,12 @@ class OnlineSum {
 
 // Gradient of student ids the teacher does not have, [begin_id, vs): hard_grad * q - constant at T = 1.
 inline void hard_only_pass(Source s, Sink g, int64_t begin_id, int64_t vs, double lse_1, float hard_grad, float constant,
-                           Buffer* buffers) {
+                           Buffer& in, Buffer& gradient) {
     const Softmax q1(float(lse_1), 1, lse_1);
     for (int64_t begin = begin_id; begin < vs; begin += kBlock) {
         const int64_t n = std::min(kBlock, vs - begin);
-        const float* z = s.block(begin, n, buffers[0]);
-        float* out = g.block(begin, n, buffers[2]);
+        const float* z = s.block(begin, n, in);
+        float* out = g.block(begin, n, gradient);
         for (int64_t i = 0; i < padded(n); i += W) {
             store(out + i, hard_grad == 0 ? vec{} : hard_grad * q1.factor * exp(q1.shifted(load(z + i))) - constant);
         }

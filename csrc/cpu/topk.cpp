@@ -110,7 +110,7 @@ void gradient(const TopKArgs& a, Source s, Sink g, const Entries& e, double lse_
         }
         g.commit(begin, n, out);
     }
-    if (vs > a.vocab) hard_only_pass(s, g, a.vocab, vs, lse_1, kHard ? hard_grad : 0, 0, buffers);
+    if (vs > a.vocab) hard_only_pass(s, g, a.vocab, vs, lse_1, kHard ? hard_grad : 0, 0, buffers[0], buffers[2]);
     const auto hard_at = [&](float z, int64_t id) {
         return !kHard ? 0 : hard_grad * (id == label ? std::expm1(z - lse_1) : std::exp(z - lse_1));
     };

@@ -11,20 +11,22 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import attention_inputs as inputs
 from kdfast.ops import rows
-from kdfast.ops.scale import scale_grad
+from kdfast.ops.formed import InBackward, InForward
 from kdfast.options import AttentionOptions
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
 _lib.define(
     "attention(Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? query_mask, Tensor? key_mask, Tensor scale,"
-    f" {AttentionOptions.schema()}, str backend, bool need_grad) -> (Tensor, Tensor, Tensor)"
+    f" {AttentionOptions.schema()}, str backend, bool need_q, bool need_k)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _TENSORS = 7
 
 
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
 def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, (*options, backend, need_grad) = args[:_TENSORS], args[_TENSORS:]
+    tensors, (*options, backend, need_q, need_k) = args[:_TENSORS], args[_TENSORS:]
+    need_grad = need_q or need_k  # they come out of the same sums: one costs what both cost
     q_s, k_s, scale = tensors[0], tensors[1], tensors[-1]
     if q_s.numel() == 0 or k_s.numel() == 0:
         return torch.zeros_like(scale), _gradient(q_s, need_grad).zero_(), _gradient(k_s, need_grad).zero_()
@@ -36,7 +38,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("kdfast::attention", lib=_lib)
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q_s, k_s, scale, need_grad = args[0], args[1], args[_TENSORS - 1], args[-1]
+    q_s, k_s, scale, need_grad = args[0], args[1], args[_TENSORS - 1], args[-2] or args[-1]
     return torch.empty_like(scale), _gradient(q_s, need_grad), _gradient(k_s, need_grad)
 
 
@@ -60,52 +62,6 @@ def _check_finite(loss: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
     raise ValueError(
         f"the loss of batch {batch}, head {head} is not finite: its scores overflow float32; scale the inputs down"
     )
-
-
-class _InForward(torch.autograd.Function):
-    """Gradients formed beside the loss, scaled in backward by the incoming gradient."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, grad_q, grad_k = torch.ops.kdfast.attention(*args, True)
-        return loss.sum(), grad_q, grad_k
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, grad_q, grad_k = output
-        ctx.mark_non_differentiable(grad_q, grad_k)
-        ctx.set_materialize_grads(False)
-        ctx.backend = inputs[-1]
-        ctx.save_for_backward(grad_q, grad_k)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None, None]
-        if upstream is not None:
-            grads = [scale_grad(g, upstream, ctx.backend) for g in ctx.saved_tensors]
-        return *grads, *(None,) * (len(ctx.needs_input_grad) - 2)
-
-
-class _InBackward(torch.autograd.Function):
-    """Gradients formed in backward with the incoming gradient of each head folded in."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return torch.ops.kdfast.attention(*args, False)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.scalars = inputs[_TENSORS:]
-        ctx.save_for_backward(*inputs[:_TENSORS])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: tuple[Tensor | None, ...] = (None, None)
-        if upstream is not None:
-            *tensors, scale = ctx.saved_tensors
-            grads = torch.ops.kdfast.attention(*tensors, scale * upstream, *ctx.scalars, True)[1:]
-        return *grads, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 def _loss(
@@ -133,10 +89,10 @@ def _loss(
     scale = inputs.head_scale(counts, everything, normalize, reduction, q_s)
     backend = dispatch.choose("attention", q_s.device, q_s.dtype)
     arguments = (*maps.tensors, query_mask, key_mask, scale, *options.values, backend)
-    needs_grad = (q_s.requires_grad or k_s.requires_grad) and torch.is_grad_enabled()
-    if needs_grad and reduction != "none" and q_s.dtype != torch.float16:
-        return _InForward.apply(*arguments)[0]
-    loss = _InBackward.apply(*arguments)
+    needs = tuple(x.requires_grad and torch.is_grad_enabled() for x in (q_s, k_s))
+    if any(needs) and reduction != "none" and q_s.dtype != torch.float16:
+        return InForward.apply("attention", 2, *arguments, *needs)[0]
+    loss = InBackward.apply("attention", 2, _TENSORS, *arguments, *needs)
     return loss if reduction == "none" else loss.sum()
 
 
@@ -192,8 +148,8 @@ def attention_mse(
     Source: Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, equation 7; relation heads: Wang et al. 2021 (MiniLMv2),
     arXiv 2012.15828, section 3.1.
     """
-    inputs.check_choice("on", on, ("scores", "probs"))
-    inputs.check_choice("method", method, ("auto", "gram", "tiled"))
+    rows.check_choice("on", on, ("scores", "probs"))
+    rows.check_choice("method", method, ("auto", "gram", "tiled"))
     if on == "probs" and method == "gram":
         raise ValueError("method: expected auto or tiled because on is 'probs' (a softmax has no Gram form), got 'gram'")
     maps = inputs.check_maps(q_s, k_s, q_t, k_t, relation_heads)
@@ -237,6 +193,6 @@ def attention_kl(
 
     Source: Wang et al. 2020 (MiniLM), arXiv 2002.10957, equations 5 and 7.
     """
-    inputs.check_choice("method", method, ("auto", "tiled"))
+    rows.check_choice("method", method, ("auto", "tiled"))
     maps = inputs.check_maps(q_s, k_s, q_t, k_t, relation_heads)
     return _loss("kl", maps, (query_mask, key_mask), (scale_s, scale_t), causal, method, normalize, reduction)

@@ -88,11 +88,6 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], like: Ten
     return mask.contiguous()
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
 def counted(
     kind: str, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, maps: Maps
 ) -> tuple[Tensor | int, int]:
@@ -129,8 +124,8 @@ def head_scale(counts: Tensor | int, everything: int, normalize: str, reduction:
 
     A mean over nothing is 0, with zero gradients: a batch of padding must not poison a training run.
     """
-    check_choice("normalize", normalize, ("valid", "all"))
-    check_choice("reduction", reduction, rows.REDUCTIONS)
+    rows.check_choice("normalize", normalize, ("valid", "all"))
+    rows.check_choice("reduction", reduction, rows.REDUCTIONS)
     shape = like.shape[:2]
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if reduction == "sum" or normalize == "all" or isinstance(counts, int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import attention_inputs as inputs
 from kdfast.ops import rows
-from kdfast.ops.scale import scale_grad
+from kdfast.ops.formed import InBackward, InForward
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
 _lib.define(
@@ -39,49 +38,6 @@ def _attention_map_fake(
 ) -> tuple[Tensor, Tensor]:
     shape = maps_s.shape if need_grad else (0,)
     return torch.empty_like(scale), torch.empty(shape, dtype=maps_s.dtype, device=maps_s.device)
-
-
-class _InForward(torch.autograd.Function):
-    """The gradient written in the pass that reads the maps, scaled in backward by the incoming gradient."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        loss, grad = torch.ops.kdfast.attention_map(*args, True)
-        return loss.sum(), grad
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.backend = inputs[-1]
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return None if upstream is None else scale_grad(grad, upstream, ctx.backend), None, None, None, None
-
-
-class _InBackward(torch.autograd.Function):
-    """The gradient formed in backward with the incoming gradient of each head folded in."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return torch.ops.kdfast.attention_map(*args, False)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.backend = inputs[-1]
-        ctx.save_for_backward(*inputs[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad = None
-        if upstream is not None:
-            *maps, scale = ctx.saved_tensors
-            grad = torch.ops.kdfast.attention_map(*maps, scale * upstream, ctx.backend, True)[1]
-        return grad, None, None, None, None
 
 
 def attention_map_mse(
@@ -127,8 +83,8 @@ def attention_map_mse(
     arguments = (maps_s, maps_t.detach(), mask, scale, backend)
     needs_grad = maps_s.requires_grad and torch.is_grad_enabled()
     if needs_grad and reduction != "none" and maps_s.dtype != torch.float16:
-        return _InForward.apply(*arguments)[0]
-    loss = _InBackward.apply(*arguments)
+        return InForward.apply("attention_map", 1, *arguments, True)[0]
+    loss = InBackward.apply("attention_map", 1, 4, *arguments, needs_grad)
     return loss if reduction == "none" else loss.sum()
 
 

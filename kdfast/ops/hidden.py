@@ -88,10 +88,8 @@ def check_mask(mask: Tensor | None, lead: torch.Size, device: torch.device) -> T
 
 def _row_scale(like: Tensor, lead: torch.Size, mask: Tensor | None, normalize: str, reduction: str) -> Tensor:
     """`[N]` factors of each row's loss: mask, and 1/count for the mean. A mean over no rows is 0."""
-    if normalize not in NORMALIZE:
-        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZE)}, got {normalize!r}")
-    if reduction not in rows.REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(rows.REDUCTIONS)}, got {reduction!r}")
+    rows.check_choice("normalize", normalize, NORMALIZE)
+    rows.check_choice("reduction", reduction, rows.REDUCTIONS)
     dtype, n = torch.float64 if like.dtype == torch.float64 else torch.float32, math.prod(lead)
     mask = check_mask(mask, lead, like.device)
     if mask is None:

@@ -110,8 +110,7 @@ def linear_logit_mse(
     _check_side("teacher", teacher_hidden, teacher_weight, student_hidden)
     lead = student_hidden.shape[:-1]
     rows.check_lead("teacher_hidden", teacher_hidden.shape[:-1], lead, "student_hidden")
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    rows.check_choice("method", method, METHODS)
     mask = check_mask(mask, lead, student_hidden.device)
     student = rows.as_rows(student_hidden.to(student_weight.dtype))
     teacher = rows.as_rows(teacher_hidden.detach().to(teacher_weight.dtype))

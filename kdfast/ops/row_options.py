@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from kdfast.ops import rows
 from kdfast.options import DIVERGENCES, TEACHER_MIXES, Head, RowOptions
 
 
@@ -27,8 +28,8 @@ def row_options(
             fields[name] = float(value)
     fields |= _head_fields("student", student_head) | _head_fields("teacher", teacher_head)
     options = RowOptions(**fields, teacher_weights=_normalised(teacher_weights, teachers))
-    _check_choice("divergence", options.divergence, DIVERGENCES)
-    _check_choice("teacher_mix", options.teacher_mix, TEACHER_MIXES)
+    rows.check_choice("divergence", options.divergence, DIVERGENCES)
+    rows.check_choice("teacher_mix", options.teacher_mix, TEACHER_MIXES)
     if not (options.temperature > 0 and math.isfinite(options.temperature)):
         raise ValueError(f"temperature: expected a finite number above 0, got {options.temperature}")
     for name in ("soft_weight", "hard_weight", "z_loss", "ab_alpha", "ab_beta"):
@@ -37,11 +38,6 @@ def row_options(
     for name in ("skew", "label_smoothing"):
         _check_range(options, name, "a number >= 0 and below 1", 0, 1)
     return options
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_range(options: RowOptions, name: str, expected: str, low: float, high: float, closed: bool = False) -> None:

@@ -98,6 +98,12 @@ def member(name: str, index: int, of: int) -> str:
     return name if of == 1 else f"{name}[{index}]"
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
 def check_lead(name: str, lead: torch.Size, expected: torch.Size, like_name: str) -> None:
     """Raises unless both sides have the same leading dimensions."""
     if lead != expected:
@@ -155,8 +161,7 @@ def row_scale(
 
     A mean over no rows is 0, with zero gradients: a batch of padding must not poison a training run.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: it divides the mean, but reduction is {reduction!r}; leave it out or use 'mean'")
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -194,12 +199,9 @@ def check_rows(
 
     Runs inside the op, on the loss the kernel wrote, so that a good batch costs one look at N numbers.
     """
-    if not values_are_checked(loss.device):
+    row = first_bad(loss)
+    if row is None:
         return
-    bad = loss.isnan()
-    if not bool(bad.any()):
-        return
-    row = int(bad.nonzero()[0])
     if labels is not None:
         label = int(labels[row])
         if label != options.ignore_index and not 0 <= label < vocab:

@@ -20,11 +20,12 @@ from torch import Tensor
 from kdfast import _C, grams, memory
 from kdfast.backends.compiled.extension import address, dtype_code, threads
 from kdfast.grams import Inputs
-from kdfast.options import AttentionOptions
+from kdfast.options import ATTENTION_KINDS, AttentionOptions
 
-_KINDS = {"scores": 0, "probs": 1, "kl": 2}
 #: Bytes of one tile of scores: with its twin for the teacher it stays in a second-level cache while rows are worked on.
 _TILE_BYTES = 1 << 20
+#: How much dearer a product in a Gram is than one of the fused kernel for short maps.
+_GRAM_COST = 3
 
 
 def forward(
@@ -39,7 +40,7 @@ def forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = grams.clean(q_s, k_s, q_t, k_t, query_mask, key_mask)
-    if options.kind == "scores" and _prefers_grams(x, options):
+    if options.kind == "scores" and grams.preferred(x.q_s, x.k_t, options, _GRAM_COST if _group_a_thread(x) else 1):
         loss, grad_q, grad_k = grams.score_mse(x, scale, options, need_grad)
     else:
         loss, grad_q, grad_k = (_direct if _group_a_thread(x) else _tiled)(x, query_mask, key_mask, scale, options, need_grad)
@@ -50,14 +51,6 @@ def forward(
 
 def _as(grad: Tensor, student: Tensor) -> Tensor:
     return grad if grad.dtype == student.dtype else grad.to(student.dtype)
-
-
-def _prefers_grams(x: Inputs, options: AttentionOptions) -> bool:
-    """Short maps cost less directly: the fused kernel's twice faster products make up for three times the head sizes."""
-    if options.method != "auto":
-        return options.method == "gram"
-    (lq, ds), (lk, dt) = x.q_s.shape[2:], x.k_t.shape[2:]
-    return 2 * lq * lk > (3 if _group_a_thread(x) else 1) * (lq + lk) * (ds + dt)
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,8 @@ def _direct(
     loss = torch.empty(n, rows, dtype=torch.float64)
     grads = (torch.empty(q_s.shape), torch.empty(k_s.shape)) if need_grad else (None, None)
     _C.attention_direct(
-        _KINDS[options.kind], tuple(address(s) for s in (q_s, k_s, q_t, k_t)), (address(grads[0]), address(grads[1])),
+        ATTENTION_KINDS.index(options.kind), tuple(address(s) for s in (q_s, k_s, q_t, k_t)),
+        (address(grads[0]), address(grads[1])),
         (n, x.groups, x.shared, lq, lk, size), address(query_mask), address(key_mask), address(scale), address(loss),
         options.scale_s, options.scale_t / options.scale_s, options.causal, threads(),
     )  # fmt: skip
@@ -196,9 +190,9 @@ def _tiled(
         if softmax:
             products.teacher(tile, teacher[0])
         _C.attention_tile(
-            _KINDS[options.kind], address(scores), address(teacher[0]) if softmax else 0, tile.sizes, tile.groups.start,
-            tile.rows.start, x.groups, x.shared, lq, address(query_mask), address(key_mask), lk, address(scale), address(loss),
-            options.scale_s, options.scale_t, options.causal, threads(),
+            ATTENTION_KINDS.index(options.kind), address(scores), address(teacher[0]) if softmax else 0, tile.sizes,
+            tile.groups.start, tile.rows.start, x.groups, x.shared, lq, address(query_mask), address(key_mask), lk,
+            address(scale), address(loss), options.scale_s, options.scale_t, options.causal, threads(),
         )  # fmt: skip
         if not need_grad:
             continue

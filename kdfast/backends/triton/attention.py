@@ -13,9 +13,8 @@ from torch import Tensor
 from kdfast import grams
 from kdfast.backends.triton import attention_tiles as tiles
 from kdfast.backends.triton.tiles import on
-from kdfast.options import AttentionOptions
+from kdfast.options import ATTENTION_KINDS, AttentionOptions
 
-_KINDS = {"scores": 0, "probs": 1, "kl": 2}
 MAP_BLOCK, MAP_WARPS = 2048, 8
 
 
@@ -30,20 +29,13 @@ def forward(
     options: AttentionOptions,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if options.kind != "scores" or not _prefers_grams(q_s, k_t, options):
+    if options.kind != "scores" or not grams.preferred(q_s, k_t, options):
         return _tiled(q_s, k_s, q_t, k_t, query_mask, key_mask, scale, options, need_grad)
     x = grams.clean(q_s, k_s, q_t, k_t, query_mask, key_mask)
     loss, grad_q, grad_k = grams.score_mse(x, scale, options, need_grad)
     if grad_q is None or grad_k is None:
         return loss.to(scale.dtype), q_s.new_empty(0), k_s.new_empty(0)
     return loss.to(scale.dtype), grad_q.to(q_s.dtype), grad_k.to(k_s.dtype)
-
-
-def _prefers_grams(q_s: Tensor, k_t: Tensor, options: AttentionOptions) -> bool:
-    if options.method != "auto":
-        return options.method == "gram"
-    (lq, ds), (lk, dt) = q_s.shape[2:], k_t.shape[2:]
-    return 2 * lq * lk > (lq + lk) * (ds + dt)
 
 
 def _tiled(
@@ -67,7 +59,9 @@ def _tiled(
     grad_q = torch.empty(q_s.shape if need_grad else (0,), dtype=q_s.dtype, device=q_s.device)
     grad_k = torch.empty(k_s.shape if need_grad else (0,), dtype=k_s.dtype, device=k_s.device)
     size = tiles.launch(ds, dt, q_s.dtype)
-    flags = tiles.flags(_KINDS[options.kind], ds, dt, q_s.dtype, query_mask is not None, key_mask is not None, options.causal)
+    flags = tiles.flags(
+        ATTENTION_KINDS.index(options.kind), ds, dt, q_s.dtype, query_mask is not None, key_mask is not None, options.causal
+    )
     strides = [s for x in sides for s in x.stride()[:3]]
     shape = (heads, heads // k_s.shape[1], heads // k_t.shape[1], lq, lk, ds, dt, options.scale_s, options.scale_t)
     masks = (query_mask if query_mask is not None else scale, key_mask if key_mask is not None else scale)
