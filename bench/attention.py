@@ -78,8 +78,7 @@ class AttentionCase:
 
 def materialised(kind: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
     """Plain PyTorch with both maps."""
-    scale = q_s.shape[-1] ** -0.5
-    u_s, u_t = (q_s @ k_s.mT) * scale, (q_t @ k_t.mT) * scale
+    u_s, u_t = ((q @ k.mT) * q.shape[-1] ** -0.5 for q, k in ((q_s, k_s), (q_t, k_t)))
     if kind == "scores":
         return F.mse_loss(u_s, u_t)
     if kind == "probs":
@@ -89,10 +88,9 @@ def materialised(kind: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) 
 
 def scaled_queries(kind: str, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
     """The same with the scale on the queries, a pass over each map less, and the teacher outside the graph."""
-    scale = q_s.shape[-1] ** -0.5
     with torch.no_grad():
-        u_t = (q_t * scale) @ k_t.mT
-    u_s = (q_s * scale) @ k_s.mT
+        u_t = (q_t * q_t.shape[-1] ** -0.5) @ k_t.mT
+    u_s = (q_s * q_s.shape[-1] ** -0.5) @ k_s.mT
     if kind == "scores":
         return (u_s - u_t).square().mean()
     if kind == "probs":

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
+from bench.attention import KINDS, AttentionCase, attention_peers
 from bench.cases import LinearCase, LogitsCase, Objective
 from bench.measure import relative_error
 from bench.peers import Peer, divergence_peers, linear_peers, logits_peers
@@ -26,6 +28,7 @@ from bench.report import dtype_name
 from kdfast.options import DIVERGENCES
 
 OVERLAPS = (0.88, 0.95, 0.98, 0.999, 0.9999)
+DISTANCES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OBJECTIVE = Objective(temperature=1.0, soft_weight=1.0, hard_weight=0.0)
 MARKS = "<!-- numerics: begin -->", "<!-- numerics: end -->"
@@ -33,9 +36,10 @@ MARKS = "<!-- numerics: begin -->", "<!-- numerics: end -->"
 
 @dataclass(frozen=True)
 class Line:
-    """One contestant's errors: (gradient, value) at each overlap."""
+    """One contestant's errors: (gradient, value) at each of `points`, overlaps or distances."""
 
     table: str
+    points: tuple[float, ...]
     contestant: str
     errors: tuple[tuple[float, float], ...]
 
@@ -73,6 +77,16 @@ def linear_case(overlap: float, dtype: torch.dtype, n: int, vocab: int, dim: int
     return LinearCase(student, weight.clone().requires_grad_(), teacher.to(dtype), weight, labels, _OBJECTIVE)
 
 
+def attention_case(kind: str, distance: float, length: int, student_size: int, teacher_size: int) -> AttentionCase:
+    """Queries and keys that give the teacher's scores, but for noise of the size `distance` on every entry."""
+    random = torch.Generator().manual_seed(0)
+    q_t, k_t = (torch.randn(2, 4, length, teacher_size, generator=random) for _ in range(2))
+    # A wider head pads with zeros; its default scale is smaller, which its queries make up for.
+    q, k = (F.pad(x, (0, student_size - teacher_size)) for x in (q_t * (student_size / teacher_size) ** 0.5, k_t))
+    q_s, k_s = (x + distance * torch.randn(x.shape, generator=random) for x in (q, k))
+    return AttentionCase(kind, q_s.requires_grad_(), k_s.requires_grad_(), q_t, k_t)
+
+
 def _on(backend: str, peer: Peer) -> Peer:
     def run(case: object) -> tuple[Tensor, tuple[Tensor, ...]]:
         with kdfast.use_backend(backend):
@@ -87,7 +101,7 @@ def _contestants(peers: Sequence[Peer]) -> list[Peer]:
     return [*ours, *(p for p in peers[1:] if p.comparable and not p.ours and not p.missing)]
 
 
-def errors_of(peer: Peer, cases: Sequence[LogitsCase | LinearCase]) -> tuple[tuple[float, float], ...]:
+def errors_of(peer: Peer, cases: Sequence[LogitsCase | LinearCase | AttentionCase]) -> tuple[tuple[float, float], ...]:
     """(gradient, value) errors on each case."""
     found: list[tuple[float, float]] = []
     for case in cases:
@@ -107,11 +121,21 @@ def measure(quick: bool) -> list[Line]:
             cases = [logits_case(o, dtype, divergence, n, vocab) for o in OVERLAPS]
             peers = logits_peers("cpu", compiled=()) if divergence == "forward_kl" else divergence_peers()
             title = f"`kd_loss`, {divergence}, {dtype_name(dtype)}, N={n} V={vocab}"
-            lines += [Line(title, p.name, errors_of(p, cases)) for p in _contestants(peers)]
+            lines += [Line(title, OVERLAPS, p.name, errors_of(p, cases)) for p in _contestants(peers)]
     for dtype in _DTYPES[:2]:
         linear = [linear_case(o, dtype, n, vocab, 64) for o in OVERLAPS]
         title = f"`linear_kd_loss`, forward_kl, {dtype_name(dtype)}, N={n} V={vocab} D=64"
-        lines += [Line(title, p.name, errors_of(p, linear)) for p in _contestants(linear_peers("cpu", compiled=False))]
+        peers = linear_peers("cpu", compiled=False)
+        lines += [Line(title, OVERLAPS, p.name, errors_of(p, linear)) for p in _contestants(peers)]
+    return lines + _attention(40 if quick else 128)
+
+
+def _attention(length: int) -> list[Line]:
+    lines = []
+    for kind, sizes in (*((kind, (64, 64)) for kind in KINDS), ("scores", (64, 48))):
+        attention = [attention_case(kind, d, length, *sizes) for d in DISTANCES]
+        title = f"attention, {kind}, float32, L={length}, head sizes {sizes[0]} and {sizes[1]}"
+        lines += [Line(title, DISTANCES, p.name, errors_of(p, attention)) for p in _contestants(attention_peers(length))]
     return lines
 
 
@@ -119,11 +143,13 @@ def as_markdown(lines: Sequence[Line]) -> str:
     """One table per case: gradient error / value error at each overlap."""
     text = []
     for title in dict.fromkeys(line.table for line in lines):
-        text += ["", f"### {title}", "", "| | " + " | ".join(f"{o:g}" for o in OVERLAPS) + " |", "|---" * 6 + "|"]
-        for line in lines:
-            if line.table == title:
-                cells = (f"{e[0]:.1e} / {e[1]:.1e}" for e in line.errors)
-                text.append(f"| {line.contestant} | " + " | ".join(cells) + " |")
+        of_table = [line for line in lines if line.table == title]
+        points = of_table[0].points
+        text += ["", f"### {title}", "", "| | " + " | ".join(f"{x:g}" for x in points) + " |"]
+        text.append("|---" * (1 + len(points)) + "|")
+        for line in of_table:
+            cells = (f"{e[0]:.1e} / {e[1]:.1e}" for e in line.errors)
+            text.append(f"| {line.contestant} | " + " | ".join(cells) + " |")
     return "\n".join([*text, ""])
 
 
