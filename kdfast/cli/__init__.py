@@ -20,6 +20,7 @@ COMMANDS = {
     "quickstart": "teacher, cache, students with and without distillation, on text every machine has",
     "cache": "capture a teacher's targets, and look at what was captured",
     "train": "train a student (or a teacher) from a recipe",
+    "bench": "measure kdfast against its peers on this machine",
     "plan": "cache size, time, memory and bandwidth of a distillation, before it is run",
     "eval": "perplexity and top-1 accuracy of a model on text files",
 }

@@ -1,7 +1,6 @@
 """Losses between hidden states in C++ (`csrc/cpu/hidden.cpp`). Contract: `kdfast.backends`.
 
-The projection's products stay torch's own (oneDNN or MKL): nothing written here would beat them. Rows go through in
-chunks that a second-level cache holds, so that the projected states never return to memory.
+Rows of a projection go through in chunks, so that the projected states stay in the caches; `products` says who multiplies.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ from torch import Tensor
 
 from kdfast import _C, memory
 from kdfast.backends.compiled.extension import address, matrix, threads
+from kdfast.backends.compiled.products import mm
 from kdfast.chunks import Needs, grad_hidden_dtype
 
-#: Bytes of projected states a chunk holds, and the rows below which a GEMM runs badly.
-_CHUNK_BYTES, _MIN_ROWS = 1 << 20, 256
+#: Bytes of projected states a chunk holds (packing the projection again for smaller ones costs more than the caches give), and
+#: the rows below which a GEMM runs badly.
+_CHUNK_BYTES, _MIN_ROWS = 4 << 20, 256
 
 
 def _rows(cosine: bool, student: Tensor, teacher: Tensor, bias: Tensor | None, scale: Tensor, grad: Tensor | None) -> Tensor:
@@ -54,12 +55,16 @@ def mse(
         wide = student[rows].float()
         if not scale[rows].all():
             wide = wide.masked_fill((scale[rows] == 0)[:, None], 0)  # 0 * NaN would reach the projection's gradient
-        projected = torch.mm(wide, weight.t(), out=room[: wide.shape[0]])
+        projected = room[: wide.shape[0]]
+        mm(wide, weight.t(), projected)
         loss[rows] = _rows(False, projected, teacher[rows], offset, scale[rows], projected if needs.any else None)
         if needs.hidden:
-            grad_hidden[rows] = projected @ weight
+            if grad_hidden.dtype == torch.float32:
+                mm(projected, weight, grad_hidden[rows])
+            else:
+                grad_hidden[rows] = projected @ weight
         if needs.weight:
-            grad_weight.addmm_(projected.t(), wide)
+            mm(projected.t(), wide, grad_weight, add=True)
         if needs.bias:
             grad_bias += projected.sum(0)
     return loss, grad_hidden, grad_weight, grad_bias
