@@ -15,6 +15,8 @@ COMMANDS = {
     "tinybert": "a whole TinyBERT step of a real model against its forwards and backward",
     "numerics": "errors against float64 as student and teacher come to agree",
     "curves": "time an element against V and N, with a picture",
+    "performance": "docs/performance.md from the committed results",
+    "check": "new results against committed ones, by ratios",
     "aot": "compile every Triton kernel with no GPU; registers and spills",
     "gpu": "everything that needs a GPU, in one run of at most 8 minutes",
 }

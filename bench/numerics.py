@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from bench.attention import KINDS, AttentionCase, attention_peers
 from bench.cases import LinearCase, LogitsCase, Objective
 from bench.measure import relative_error
 from bench.peers import Peer, divergence_peers, linear_peers, logits_peers
-from bench.report import dtype_name
+from bench.report import between_marks, dtype_name
 from kdfast.options import DIVERGENCES
 
 OVERLAPS = (0.88, 0.95, 0.98, 0.999, 0.9999)
@@ -164,15 +163,9 @@ def main(argv: list[str]) -> int:
     if args.write is None:
         print(tables)
         return 0
-    text = args.write.read_text()
-    if not all(mark in text for mark in MARKS):
-        print(
-            f"bench numerics: --write: expected a file with the marks {MARKS[0]} and {MARKS[1]}, got {args.write}",
-            file=sys.stderr,
-        )
+    try:
+        between_marks(args.write, MARKS, tables)
+    except ValueError as error:
+        print(f"bench numerics: --write: {error}", file=sys.stderr)
         return 2
-    pattern = re.compile(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", re.DOTALL)
-    part = args.write.with_name(args.write.name + ".part")
-    part.write_text(pattern.sub(lambda _: f"{MARKS[0]}\n{tables}\n{MARKS[1]}", text))
-    part.replace(args.write)
     return 0

@@ -200,6 +200,21 @@ def to_json(rows: Iterable[Row]) -> str:
     return json.dumps(plain, indent=1)
 
 
+def between_marks(path: Path, marks: tuple[str, str], text: str) -> None:
+    """Puts `text` between two marks of a file, by way of a temporary name.
+
+    Raises:
+        ValueError: the file is not there or does not have both marks.
+    """
+    whole = path.read_text() if path.exists() else ""
+    if not all(mark in whole for mark in marks):
+        raise ValueError(f"expected a file with the marks {marks[0]} and {marks[1]}, got {path}")
+    begin, end = whole.index(marks[0]) + len(marks[0]), whole.index(marks[1])
+    part = path.with_name(path.name + ".part")
+    part.write_text(f"{whole[:begin]}\n{text}\n{whole[end:]}")
+    part.replace(path)
+
+
 _HEADER = ("contestant", "median", "p10", "p90 ms", "x kdfast", "GB/s", "TFLOP/s", "of limit", "peak MiB", "err f64")
 
 

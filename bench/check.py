@@ -1,0 +1,71 @@
+"""New results against committed ones: ratios between contestants of one run, never absolute times.
+
+python -m bench logits --csv new.csv && python -m bench check new.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.performance import RESULTS, read
+from bench.report import Row, read_csv
+
+#: Two runs of the same code were seen this far apart.
+BAND = 1.25
+
+
+@dataclass(frozen=True)
+class Change:
+    """A peer's time over kdfast's, before and now."""
+
+    row: Row
+    before: float
+    now: float
+
+    @property
+    def factor(self) -> float:
+        return self.now / self.before
+
+
+def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
+    """Every peer that both runs timed in the same case, on processors or GPUs of the same name."""
+    known = {(*r.case, r.contestant, r.device, r.threads): r for r in old}
+    found = []
+    for row in new:
+        before = known.get((*row.case, row.contestant, row.device, row.threads))
+        if before is not None and not row.contestant.startswith("kdfast"):
+            change = Change(row, before.time_ratio, row.time_ratio)
+            if math.isfinite(change.factor):
+                found.append(change)
+    return found
+
+
+def main(argv: list[str]) -> int:
+    p = argparse.ArgumentParser(
+        prog="python -m bench check", description=(__doc__ or "").split("\n")[0],
+        epilog="exit codes: 0 nothing fell behind, 1 something did or nothing could be compared, 2 wrong usage",
+    )  # fmt: skip
+    p.add_argument("new", type=Path, metavar="CSV", help="results of this checkout")
+    p.add_argument("--against", type=Path, default=RESULTS, metavar="CSV", help="a file or folder (default bench/results)")
+    p.add_argument("--band", type=float, default=BAND, help=f"what counts as noise (default {BAND})")
+    args = p.parse_args(argv)
+    for path in (args.new, args.against):
+        if not path.exists():
+            p.error(f"{path}: no such file; expected results written by --csv")
+    try:
+        old, new = read(args.against) if args.against.is_dir() else read_csv(args.against), read_csv(args.new)
+    except ValueError as error:
+        p.error(str(error))
+    found = changes(old, new)
+    if not found:
+        print("bench check: no case of both files has the same op, shape, dtype, peer, device and thread count")
+        return 1
+    for change in found:
+        word = "SLOWER" if change.factor < 1 / args.band else "faster" if change.factor > args.band else "same"
+        case = " ".join(x for x in change.row.case if x)
+        print(f"{word:<7}{case}  {change.row.contestant}: {change.before:.2f}x -> {change.now:.2f}x")
+    return 1 if any(c.factor < 1 / args.band for c in found) else 0

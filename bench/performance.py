@@ -1,0 +1,171 @@
+"""docs/performance.md from the committed results: every mark, what was measured, on what, at which commit.
+
+    python -m bench performance --write docs/performance.md
+
+A mark without a measurement says "not measured". `python -m bench check` holds new results against these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.report import Row, between_marks, read_csv
+
+RESULTS = Path(__file__).parent / "results"
+MARKS = "<!-- performance: begin -->", "<!-- performance: end -->"
+
+Value = Callable[[Sequence[Row]], float]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is to be reached: `value` of the rows of one case is at least (or at most) `wanted`."""
+
+    work: str
+    against: str
+    case: tuple[str, str, str]  # op, dtype, the beginning of the shape
+    wanted: float
+    value: Value
+    at_most: bool = False
+    unit: str = "x"
+    device: str = "cpu"
+
+    def met(self, found: float) -> bool:
+        return found <= self.wanted if self.at_most else found >= self.wanted
+
+    @property
+    def text(self) -> str:
+        return f"{'at most' if self.at_most else 'at least'} {self.wanted:g}{self.unit}"
+
+
+def slower(*names: str, than: str = "kdfast") -> Value:
+    """How many times as long the fastest of the contestants whose names begin so takes."""
+
+    def value(rows: Sequence[Row]) -> float:
+        times = [r.median_ms for r in rows if r.contestant.startswith(names) and not math.isnan(r.median_ms)]
+        own = [r.median_ms for r in rows if r.contestant == than]
+        return min(times) / own[0] if times and own else math.nan
+
+    return value
+
+
+def times_of(name: str) -> Value:
+    """kdfast's time in units of another's."""
+    other = slower(name)
+    return lambda rows: 1 / other(rows)
+
+
+def share(rows: Sequence[Row]) -> float:
+    """kdfast's attained rate over the limit measured in the same run."""
+    return next((r.limit_share for r in rows if r.contestant == "kdfast"), math.nan)
+
+
+def _marks() -> list[Mark]:
+    marks, overwrite = [], "kdfast overwrite_logits"
+    for dtype in ("float32", "bfloat16"):
+        work, case = f"`kd_loss`, KL + CE, 256 x 128256, {dtype}", ("logits", dtype, "N=256 V=128256")
+        marks += [
+            Mark(work, "PyTorch eager, the faster spelling", case, 15, slower("eager")),
+            Mark(work, "torch.compile, the faster spelling", case, 5, slower("compile")),
+            Mark(f"{work}, overwrite_logits", "PyTorch eager", case, 20, slower("eager", than=overwrite)),
+            Mark(f"{work}, overwrite_logits", "torch.compile", case, 8, slower("compile", than=overwrite)),
+        ]
+    for divergence in ("reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta"):
+        case = ("logits", "float32", f"N=256 V=128256 {divergence}")
+        marks.append(Mark(f"`kd_loss`, {divergence}, 256 x 128256, float32", "PyTorch eager", case, 6, slower("eager")))
+    linear = "N=1024 V=32000 Ds=512 Dt=1024"
+    liger = "Liger FusedLinearJSD compiled"
+    half = slower("Liger FusedLinearJSD compiled", than="kdfast bfloat16 logits")
+    marks += [
+        Mark("`linear_kd_loss`, 1024 x 32000, 512 and 1024 wide, float32", "its four matrix products alone, by torch",
+             ("linear", "float32", linear), 1.10, times_of("four GEMMs alone"), at_most=True),
+        Mark("the same", liger, ("linear", "float32", linear), 1, slower(liger)),
+        Mark("the same, bfloat16 with bfloat16 logits", liger, ("linear", "bfloat16", linear), 1, half),
+        Mark("`topk_targets`, top 64 and two temperatures, 64 x 151936", "torch.topk and two logsumexps",
+             ("topk_capture", "float32", "N=64 V=151936 k=64"), 10, slower("torch.topk + logsumexps")),
+        Mark("`attention_mse` on scores, L = 2048", "materialised", ("attention_scores", "float32", "B=2 H=4 L=2048"), 15,
+             slower("PyTorch")),
+        Mark("the same, L = 128", "materialised", ("attention_scores", "float32", "B=2 H=4 L=128"), 1, slower("PyTorch")),
+        Mark("`attention_mse` on probabilities, L = 2048", "materialised", ("attention_probs", "float32", "B=2 H=4 L=2048"), 1,
+             slower("PyTorch")),
+        Mark("`attention_kl`, L = 2048", "materialised", ("attention_kl", "float32", "B=2 H=4 L=2048"), 1, slower("PyTorch")),
+        Mark("`linear_logit_mse`, 4096 x 32000, 512 wide", "through logits",
+             ("linear_logit_mse", "float32", "N=4096 V=32000 Ds=512 Dt=512 distance=1"), 5, slower("PyTorch")),
+        Mark("a TinyBERT step, pretrained encoder, 32 x 48", "its forwards and backward alone",
+             ("tinybert", "float32", "B=32 L=48"), 1.25, times_of("forwards and backward"), at_most=True),
+    ]  # fmt: skip
+    for vocab, wanted in ((32000, 0.80), (50257, 0.80), (128256, 0.60), (151936, 0.60), (262208, 0.60)):
+        case = ("logits", "bfloat16", f"N=4096 V={vocab}")
+        marks.append(
+            Mark(f"`kd_loss`, bfloat16, 4096 x {vocab}, GPU", "copy bandwidth", case, wanted, share, unit="", device="gpu")
+        )
+    for dims, wanted in (("Ds=2048 Dt=4096", 0.75), ("Ds=4096 Dt=4096", 0.80)):
+        case = ("linear", "bfloat16", f"N=8192 V=128256 {dims}")
+        marks.append(Mark(f"`linear_kd_loss`, bfloat16, 8192 x 128256, {dims}, GPU", "matrix product rate", case, wanted, share,
+                          unit="", device="gpu"))  # fmt: skip
+    return marks
+
+
+def read(folder: Path = RESULTS) -> list[Row]:
+    """The rows of every results file of this kind in a folder; curves have their own columns and stay out."""
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        if not path.name.endswith("curves.csv"):
+            rows += read_csv(path)
+    return rows
+
+
+def of_case(rows: Sequence[Row], mark: Mark) -> list[Row]:
+    """The rows a mark speaks of; a shape that goes on in words (another divergence) is another case."""
+    op, dtype, shape = mark.case
+    exact = [r for r in rows if (r.op, r.dtype, r.shape) == (op, dtype, shape)]
+    return exact or [r for r in rows if (r.op, r.dtype) == (op, dtype) and r.shape.startswith(shape + " ")]
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The table of marks, and every case that was measured."""
+    lines = ["", "| work | against | mark | measured | on, at |", "|---|---|---|---|---|"]
+    for mark in _marks():
+        device = [
+            r for r in rows if r.device and (mark.device == "gpu") == ("NVIDIA" in r.device or "AMD Instinct" in r.device)
+        ]
+        case = of_case(device, mark)
+        found = mark.value(case) if case else math.nan
+        if math.isnan(found):
+            measured, where = "not measured", ""
+        else:
+            measured = f"{'' if mark.met(found) else '**short** '}{found:.3g}{mark.unit}"
+            where = f"{case[0].device}, {case[0].threads} threads, {case[0].commit}"
+        lines.append(f"| {mark.work} | {mark.against} | {mark.text} | {measured} | {where} |")
+    lines += ["", "## Every measured case", "", "Milliseconds, forward and backward, medians; the spread is p10 to p90.", ""]
+    lines += ["| case | contestant | ms | spread | x kdfast | peak MiB | error |", "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        if not math.isnan(r.median_ms) and "(again)" not in r.contestant:
+            case = " ".join(x for x in r.case if x)
+            error = "" if math.isnan(r.error_f64) else f"{r.error_f64:.0e}"
+            peak = "" if math.isnan(r.peak_mib) else f"{r.peak_mib:.3g}"
+            spread = f"{r.p10_ms:.3g} - {r.p90_ms:.3g}"
+            lines.append(f"| {case} | {r.contestant} | {r.median_ms:.3g} | {spread} | {r.time_ratio:.2f} | {peak} | {error} |")
+    return "\n".join([*lines, ""])
+
+
+def main(argv: list[str]) -> int:
+    p = argparse.ArgumentParser(prog="python -m bench performance", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--results", metavar="FOLDER", type=Path, default=RESULTS, help="results files (default bench/results)")
+    p.add_argument("--write", metavar="FILE", type=Path, help="put the tables between the marks of FILE")
+    args = p.parse_args(argv)
+    text = page(read(args.results))
+    if args.write is None:
+        print(text)
+        return 0
+    try:
+        between_marks(args.write, MARKS, text)
+    except ValueError as error:
+        print(f"bench performance: --write: {error}", file=sys.stderr)
+        return 2
+    return 0
