@@ -65,6 +65,6 @@ Float inputs are float32, bfloat16 or float16 with float32 arithmetic, float32 l
 `reference` also takes float64 and then computes everything in float64.
 """
 
-from kdfast.backends import compiled, reference, triton
+from kdfast.backends import compiled, cuda, reference, triton
 
-__all__ = ["compiled", "reference", "triton"]
+__all__ = ["compiled", "cuda", "reference", "triton"]
