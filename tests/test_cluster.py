@@ -157,6 +157,19 @@ def test_excluded_ids(emulate: Emulate) -> None:
     assert abs(got["loss"] / float(exact[0]) - 1) <= 1e-5
 
 
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e10, -1e20, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.7])
+def test_finite_masks_are_as_good_as_infinite_ones(temperature: float, mask: float, emulate: Emulate) -> None:
+    """Whole threads see nothing but the mask."""
+    student, teacher = torch.randn(9001) * 3, torch.randn(9001) * 3
+    results = []
+    for value in (mask, -torch.inf):
+        student[2000:] = teacher[2000:] = value
+        results.append(emulate(student, teacher, 2, mode="own", temperature=temperature, hard=0.5, blocks=2))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "all-excluded"])
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
 def test_bad_rows_are_nan(bad: float, side: int, emulate: Emulate) -> None:

@@ -1,8 +1,9 @@
 // The arithmetic of a row: online sums, what follows from them, value and gradient of forward KL and cross-entropy.
 //
-// While a thread adds up whole units it keeps its sums relative to the float32 product of the maximum and c = log2(e) / T, so that
-// a term is one fused multiply-add and one exp2; `settle` then makes them relative to the maximum itself, which is what everybody
-// else sees. Logits below -1e30 count as -inf.
+// While a thread adds up whole units it keeps its sums relative to the float32 product of the maximum and c = log2(e) / T, so
+// that a term is one fused multiply-add and one exp2; `settle` then makes them relative to the maximum itself, which is what
+// everybody else sees. What the product rounds away must stay a small power of 2: a row whose largest logit is below -2^26 has
+// no distribution, and one with a logit above 2^30 is NaN.
 #pragma once
 
 #include "element.h"
@@ -13,7 +14,8 @@ namespace cluster {
 // How the student's softmax at T = 1 comes about: not needed, that at T, the square of that at T = 2, or on its own.
 enum class AtOne { none, same, square, own };
 
-constexpr float kLowest = -1e30f;
+// Where a maximum starts; a power of 2, whose product with c is exact.
+constexpr float kLowest = -0x1p26f;
 constexpr int kNoColumn = 0x7fffffff;
 
 struct Sum {
