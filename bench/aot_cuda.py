@@ -20,7 +20,7 @@ _CSRC = Path(__file__).parent.parent / "csrc"
 #: In a mangled name: the student's and teacher's types, how the softmax at T = 1 comes about, whether parts are wanted.
 _FLAGS = re.compile(r"kernelI(?P<types>.*?)LNS\d_5AtOneE(?P<at_one>\d)ELb(?P<parts>\d)E")
 _AT_ONE = ("soft", "hard T=1", "hard T=2", "hard any T")
-_THREADS = 512
+_THREADS = 256
 
 
 def missing() -> str:

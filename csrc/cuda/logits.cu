@@ -26,49 +26,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     extern __shared__ __align__(128) unsigned char ring[];
     __shared__ __align__(16) unsigned char room[sizeof(Shared)];  // bytes: Shared has constructors, which nobody is to run
     Shared& shared = *reinterpret_cast<Shared*>(room);
-    const Walk<S, T, A, P> walk{args, scalars, shared, ring, chunks, cluster_rank(), cluster_blocks()};
-    int64_t row = walk.counted(cluster_index());
-    if (threadIdx.x == 0) {
-        for (int chunk = 0; chunk < chunks; ++chunk) barrier_start(&shared.arrived[chunk]);
-        barriers_started();
-        if (row < args.rows) {
-            const Slice slice = slice_of(walk.layout(row), walk.rank, walk.blocks);
-            for (int chunk = 0; chunk < chunks; ++chunk) walk.fetch(row, slice, chunk, read_once());
-        }
-    }
-    walk.clear(cluster_index(), row);
-    cluster_barrier();  // every block has started: its shared memory may be written, its barriers waited for
-    int turn = 0;
-    for (; row < args.rows; ++turn) {
-        const Layout layout = walk.layout(row);
-        const Slice slice = slice_of(layout, walk.rank, walk.blocks);
-        const float scale = args.scale[row];
-        const int label = walk.label_of(row);
-        // Asked for now, looked at after pass 1.
-        const int64_t after = row + cluster_count();
-        const float scale_after = after < args.rows ? args.scale[after] : 1.0f;
-        const RowSums sums = walk.exchanged(walk.first_pass(row, layout, slice, turn % 2), turn);
-        if (turn > 0 && walk.rank == 0 && threadIdx.x < 32) walk.finish(turn - 1);
-        const Row constants = row_of<A, P>(sums, walk.has_extra(), scalars, scale, args.labels != nullptr);
-        if (walk.rank == 0 && threadIdx.x == 0) walk.note(row, constants, scale, label);
-        const int64_t next = scale_after != 0 ? after : walk.counted(after + cluster_count());
-        walk.send(walk.second_pass(row, next, layout, slice, constants, label, turn), turn);
-        walk.clear(after, next);
-        row = next;
-    }
-    cluster_barrier();  // also: no block leaves while another writes to it
-    if (turn > 0 && walk.rank == 0 && threadIdx.x < 32) walk.finish(turn - 1);
+    Walk<S, T, A, P>{args, scalars, shared, ring, chunks, cluster_rank(), cluster_blocks()}.run();
 }
 
 void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string("kdfast cuda: ") + what + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    throw std::runtime_error(std::string("kdfast cuda: ") + what + ": " + cudaGetErrorString(status));
 }
 
 using Function = void (*)(LogitsArgs, Scalars, int);
 
 template <typename S, typename T>
 Function choose(AtOne at_one, bool parts) {
-    if (parts) return at_one == AtOne::same ? &forward_kernel<S, T, AtOne::same, true> : &forward_kernel<S, T, AtOne::own, true>;
+    if (parts && at_one == AtOne::same) return &forward_kernel<S, T, AtOne::same, true>;
+    if (parts) return &forward_kernel<S, T, AtOne::own, true>;
     switch (at_one) {
         case AtOne::none: return &forward_kernel<S, T, AtOne::none, false>;
         case AtOne::same: return &forward_kernel<S, T, AtOne::same, false>;
@@ -106,11 +77,14 @@ int clusters_at_once(Function function, const cudaLaunchConfig_t& config, int bl
     const auto entry = reinterpret_cast<const void*>(function);
     // The limit of every size, since it belongs to the kernel; and not a byte of L1 that a second block could use.
     check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, kWhole), "shared memory");
-    check(cudaFuncSetAttribute(entry, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), "carveout");
+    constexpr int kShared = cudaSharedmemCarveoutMaxShared;
+    check(cudaFuncSetAttribute(entry, cudaFuncAttributePreferredSharedMemoryCarveout, kShared), "carveout");
     if (blocks > 8) check(cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
     int clusters = 0;
     check(cudaOccupancyMaxActiveClusters(&clusters, entry, &config), "clusters on this device");
-    if (clusters == 0) throw std::runtime_error("kdfast cuda: no cluster of " + std::to_string(blocks) + " blocks fits this device");
+    if (clusters == 0) {
+        throw std::runtime_error("kdfast cuda: no cluster of " + std::to_string(blocks) + " blocks fits this device");
+    }
     return known[{function, config.dynamicSmemBytes, blocks, device}] = clusters;
 }
 

@@ -47,7 +47,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("build_version", &build_version, "CUDA this was built with, 1000 * major + 10 * minor.");
     m.def("blocks_for", &blocks_for_row, "Blocks of the cluster that holds a row in shared memory; 0 when none does.",
           py::arg("common"), py::arg("student_dtype"), py::arg("teacher_dtype"));
-    m.def("logits", &forward, "A matrix is (address, row stride, columns, dtype code); kdfast.backends says what each must hold.",
+    m.def("logits", &forward,
+          "A matrix is (address, row stride, columns, dtype code); kdfast.backends says what each must hold.",
           py::arg("rows"), py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("labels"), py::arg("scale"),
           py::arg("loss"), py::arg("stats"), py::arg("parts"), py::arg("temperature"), py::arg("soft_scale"),
           py::arg("hard_weight"), py::arg("z_loss"), py::arg("blocks"), py::arg("device"), py::arg("stream"));

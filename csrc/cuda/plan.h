@@ -11,7 +11,9 @@ namespace kdfast {
 namespace cluster {
 
 constexpr int kUnit = 8;      // columns: 16 bytes of a two-byte type
-constexpr int kChunk = 4096;  // columns that arrive together: 8 for each of 512 threads
+constexpr int kChunk = 4096;  // columns that arrive together
+// Of a block: what is done once a row and thread, beside at best a hundred columns of it, wants few of them.
+constexpr int kThreads = 256;
 constexpr int kMaxBlocks = 16, kMaxChunks = 16;
 
 struct Layout {

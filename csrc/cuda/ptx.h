@@ -1,5 +1,8 @@
-// The instructions of sm_90 that C++ has no words for: bulk copies, barriers that count their bytes, clusters.
+// The instructions of sm_90 that C++ has no words for: bulk copies, barriers that count their bytes, clusters. Where there is no
+// device compiler, tests/cluster_device.h stands in for them.
 #pragma once
+
+#ifdef __CUDACC__
 
 #include <cstdint>
 
@@ -32,9 +35,15 @@ __device__ __forceinline__ int64_t cluster_count() {
     return count;
 }
 
-// Every thread of every block; what each wrote before, other blocks' shared memory included, is seen by all after it.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+// Every thread of every block. What a thread that passes on its writes wrote before, other blocks' shared memory included, is
+// seen by all after it; so is what other threads of its block wrote before a __syncthreads that it took part in. One warp of a
+// block suffices: it waits for all it has on its way to memory, gradients too.
+__device__ __forceinline__ void cluster_barrier(bool passes_on_writes) {
+    if (passes_on_writes) {
+        asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    } else {
+        asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+    }
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
@@ -70,7 +79,8 @@ __device__ __forceinline__ void barriers_started() {
 }
 
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+    const uint32_t at = shared_address(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -108,3 +118,5 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
 
 }  // namespace cluster
 }  // namespace kdfast
+
+#endif

@@ -173,16 +173,27 @@ KDFAST_HD float extra_gradient(const Row& row, float s) {
     return A == AtOne::none ? 0.0f : row.of_q1 * q_at_1(row, s);
 }
 
+// Of the label's column.
+struct Logits {
+    float student, teacher;
+};
+
 // What is known of a row's loss before its second pass.
 struct Outline {
     float lse_1, m_1, l_1;  // student at T = 1
     float m_t, l_t1;        // teacher at T = 1
     float scale;
     bool has_labels, label_counts, label_common;  // there are labels; this one is in the vocabulary; and in the teacher's
-    bool valid;  // both sides have a distribution
+    bool valid;                                   // both sides have a distribution
 
     KDFAST_HD float nll(float s_label) const { return (m_1 - s_label) + kLn2 * l_1; }
 };
+
+// `label` is -1 where it is outside the vocabulary.
+KDFAST_HD Outline outline_of(const Row& row, float scale, bool has_labels, int label, int common) {
+    const bool valid = row.l_s > -INFINITY && row.l_t > -INFINITY, inside = label >= 0;
+    return {row.lse_1(), row.m_1, row.l_1, row.m_t, row.l_t1, scale, has_labels, inside, inside && label < common, valid};
+}
 
 template <AtOne A>
 KDFAST_HD float loss_of(const Outline& row, const Scalars& o, float soft, float s_label) {
@@ -193,6 +204,18 @@ KDFAST_HD float loss_of(const Outline& row, const Scalars& o, float soft, float 
         loss += o.z_loss * row.lse_1 * row.lse_1;
     }
     return row.scale * loss;
+}
+
+// In the order of kdfast.options.PARTS.
+template <AtOne A>
+KDFAST_HD void parts_of(const Outline& row, const Totals& totals, const Logits& label, float* parts) {
+    parts[0] = row.valid ? totals.soft : NAN;
+    parts[1] = !row.has_labels ? 0.0f : row.label_counts ? row.nll(label.student) : NAN;
+    parts[2] = row.lse_1 * row.lse_1;
+    parts[3] = A == AtOne::own ? totals.kl_at_1 : parts[0];
+    parts[4] = !row.has_labels ? 0.0f : row.label_common ? (row.m_t - label.teacher) + kLn2 * row.l_t1 : INFINITY;
+    parts[5] = totals.entropy;
+    parts[6] = totals.best_s == totals.best_t ? 1.0f : 0.0f;
 }
 
 }  // namespace cluster

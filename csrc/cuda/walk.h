@@ -9,13 +9,8 @@
 namespace kdfast {
 namespace cluster {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
-static_assert(kWarps == 16 && kMaxBlocks == 16, "half a warp adds up the warps of a block and the blocks of a cluster");
-
-// Of the label's column.
-struct Logits {
-    float student, teacher;
-};
+constexpr int kWarps = kThreads / 32;
+static_assert(kWarps <= 16 && kMaxBlocks == 16, "half a warp adds up the warps of a block and the blocks of a cluster");
 
 // What pass 1 leaves for whoever writes the row's loss, one row later.
 struct Pending {
@@ -37,8 +32,7 @@ struct Shared {
 template <typename S, typename T, AtOne A, bool P>
 struct Walk {
     static constexpr int kPairBytes = sizeof(S) + sizeof(T);
-    // Columns a thread takes at a time: 16 bytes, with parts half of it where their sums would spill.
-    static constexpr int N = sizeof(S) > 2 || sizeof(T) > 2 || P ? 4 : 8;
+    static constexpr int N = sizeof(S) > 2 || sizeof(T) > 2 ? 4 : 8;  // columns a thread takes at a time
     static constexpr AtOne kTeacherAt1 = P && A == AtOne::own ? AtOne::own : AtOne::none;
 
     const LogitsArgs& args;
@@ -78,10 +72,10 @@ struct Walk {
         bulk_copy(ring_teacher(chunk), teacher(row) + begin, columns * sizeof(T), &shared.arrived[chunk], policy);
     }
 
-    __device__ __forceinline__ RowSums first_pass(int64_t row, const Layout& layout, const Slice& slice, uint32_t parity) const {
+    __device__ __forceinline__ RowSums first_pass(int64_t row, const Layout& layout, const Slice& slice, int turn) const {
         RowSums sums;
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            barrier_wait(&shared.arrived[chunk], parity);
+            barrier_wait(&shared.arrived[chunk], turn % 2);
             for (int at = threadIdx.x * N; at < slice.chunk_columns(chunk); at += kThreads * N) {
                 float s[N], t[N];
                 Pack<S, N>::load(ring_student(chunk) + at).values(s);
@@ -112,11 +106,11 @@ struct Walk {
         if (lane == 0) shared.warp_sums[warp] = sums;
         __syncthreads();
         if (warp == 0) {
-            sums = shared.warp_sums[half];
+            sums = half < kWarps ? shared.warp_sums[half] : RowSums();
             lanes_total<16, A, P>(sums, has_extra(), o.c);
             if (lane < blocks) put_in(&shared.sums[turn % 2][rank], lane, sums);
         }
-        cluster_barrier();
+        cluster_barrier(warp == 0);
         sums = half < blocks ? shared.sums[turn % 2][half] : RowSums();
         lanes_total<16, A, P>(sums, has_extra(), o.c);
         return sums;
@@ -198,7 +192,7 @@ struct Walk {
         if (lane == 0) shared.warp_totals[warp] = totals;
         __syncthreads();
         if (warp == 0) {
-            totals = shared.warp_totals[lane % 16];
+            totals = lane % 16 < kWarps ? shared.warp_totals[lane % 16] : Totals();
             lanes_total<16, P>(totals);
             if (lane == 0) put_in(&shared.totals[turn % 2][rank], 0, totals);
         }
@@ -212,11 +206,7 @@ struct Walk {
         stats[1] = A == AtOne::none ? double(NAN) : row.m_1 + row.l_1 * ln2;
         stats[2] = 0;
         stats[3] = double(row.m_t) / args.temperature + row.l_t * ln2;
-        const bool labels = args.labels != nullptr;
-        const bool valid = row.l_s > -INFINITY && row.l_t > -INFINITY;
-        const Outline outline{row.lse_1(), row.m_1,    row.l_1,    row.m_t, row.l_t1, scale,
-                              labels,      label >= 0, label >= 0 && label < common(), valid};
-        shared.pending = {at, outline};
+        shared.pending = {at, outline_of(row, scale, args.labels != nullptr, label, common())};
     }
 
     // Warp 0 of block 0: loss and parts of the row whose pass 2 every block has finished.
@@ -229,16 +219,7 @@ struct Walk {
         const Outline& row = pending.outline;
         const Logits label = shared.label[turn % 2];
         args.loss[pending.row] = loss_of<A>(row, o, totals.soft, label.student);
-        if (!P) return;
-        float* parts = args.parts + 7 * pending.row;
-        const float soft = row.valid ? totals.soft : NAN;
-        parts[0] = soft;
-        parts[1] = !row.has_labels ? 0.0f : row.label_counts ? row.nll(label.student) : NAN;
-        parts[2] = row.lse_1 * row.lse_1;
-        parts[3] = A == AtOne::own ? totals.kl_at_1 : soft;
-        parts[4] = !row.has_labels ? 0.0f : row.label_common ? (row.m_t - label.teacher) + kLn2 * row.l_t1 : INFINITY;
-        parts[5] = totals.entropy;
-        parts[6] = totals.best_s == totals.best_t ? 1.0f : 0.0f;
+        if (P) parts_of<A>(row, totals, label, args.parts + kParts * pending.row);
     }
 
     // The label's column; -1 where there is none inside the vocabulary.
@@ -256,10 +237,10 @@ struct Walk {
 
     __device__ __forceinline__ void clear(int64_t row, int64_t end) const {
         for (; row < end && row < args.rows; row += cluster_count()) {
-            if (rank == 0 && threadIdx.x < 7) {
+            if (rank == 0 && threadIdx.x < kParts) {
                 if (threadIdx.x == 0) args.loss[row] = 0;
                 if (threadIdx.x < 4) args.stats[4 * row + threadIdx.x] = 0;
-                if (P) args.parts[7 * row + threadIdx.x] = 0;
+                if (P) args.parts[kParts * row + threadIdx.x] = 0;
             }
             if (!args.grad.data) continue;
             const Layout layout = this->layout(row);
@@ -270,6 +251,40 @@ struct Walk {
                 Pack<S, N>::of(zeros).store(grad(row) + slice.begin + i);
             }
         }
+    }
+
+    __device__ __forceinline__ void run() const {
+        int64_t row = counted(cluster_index());
+        if (threadIdx.x == 0) {
+            for (int chunk = 0; chunk < chunks; ++chunk) barrier_start(&shared.arrived[chunk]);
+            barriers_started();
+            if (row < args.rows) {
+                const Slice slice = slice_of(layout(row), rank, blocks);
+                for (int chunk = 0; chunk < chunks; ++chunk) fetch(row, slice, chunk, read_once());
+            }
+        }
+        clear(cluster_index(), row);
+        cluster_barrier(true);  // every block has started: its shared memory may be written, its barriers waited for
+        int turn = 0;
+        for (; row < args.rows; ++turn) {
+            const Layout layout = this->layout(row);
+            const Slice slice = slice_of(layout, rank, blocks);
+            const float scale = args.scale[row];
+            const int label = label_of(row);
+            // Asked for now, looked at after pass 1.
+            const int64_t after = row + cluster_count();
+            const float scale_after = after < args.rows ? args.scale[after] : 1.0f;
+            const RowSums sums = exchanged(first_pass(row, layout, slice, turn), turn);
+            if (turn > 0 && rank == 0 && threadIdx.x < 32) finish(turn - 1);
+            const Row constants = row_of<A, P>(sums, has_extra(), o, scale, args.labels != nullptr);
+            if (rank == 0 && threadIdx.x == 0) note(row, constants, scale, label);
+            const int64_t next = scale_after != 0 ? after : counted(after + cluster_count());
+            send(second_pass(row, next, layout, slice, constants, label, turn), turn);
+            clear(after, next);
+            row = next;
+        }
+        cluster_barrier(threadIdx.x < 32);  // also: no block leaves while another writes to it
+        if (turn > 0 && rank == 0 && threadIdx.x < 32) finish(turn - 1);
     }
 };
 
