@@ -82,9 +82,6 @@ int clusters_at_once(Function function, const cudaLaunchConfig_t& config, int bl
     if (blocks > 8) check(cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
     int clusters = 0;
     check(cudaOccupancyMaxActiveClusters(&clusters, entry, &config), "clusters on this device");
-    if (clusters == 0) {
-        throw std::runtime_error("kdfast cuda: no cluster of " + std::to_string(blocks) + " blocks fits this device");
-    }
     return known[{function, config.dynamicSmemBytes, blocks, device}] = clusters;
 }
 
@@ -92,8 +89,8 @@ int clusters_at_once(Function function, const cudaLaunchConfig_t& config, int bl
 
 bool takes(Dtype student, Dtype teacher) { return function_for(student, teacher, AtOne::none, false) != nullptr; }
 
-void logits_forward(const LogitsArgs& args, int blocks, int device, void* stream) {
-    if (args.rows == 0) return;
+bool logits_forward(const LogitsArgs& args, int blocks, int device, void* stream) {
+    if (args.rows == 0) return true;
     const Function function = function_for(args.student.dtype, args.teacher.dtype, at_one(args), args.parts != nullptr);
     if (!function) throw std::runtime_error("kdfast cuda: no kernel for these dtypes");
     const float inverse_t = 1 / args.temperature;
@@ -113,8 +110,10 @@ void logits_forward(const LogitsArgs& args, int blocks, int device, void* stream
     config.numAttrs = 1;
     check(cudaSetDevice(device), "device");
     const int64_t clusters = clusters_at_once(function, config, blocks, device);
+    if (clusters == 0) return false;
     config.gridDim = unsigned(blocks * std::min(args.rows, clusters));
     check(cudaLaunchKernelEx(&config, function, args, scalars, chunks_for(common, blocks)), "launch");
+    return true;
 }
 
 int driver_version() {

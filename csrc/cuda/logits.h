@@ -21,9 +21,9 @@ struct LogitsArgs {
 // Whether there is a kernel for these dtypes.
 bool takes(Dtype student, Dtype teacher);
 
-// Enqueues the kernel on `stream` of `device`, `blocks` to a cluster (see `blocks_for`). Throws std::runtime_error with
-// CUDA's words when it cannot start.
-void logits_forward(const LogitsArgs& args, int blocks, int device, void* stream);
+// Enqueues the kernel on `stream` of `device`, `blocks` to a cluster (see `blocks_for`); false where the device has no room for
+// such a cluster. Throws std::runtime_error with CUDA's words when it cannot start.
+bool logits_forward(const LogitsArgs& args, int blocks, int device, void* stream);
 
 // CUDA of the driver and of this build, as 1000 * major + 10 * minor; 0: no driver.
 int driver_version();

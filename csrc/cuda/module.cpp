@@ -15,7 +15,7 @@ int blocks_for_row(int common, int student_dtype, int teacher_dtype) {
     return takes(student, teacher) ? blocks_for(common, int(bytes_of(student) + bytes_of(teacher))) : 0;
 }
 
-void forward(
+bool forward(
     int64_t rows, const py::tuple& student, const py::tuple& teacher, const py::tuple& grad, std::uintptr_t labels,
     std::uintptr_t scale, std::uintptr_t loss, std::uintptr_t stats, std::uintptr_t parts, float temperature, float soft_scale,
     float hard_weight, float z_loss, int blocks, int device, std::uintptr_t stream
@@ -33,7 +33,7 @@ void forward(
                           soft_scale,
                           hard_weight,
                           z_loss};
-    logits_forward(args, blocks, device, pointer<void>(stream));
+    return logits_forward(args, blocks, device, pointer<void>(stream));
 }
 
 }  // namespace
@@ -48,7 +48,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("blocks_for", &blocks_for_row, "Blocks of the cluster that holds a row in shared memory; 0 when none does.",
           py::arg("common"), py::arg("student_dtype"), py::arg("teacher_dtype"));
     m.def("logits", &forward,
-          "A matrix is (address, row stride, columns, dtype code); kdfast.backends says what each must hold.",
+          "A matrix is (address, row stride, columns, dtype code); kdfast.backends says what each must hold. False where the "
+          "device has no room for the cluster.",
           py::arg("rows"), py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("labels"), py::arg("scale"),
           py::arg("loss"), py::arg("stats"), py::arg("parts"), py::arg("temperature"), py::arg("soft_scale"),
           py::arg("hard_weight"), py::arg("z_loss"), py::arg("blocks"), py::arg("device"), py::arg("stream"));

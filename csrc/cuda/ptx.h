@@ -1,5 +1,5 @@
-// The instructions of sm_90 that C++ has no words for: bulk copies, barriers that count their bytes, clusters. Where there is no
-// device compiler, tests/cluster_device.h stands in for them.
+// The instructions of sm_90 that C++ has no words for: bulk copies, barriers that count their bytes, clusters.
+// Where there is no device compiler, tests/cluster_device.h stands in for them.
 #pragma once
 
 #ifdef __CUDACC__

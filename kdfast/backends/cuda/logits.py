@@ -69,22 +69,34 @@ def forward(
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if refusal(student, teachers, options, grad) is not None:
-        outputs: tuple[Tensor, Tensor, Tensor] = _instead().forward(student, teachers, labels, scale, options, need_parts, grad)
-        return outputs
+    given = student, teachers, labels, scale, options, need_parts, grad
+    outputs = _on_clusters(*given) if refusal(student, teachers, options, grad) is None else None
+    return outputs or _instead().forward(*given)
+
+
+def _on_clusters(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    scale: Tensor,
+    options: RowOptions,
+    need_parts: bool,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """None where the device has no room for such a cluster."""
     rows, device = student.shape[0], student.device
     loss = torch.empty(rows, dtype=torch.float32, device=device)
     stats = torch.empty(rows, 4, dtype=torch.float64, device=device)
     parts = torch.empty((rows, len(PARTS)) if need_parts else 0, dtype=torch.float32, device=device)
     labels, scale = None if labels is None else labels.contiguous(), scale.contiguous()
     with torch.cuda.device(device):
-        _cuda.logits(
+        done = _cuda.logits(
             rows, _matrix(student), _matrix(teachers[0]), _matrix(grad), 0 if labels is None else labels.data_ptr(),
             scale.data_ptr(), loss.data_ptr(), stats.data_ptr(), parts.data_ptr() if need_parts else 0, options.temperature,
             options.soft_scale, options.hard_weight, options.z_loss, _blocks(student, teachers[0]), device.index,
             torch.cuda.current_stream(device).cuda_stream,
         )  # fmt: skip
-    return loss, stats, parts
+    return (loss, stats, parts) if done else None
 
 
 def backward(
