@@ -13,11 +13,12 @@ void run(const LogitsArgs& args, const Scalars& scalars, int blocks, int cluster
     const int common = int(std::min(args.student.columns, args.teacher.columns)), chunks = chunks_for(common, blocks);
     const size_t ring_size = ring_bytes(common, blocks, sizeof(S) + sizeof(T));
     for (int index = 0; index < clusters; ++index) {
-        std::vector<std::vector<unsigned char>> memory(blocks, std::vector<unsigned char>(sizeof(Shared) + ring_size + 256, 0xff));
+        const std::vector<unsigned char> fresh(sizeof(Shared) + ring_size + 256, 0xff);
+        std::vector<std::vector<unsigned char>> memory(blocks, fresh);
         std::vector<void*> shared;
         for (auto& block : memory) shared.push_back(block.data() + (128 - uintptr_t(block.data()) % 128) % 128);
         const size_t ring_at = (sizeof(Shared) + 127) / 128 * 128;
-        device::launch(index, clusters, kThreads, shared, seed + index, [&](device::Block& block) {
+        device::launch(index, clusters, kThreads, shared, seed, [&](device::Block& block) {
             unsigned char* room = static_cast<unsigned char*>(block.shared);
             Shared& own = *reinterpret_cast<Shared*>(room);
             Walk<S, T, A, P>{args, scalars, own, room + ring_at, chunks, cluster_rank(), cluster_blocks()}.run();

@@ -1,8 +1,8 @@
 // A thread-block cluster on one CPU thread, for the code of csrc/cuda/walk.h: every device thread is a fiber.
 //
-// Fibers change where a device thread could wait, in an order drawn anew each round; now and then one, or a whole block, sleeps
-// for many rounds while the others run as far ahead as the barriers let them. A bulk copy spoils its target at once and
-// lands at some later round, so that whoever reads too early, or still needs what was there, meets NaN.
+// Fibers change where a device thread could wait, in an order drawn anew each round. With a seed other than 0 now and then one,
+// or a whole block, sleeps for many rounds while the others run as far ahead as the barriers let them. A bulk copy spoils its
+// target at once and lands at some later round, so that whoever reads too early, or still needs what was there, meets NaN.
 #pragma once
 
 #include <ucontext.h>
@@ -94,6 +94,7 @@ struct Cluster {
     std::map<uint64_t*, Arrival> arrivals;
     std::vector<Copy> copies;
     std::mt19937 dice;
+    bool sleepy;
     ucontext_t scheduler;
     Fiber* current = nullptr;
     std::function<void(Block&)> program;
@@ -110,7 +111,7 @@ struct Cluster {
     // Whether what had `rounds` to sleep does not run this time; once in a while it goes to sleep.
     bool sleeps(int& rounds, unsigned once_in) {
         if (rounds > 0) return --rounds > 0;
-        if (dice() % once_in == 0) rounds = dice() % 200;
+        if (sleepy && dice() % once_in == 0) rounds = dice() % 200;
         return rounds > 0;
     }
 
@@ -145,12 +146,14 @@ void enter() {
 
 // Runs `program` in every thread of a cluster; `shared` is where each block's shared memory is.
 void launch(
-    int64_t index, int64_t count, int threads, const std::vector<void*>& shared, unsigned seed, std::function<void(Block&)> program
+    int64_t index, int64_t count, int threads, const std::vector<void*>& shared, unsigned seed,
+    std::function<void(Block&)> program
 ) {
     Cluster here{};
     here.index = index, here.count = count;
     here.meeting.size = threads * int(shared.size());
-    here.dice.seed(seed);
+    here.dice.seed(seed * unsigned(count) + unsigned(index));
+    here.sleepy = seed != 0;
     here.program = std::move(program);
     for (size_t rank = 0; rank < shared.size(); ++rank) {
         here.blocks.push_back({int(rank), {threads}, std::vector<Warp>(threads / kWarp), shared[rank]});
