@@ -12,7 +12,7 @@ help:
 	@echo "make test                      every test that can run on this machine"
 	@echo "make lint | format             ruff and mypy | ruff format"
 	@echo "make build                     the C++ extension, in place"
-	@echo "make aot                       compile every Triton kernel ahead of time, no GPU needed"
+	@echo "make aot                       compile every Triton and CUDA kernel ahead of time, no GPU needed"
 	@echo "make bench                     kdfast against its peers on this machine"
 
 # Python first, then the extension in place: it is rebuilt, incrementally, whenever a source is newer.
@@ -52,4 +52,4 @@ bench: build
 	$(BIN)/python -m bench attention
 
 clean:
-	rm -rf build *.egg-info kdfast/_C*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build *.egg-info kdfast/_C*.so kdfast/_cuda*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,10 +1,11 @@
-"""Builds `kdfast._C`: C++17 with OpenMP, no torch, each kernel compiled once per instruction set, through one ninja file.
+"""Builds `kdfast._C` and, where nvcc is, `kdfast._cuda`: C++17 with OpenMP, no torch, each through a ninja file of its own.
 
-KDFAST_BUILD=auto  C++ when a compiler is found (else pure Python), CUDA when nvcc and CUDA sources are found (default)
+KDFAST_BUILD=auto  C++ when a compiler is found (else pure Python), CUDA when nvcc for sm_90 is found (default)
              cpu   C++ only; no compiler is an error
              cuda  C++ and CUDA; no nvcc is an error
              none  pure Python
-CXX names the C++ compiler.
+CXX names the C++ compiler. CPU kernels are compiled once per instruction set. The CUDA runtime is linked into `_cuda`, which
+is imported when a CUDA kernel is first asked for: neither the build machine nor the one that runs it needs a GPU.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 ISAS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"}
-NVCC_FLAGS = (
-    "-O3 -std=c++17 -Xcompiler -fPIC -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=[sm_100,compute_100]"
-)
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+#: Machine code for these, and PTX of the last for what comes after.
+GPU_ARCHITECTURES = ("90", "100")
 
 
 def find_compiler() -> str | None:
@@ -58,8 +59,23 @@ def wanted_build() -> str:
     return mode
 
 
+def gpu_flags() -> str:
+    """The architectures to compile for, as flags of nvcc; "" when it knows none of them."""
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    known = [a for a in GPU_ARCHITECTURES if f"compute_{a}" in listed]
+    flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in known]
+    return " ".join([*flags, f"-gencode arch=compute_{known[-1]},code=compute_{known[-1]}"]) if known else ""
+
+
+def cuda_missing() -> str:
+    """Why `_cuda` cannot be built, or ""."""
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on PATH; expected that of CUDA 12 or later"
+    return "" if gpu_flags() else "this nvcc knows no sm_90; expected that of CUDA 12 or later"
+
+
 class NinjaBuild(build_ext):
-    """One ninja file for the whole extension: parallel, and incremental by content of the headers too."""
+    """A ninja file an extension: parallel, and incremental by content of the headers too."""
 
     def build_extension(self, ext: Extension) -> None:
         mode, compiler = wanted_build(), find_compiler()
@@ -70,47 +86,62 @@ class NinjaBuild(build_ext):
                 "kdfast: no C++ compiler found, installing pure Python; `kdfast env` says how to get the C++ backend",
                 file=sys.stderr,
             )
-            return
-        cuda = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        nvcc = shutil.which("nvcc")
-        if mode == "cuda" and not (cuda and nvcc):
-            missing = "nvcc is not on PATH" if cuda else "this version has no CUDA sources; the GPU backend is Triton"
-            raise SystemExit(f"KDFAST_BUILD=cuda: {missing}")
-        folder = Path(self.build_temp).resolve()
+        elif ext.name == "kdfast._C":
+            self.ninja(ext, cpu_rules(compiler), Path(self.build_temp))
+        else:
+            self.build_cuda(ext, mode, compiler)
+
+    def build_extensions(self) -> None:
+        if wanted_build() == "cuda" and (why := cuda_missing()):
+            raise SystemExit(f"KDFAST_BUILD=cuda: {why}")
+        super().build_extensions()
+
+    def build_cuda(self, ext: Extension, mode: str, compiler: str) -> None:
+        why = cuda_missing()
+        if not why:
+            try:
+                self.ninja(ext, cuda_rules(compiler), Path(self.build_temp) / "cuda")
+            except subprocess.CalledProcessError:
+                why = "nvcc or the link of its objects failed, see above"
+                if mode == "cuda":
+                    raise SystemExit(f"KDFAST_BUILD=cuda: {why}") from None
+        if why and shutil.which("nvcc"):
+            print(f"kdfast: no CUDA backend: {why}; the GPU backend is Triton", file=sys.stderr)
+
+    def ninja(self, ext: Extension, rules: list[str], folder: Path) -> None:
+        """Builds what `rules` make of $target, in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        use_cuda = bool(cuda and nvcc and mode in ("auto", "cuda"))
-        text = ninja_file(compiler, target, nvcc if use_cuda else None, cuda if use_cuda else [])
-        (folder / "build.ninja").write_text(text)
+        (folder / "build.ninja").write_text("\n".join(rules).replace("$target", escape(target)) + "\n")
         subprocess.run([find_ninja(), "-C", str(folder)], check=True)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
-    def copy_extensions_to_source(self) -> None:
-        if all(Path(self.get_ext_fullpath(ext.name)).exists() or self.inplace for ext in self.extensions):
-            super().copy_extensions_to_source()
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(compiler: str, target: Path, nvcc: str | None, cuda: list[Path]) -> str:
+def compile_rules(compiler: str) -> list[str]:
     import pybind11
 
-    def escape(path: Path) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    lines = [
+    return [
         f"cxx = {compiler}",
         f"flags = {COMMON} {includes}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "rule link",
-        f"  command = $cxx {shared} -fopenmp $in -o $out.tmp $libs && mv $out.tmp $out",
     ]
+
+
+def cpu_rules(compiler: str) -> list[str]:
+    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    lines = compile_rules(compiler)
+    lines += ["rule link", f"  command = $cxx {shared} -fopenmp $in -o $out.tmp && mv $out.tmp $out"]
     objects = []
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         objects.append(f"{source.stem}.o")
@@ -119,16 +150,31 @@ def ninja_file(compiler: str, target: Path, nvcc: str | None, cuda: list[Path]) 
         for isa, flags in ISAS.items():
             objects.append(f"{source.stem}.{isa}.o")
             lines += [f"build {objects[-1]}: compile {escape(source)}", f"  isa = -DKDFAST_ISA={isa} {flags}"]
-    if nvcc is not None:
-        lines += ["rule nvcc", f"  command = {nvcc} {NVCC_FLAGS} -I{ROOT / 'csrc'} -c $in -o $out"]
-        for source in cuda:
-            objects.append(f"{source.stem}.cu.o")
-            lines.append(f"build {objects[-1]}: nvcc {escape(source)}")
-    lines += [f"build {escape(target)}: link {' '.join(objects)}"]
-    if nvcc is not None:
-        lines.append("  libs = -lcudart_static -lrt -ldl -lpthread")
-    return "\n".join(lines) + "\n"
+    return [*lines, f"build $target: link {' '.join(objects)}"]
 
 
-extensions = [] if wanted_build() == "none" else [Extension("kdfast._C", sources=[])]
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+def cuda_rules(compiler: str) -> list[str]:
+    lines = compile_rules(compiler)
+    lines += [
+        "rule nvcc",
+        f"  command = nvcc {NVCC_FLAGS} {gpu_flags()} -I{ROOT / 'csrc'} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        # nvcc knows where its static runtime is, whose symbols stay inside: torch brings a runtime of its own.
+        "rule link",
+        "  command = nvcc -shared --cudart static -Xlinker --exclude-libs=ALL $in -o $out.tmp && mv $out.tmp $out",
+    ]
+    objects = []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.c*")):
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'compile'} {escape(source)}")
+    return [*lines, f"build $target: link {' '.join(objects)}"]
+
+
+def wanted_extensions() -> list[Extension]:
+    """Optional ones: what could not be built is left out."""
+    names = {"none": [], "cpu": ["kdfast._C"]}.get(wanted_build(), ["kdfast._C", "kdfast._cuda"])
+    return [Extension(name, sources=[], optional=True) for name in names]
+
+
+setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": NinjaBuild})

@@ -1,8 +1,9 @@
-"""`python -m bench aot`: compiles every Triton kernel for GPUs that are not here, and gates on spills.
+"""`python -m bench aot`: compiles every Triton and CUDA kernel for GPUs that are not here, and gates on spills.
 
 Each kernel is compiled at every size its launch function can pick and in a handful of representative types, with the
 hints the runtime would give (16-byte aligned pointers, sizes and strides that 16 divides). Registers, spills and load
-widths are read from the machine code. sm_80 and sm_90 must not spill; sm_100 and gfx942 must compile.
+widths are read from the machine code. sm_80 and sm_90 must not spill; sm_100 and gfx942 must compile. CUDA sources: see
+`aot_cuda`; without nvcc they are left out, which is said.
 """
 
 from __future__ import annotations
@@ -332,6 +333,14 @@ def _failed(report: Report) -> bool:
     return bool(report.error) or (report.target in GATED and report.spills > 0)
 
 
+def _cuda_targets(targets: Sequence[str], quick: bool, kernel: str) -> list[str]:
+    """For which of the targets the CUDA sources are to be compiled."""
+    from bench import aot_cuda
+
+    wanted = aot_cuda.TARGETS[:1] if quick else aot_cuda.TARGETS
+    return [target for target in wanted if target in targets and kernel in "cuda.logits"]
+
+
 def _line(report: Report) -> str:
     name = f"{report.kernel:25} {report.case:42} {report.target:7} {report.warps:5}"
     if report.error:
@@ -355,17 +364,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         print("aot: triton is not installed; expected it to compile the kernels; pip install triton", file=sys.stderr)
         return 2
+    from bench import aot_cuda
+
     targets = options.target or TARGETS
     chosen = [c for c in cases() if options.kernel in f"{_module(c.kernel)}.{c.kernel.__name__}"]
-    if not chosen:
+    in_cuda = [] if aot_cuda.missing() else _cuda_targets(targets, options.quick, options.kernel)
+    if not chosen and not in_cuda:
         print(f"aot: --kernel: expected part of a kernel's name, got {options.kernel!r}", file=sys.stderr)
         return 2
     failures = 0
+    triton_reports = (compile_case(case, target) for case, target in _pick(chosen, targets, options.quick))
+    reports = itertools.chain(triton_reports, aot_cuda.reports(in_cuda))
     if not options.json:
         print(f"{'kernel':25} {'case':42} target  warps registers spills shared 128-bit / narrower loads")
-    for report in (compile_case(case, target) for case, target in _pick(chosen, targets, options.quick)):
+    for report in reports:
         failures += _failed(report)
         print(json.dumps(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
+    if aot_cuda.missing() and not options.json:
+        print(f"CUDA sources left out: {aot_cuda.missing()}")
     if not options.json:
         print(
             f"{failures} failed" if failures else f"no spills on {' and '.join(t for t in GATED if t in targets)}; all compile"

@@ -135,6 +135,8 @@ def logits_peers(device: str, *, compiled: tuple[str, ...] = ("log_target", "pro
         Peer("kdfast", ours(False), ours=True),
         Peer("kdfast overwrite_logits", ours(True), ours=True, fresh=True, note="no second N x V buffer"),
     ]
+    if device == "cuda":
+        peers.append(_cluster_peer(ours(False)))
     peers += [Peer(f"eager {name}", _on_logits(f)) for name, f in SPELLINGS]
     peers += [
         Peer(f"compile {name}", _on_logits(torch.compile(f, dynamic=False)), plain=_on_logits(f))
@@ -146,6 +148,17 @@ def logits_peers(device: str, *, compiled: tuple[str, ...] = ("log_target", "pro
     peers.append(Peer("Liger KLDIVLoss", trained(_liger_kl), missing=missing, note=f"{note}; no ignore_index"))
     peers.append(Peer("Liger JSD beta=0", trained(_liger_jsd), missing=missing, note=note))
     return peers
+
+
+def _cluster_peer(ours: Run) -> Peer:
+    """The unproven CUDA backend; it has no float64, where the default stands for it."""
+
+    def run(case: Any) -> Outcome:
+        with kdfast.use_backend("cuda"):
+            return ours(case)
+
+    reason = next(b.reason for b in kdfast.backends() if b.name == "cuda")
+    return Peer("cluster kernel", run, missing=reason, note='use_backend("cuda"), unproven', ours=True, plain=ours)
 
 
 def divergence_peers() -> list[Peer]:

@@ -33,6 +33,7 @@ class Backend:
         dtypes: dtypes of the student it takes; empty means any floating dtype.
         missing: returns why it cannot run on this machine, with the remedy, or None when it can.
         proven: False keeps it out of the default order, so that only `use_backend` reaches it.
+        gives_way_to: the backend that runs the ops it does not have, also when it is forced.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()
     missing: Callable[[], str | None] = lambda: None
     proven: bool = True
+    gives_way_to: str | None = None
 
     def refuses(self, op: str, device: str, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run `op` on these inputs, or None."""
@@ -93,6 +95,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
     if forced is not None:
+        forced = _holder(op, forced).name
         why = _BACKENDS[forced].refuses(op, device, dtype)
         if why is not None:
             able = [b.name for b in _BACKENDS.values() if b.refuses(op, device, dtype) is None]
@@ -114,8 +117,14 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str
 
 
 def kernel(op: str, backend: str) -> ModuleType:
-    """The module that holds the kernels of `op` in `backend`."""
-    return importlib.import_module(f"{_BACKENDS[backend].package}.{op}")
+    """The module that holds the kernels of `op` in `backend`, or in the one it gives way to."""
+    return importlib.import_module(f"{_holder(op, backend).package}.{op}")
+
+
+def _holder(op: str, name: str) -> Backend:
+    """The backend that has `op`: the named one, else the one it gives way to."""
+    backend = _BACKENDS[name]
+    return backend if op in backend.ops or backend.gives_way_to is None else _BACKENDS[backend.gives_way_to]
 
 
 @contextlib.contextmanager

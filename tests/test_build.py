@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from bench import aot_cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +27,7 @@ def build(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess
         [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "out"],
         cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return done, list((folder / "out").rglob("_C*"))
+    return done, list((folder / "out").rglob("*.so"))
 
 
 @pytest.fixture
@@ -68,9 +71,30 @@ def test_none_builds_nothing(tmp_path: Path) -> None:
     assert not built
 
 
-def test_cuda_without_its_sources_is_one_line(tmp_path: Path) -> None:
+def test_cuda_without_nvcc_is_one_line(tmp_path: Path, no_tools: str) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    done, _ = build(source, KDFAST_BUILD="cuda")
+    done, built = build(source, PATH=no_tools, KDFAST_BUILD="cuda", CXX=shutil.which("g++") or shutil.which("clang++") or "c++")
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith("KDFAST_BUILD=cuda: this version has no CUDA sources")
+    assert done.stderr.strip().splitlines()[-1] == "KDFAST_BUILD=cuda: nvcc is not on PATH; expected that of CUDA 12 or later"
+    assert not built
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_kernels_fit_their_registers() -> None:
+    """Every kernel compiles for sm_90, spills nothing and leaves room for two blocks on a multiprocessor."""
+    reports = list(aot_cuda.reports(["sm_90"]))
+    assert len(reports) >= 30
+    assert [r for r in reports if r.error or r.spills] == []
+    assert max(r.registers or 0 for r in reports) * 256 * 2 <= 65536
+    assert max(r.shared_bytes for r in reports) <= 3 << 10
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kdfast._cuda") is None, reason="the CUDA extension is not built")
+def test_the_cuda_extension_imports_without_a_gpu() -> None:
+    code = (
+        "import kdfast, sys; assert 'kdfast._cuda' not in sys.modules; from kdfast import _cuda; print(_cuda.build_version())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 12000

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import kdfast
 from kdfast import _C, dispatch, kd_loss, use_backend
+from kdfast.backends import cuda
 
 
 def python(code: str, **environment: str) -> str:
@@ -31,7 +32,8 @@ def test_backends_lists_every_one_with_its_reason() -> None:
     assert rows["triton"].available or "TRITON_INTERPRET" in rows["triton"].reason or "pip install" in rows["triton"].reason
     for row in rows.values():
         assert row.available == (row.reason == "")
-        assert set(row.ops) >= {"logits", "linear", "topk", "scale"}
+        assert row.proven == (row.name != "cuda")
+        assert set(row.ops) >= ({"logits", "linear", "topk", "scale"} if row.proven else {"logits"})
 
 
 def test_cpu_prefers_cpp_and_float64_is_the_reference_without_a_warning() -> None:
@@ -49,6 +51,47 @@ def test_use_backend_is_undone() -> None:
     with contextlib.suppress(KeyError), use_backend("reference"):
         raise KeyError
     assert dispatch.choose("logits", device, torch.float32) == "cpp"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_cuda_without_a_gpu_says_what_is_missing() -> None:
+    reason = next(row.reason for row in kdfast.backends() if row.name == "cuda")
+    assert "not built" in reason or "driver" in reason or "no GPU" in reason
+    with pytest.raises(RuntimeError, match="use_backend\\('cuda'\\)") as raised, use_backend("cuda"):
+        pass
+    assert reason in str(raised.value)
+    assert "available here: cpp" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("driver", "build", "says"),
+    [(0, 13000, "no CUDA driver"), (12080, 13000, "the driver's CUDA is 12.8, expected 13.0 or later"), (13000, 13000, None),
+     (13000, 13020, None), (14010, 13000, None)],
+    ids=["none", "older-major", "same", "older-minor", "newer"],
+)  # fmt: skip
+def test_a_driver_must_be_as_new_as_the_build(driver: int, build: int, says: str | None) -> None:
+    found = cuda.driver_refusal(driver, build)
+    assert found is None if says is None else says in str(found)
+
+
+def test_cuda_gives_way_to_triton_for_ops_it_does_not_have() -> None:
+    pytest.importorskip("triton")
+    assert dispatch.kernel("scale", "cuda") is dispatch.kernel("scale", "triton")
+    assert dispatch.kernel("scale", "cpp") is not dispatch.kernel("scale", "triton")
+
+
+def test_an_unproven_backend_is_not_chosen_by_itself() -> None:
+    name = "unproven-here"
+    dispatch.register(dispatch.Backend(name, "kdfast.backends.reference", ("logits",), proven=False))
+    try:
+        for device in ("cpu", "cuda"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert dispatch.choose("logits", torch.device(device), torch.float32) not in (name, "cuda")
+        with use_backend(name):
+            assert dispatch.choose("logits", torch.device("cpu"), torch.float32) == name
+    finally:
+        del dispatch._BACKENDS[name]
 
 
 def test_falling_back_warns_once_and_says_why() -> None:

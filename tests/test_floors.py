@@ -13,6 +13,7 @@ PACKAGE = ROOT / "kdfast"
 #: Rooms from the ground up, each with the rooms it may import beside itself.
 ROOMS = {
     "_C": set(),
+    "_cuda": set(),
     "options": set(),
     "dispatch": set(),
     "memory": set(),
@@ -22,13 +23,14 @@ ROOMS = {
     "logit_grams": {"memory", "chunks", "head_grams"},
     "backends.reference": {"options", "dispatch", "chunks"},
     "backends.compiled": {"options", "dispatch", "memory", "chunks", "grams", "logit_grams", "_C"},
+    "backends.cuda": {"options", "dispatch", "_cuda"},
     "backends.triton": {"options", "dispatch", "chunks", "grams", "logit_grams"},
     "ops": {"options", "dispatch", "memory", "chunks"},
     "losses": {"options", "ops"},
     "cache": {"options", "ops", "_C"},
     "train": {"options", "ops", "losses", "cache"},
     "integrations": set(),
-    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C"},
+    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C", "_cuda"},
 }
 OPS = ["attention", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 

@@ -1,5 +1,7 @@
 """Kernels, one package per backend, one module per op; each package registers itself with the dispatch table.
 
+A backend may leave out ops and inputs and give way to another one (`cuda` to `triton`), whose row statistics it then shares.
+
 What every backend's module of an op must offer. Shapes: N rows, Vs and Vt vocabularies, Vc = min(Vs, Vt).
 All tensors are on one device; rows have unit stride along the vocabulary and any stride between rows.
 
@@ -74,6 +76,6 @@ Float inputs are float32, bfloat16 or float16 with float32 arithmetic, float32 l
 `reference` also takes float64 and then computes everything in float64.
 """
 
-from kdfast.backends import compiled, reference, triton
+from kdfast.backends import compiled, cuda, reference, triton
 
-__all__ = ["compiled", "reference", "triton"]
+__all__ = ["compiled", "cuda", "reference", "triton"]

@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
         "extension": _extension(),
+        "cuda_extension": _cuda_extension(),
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "gpus": gpus,
         "backends": [
@@ -64,12 +65,25 @@ def _extension() -> str:
     return f"built, kernels for {_C.isa()}" if hasattr(_C, "isa") else "built"
 
 
+def _cuda_extension() -> str:
+    if util.find_spec("kdfast._cuda") is None:
+        return "not built: put nvcc (CUDA 12 or later) on PATH, then reinstall kdfast"
+    from kdfast import _cuda
+
+    def text(version: int) -> str:
+        return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+    driver = _cuda.driver_version()
+    return f"built with {text(_cuda.build_version())}, driver {text(driver) if driver else 'missing'}"
+
+
 def _show(found: dict[str, Any]) -> None:
     print(f"kdfast {found['kdfast']}, Python {found['python']}, {found['system']}")
     print("packages  " + ", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items()))
     print(f"cpu       {found['cpu']['capability']}, {found['cpu']['threads']} threads")
     print(f"gpu       {', '.join(found['gpus']) or 'none'}")
     print(f"extension {found['extension']}")
+    print(f"cuda      {found['cuda_extension']}")
     for b in found["backends"]:
         state = "ready" if b["available"] else f"missing: {b['reason']}"
         unproven = "" if b["proven"] else " (unproven: only use_backend reaches it)"
