@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kdfast.cache.format import IGNORE, AlignmentError, CacheInfo
+from kdfast.cache.format import IGNORE, AlignmentError
+from kdfast.cache.manifest import CacheInfo
 from kdfast.cache.reader import CacheReader
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import label_logprobs

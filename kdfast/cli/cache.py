@@ -128,7 +128,7 @@ def _weights_hash(folder: Path) -> str:
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from kdfast.cache.format import CacheInfo, read_manifest
+    from kdfast.cache.manifest import CacheInfo, read_manifest
 
     found: dict[str, Any] = CacheInfo.of(*read_manifest(Path(args.path))).as_json()
     if args.plot:
