@@ -9,6 +9,7 @@ using codec::Layout;
 using codec::RowsOut;
 using codec::Status;
 
+#if !defined(__AVX512F__)
 // For every byte, the places of its set bits, one a byte.
 struct Places {
     std::uint64_t of[256];
@@ -24,16 +25,36 @@ constexpr Places kPlaces;
 
 typedef std::uint8_t bytes8 __attribute__((vector_size(8)));
 typedef std::int32_t words8 __attribute__((vector_size(32)));
+#endif
 
-// Places of the set bits; returns how many. Writes up to 8 too many.
+// Places of the set bits; returns how many. Writes up to a vector too many.
 std::int64_t select(const std::uint8_t* data, std::size_t bytes, std::uint32_t* places) {
     std::uint32_t* at = places;
+#if defined(__AVX512F__)
+    __m512i place = (__m512i)lane_numbers();
+    for (std::size_t i = 0; i < bytes; i += 2, place = _mm512_add_epi32(place, _mm512_set1_epi32(16))) {
+        std::uint16_t bits;
+        std::memcpy(&bits, data + i, 2);
+        if (i + 1 == bytes) bits &= 0xff;
+        _mm512_storeu_si512(at, _mm512_maskz_compress_epi32(bits, place));
+        at += __builtin_popcount(bits);
+    }
+#else
     for (std::size_t i = 0; i < bytes; ++i) {
         const words8 x = __builtin_convertvector(bits_as<bytes8>(kPlaces.of[data[i]]), words8) + static_cast<int>(8 * i);
         std::memcpy(at, &x, sizeof(x));
         at += __builtin_popcount(data[i]);
     }
+#endif
     return at - places;
+}
+
+// The first `count` words of whole vectors.
+template <typename T>
+void copy_words(T* to, const T* from, std::int64_t count) {
+    std::int64_t i = 0;
+    for (; i + W <= count; i += W) store_words(to + i, load_words(from + i));
+    for (; i < count; ++i) to[i] = from[i];
 }
 
 class RowDecoder {
@@ -41,7 +62,8 @@ class RowDecoder {
     RowDecoder(const Layout& layout, Cursor& in, std::uint32_t* scratch)
         : layout_(layout), in_(in), words_(static_cast<std::size_t>(layout.k) + 128), places_(scratch),
           low_(scratch + 4 * words_), levels_(low_ + words_), draws_(levels_ + words_), patches_(draws_ + words_),
-          logp_(reinterpret_cast<float*>(patches_ + words_)), p_(logp_ + words_), ids_(reinterpret_cast<std::int32_t*>(p_ + words_)) {}
+          p_(reinterpret_cast<float*>(patches_ + words_)), spare_logp_(p_ + words_),
+          spare_ids_(reinterpret_cast<std::int32_t*>(spare_logp_ + words_)) {}
 
     Status row(std::int64_t count, const RowsOut& out);
 
@@ -49,6 +71,7 @@ class RowDecoder {
     Status read_tails(bool empty, const RowsOut& out);
     Status read_ids(std::int64_t count);
     Status read_blocks(std::int64_t count, std::uint32_t* out);
+    bool apply_patches(unsigned patches, unsigned width, std::int64_t n, std::uint32_t* out);
     void probabilities(std::int64_t count);
     float log_z(std::int64_t count, int column);
     Status weights(std::int64_t count, const RowsOut& out);
@@ -63,8 +86,8 @@ class RowDecoder {
     Cursor& in_;
     std::size_t words_, tails_at_ = 0;
     std::uint32_t *places_, *low_, *levels_, *draws_, *patches_;
-    float *logp_, *p_;
-    std::int32_t* ids_;
+    float *p_, *spare_logp_, *logp_ = nullptr;
+    std::int32_t *spare_ids_, *ids_ = nullptr;
     std::int64_t last_count_ = 0;
     unsigned low_width_ = 0;
 };
@@ -75,7 +98,7 @@ Status RowDecoder::read_tails(bool empty, const RowsOut& out) {
     for (int j = 0; j < layout_.n_t; ++j) {
         const unsigned code = tail_code(j);
         if ((code == codec::kTailAll) != empty) return codec::kBadTail;
-        out.log_tail[j] = code ? log_fixed(static_cast<float>(tail_mass(code).tail)) : -kInf;
+        out.log_tail[j] = static_cast<float>(tail_mass(code).tail);  // its log is taken for all rows at once
     }
     in_.pos += 2 * static_cast<std::size_t>(layout_.n_t);
     return codec::kOk;
@@ -104,6 +127,23 @@ Status RowDecoder::read_ids(std::int64_t count) {
     return any(wrong) || ids_[count - 1] >= layout_.vocab ? codec::kBadId : codec::kOk;
 }
 
+// Places have to rise and stay below n. Eight at a time: the number of patches would be guessed wrong too often.
+bool RowDecoder::apply_patches(unsigned patches, unsigned width, std::int64_t n, std::uint32_t* out) {
+    constexpr unsigned together = 8;
+    std::memset(patches_ + patches, 0, together * 4);
+    for (unsigned j = 0; j < patches; j += together)
+        for (unsigned l = 0; l < together; ++l)
+            out[patches_[j + l] & (codec::kBlock - 1)] |= patches_[j + l] >> codec::kPlaceBits << width;
+    ivec previous = ivec{} - 1, wrong = {};
+    for (unsigned j = 0; j < patches; j += W) {
+        const ivec place = load_words(patches_ + j) & (codec::kBlock - 1);
+        const ivec there = lane_numbers() + static_cast<int>(j) < static_cast<int>(patches);
+        wrong |= ((place <= after(previous, place)) | (place >= static_cast<int>(n))) & there;
+        previous = place;
+    }
+    return !any(wrong);
+}
+
 Status RowDecoder::read_blocks(std::int64_t count, std::uint32_t* out) {
     for (std::int64_t i = 0; i < count; i += codec::kBlock, out += codec::kBlock) {
         const std::int64_t n = count - i < codec::kBlock ? count - i : codec::kBlock;
@@ -120,14 +160,7 @@ Status RowDecoder::read_blocks(std::int64_t count, std::uint32_t* out) {
         unpack(data, width, n, out);
         if (!patches) continue;
         unpack(data + bytes, more + codec::kPlaceBits, patches, patches_);
-        std::int32_t previous = -1, wrong = 0;
-        for (unsigned j = 0; j < patches; ++j) {
-            const std::int32_t place = static_cast<std::int32_t>(patches_[j] & (codec::kBlock - 1));
-            wrong |= place <= previous;
-            previous = place;
-            out[place] |= patches_[j] >> codec::kPlaceBits << width;
-        }
-        if (wrong || previous >= n) return codec::kBadCode;
+        if (!apply_patches(patches, width, n, out)) return codec::kBadCode;
     }
     return codec::kOk;
 }
@@ -136,8 +169,8 @@ Status RowDecoder::read_blocks(std::int64_t count, std::uint32_t* out) {
 void RowDecoder::probabilities(std::int64_t count) {
     std::uint64_t sum = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-        const std::uint64_t odd = 2 * levels_[i] + 1;
-        sum += odd * odd;
+        const std::uint32_t odd = 2 * levels_[i] + 1;
+        sum += static_cast<std::uint64_t>(odd) * odd;
     }
     const vec unit = set(static_cast<float>(tail_mass(tail_code(layout_.one)).rest / static_cast<double>(sum)));
     for (std::int64_t i = 0; i < count; i += W) {
@@ -192,13 +225,17 @@ Status RowDecoder::weights(std::int64_t count, const RowsOut& out) {
         const vec drawn = share * from * exp_fixed(logp - (logp * inverse - z));
         store(p_ + i, c > 0 ? drawn : load(p_ + i));
     }
-    std::memcpy(out.weights, p_, static_cast<std::size_t>(count) * 4);
+    copy_words(out.weights, p_, count);
     return codec::kOk;
 }
 
 Status RowDecoder::row(std::int64_t count, const RowsOut& out) {
     Status status = read_tails(count == 0, out);
     if (status != codec::kOk) return status;
+    // Whole vectors go where they belong at once, others over memory that may be written beyond them.
+    const bool direct = count % W == 0;
+    ids_ = direct ? out.ids : spare_ids_;
+    logp_ = direct ? out.logprobs : spare_logp_;
     if (count) {
         if ((status = read_ids(count)) != codec::kOk) return status;
         if ((status = read_blocks(count, levels_)) != codec::kOk) return status;
@@ -206,8 +243,10 @@ Status RowDecoder::row(std::int64_t count, const RowsOut& out) {
         probabilities(count);
     }
     for (int j = 0; j < layout_.n_t; ++j) out.log_z[j] = j == layout_.one || !count ? 0.0f : log_z(count, j);
-    std::memcpy(out.ids, ids_, static_cast<std::size_t>(count) * 4);
-    std::memcpy(out.logprobs, logp_, static_cast<std::size_t>(count) * 4);
+    if (!direct) {
+        copy_words(out.ids, ids_, count);
+        copy_words(out.logprobs, logp_, count);
+    }
     if (layout_.samples && count && (status = weights(count, out)) != codec::kOk) return status;
     for (std::int64_t i = count; i < layout_.k; ++i) {
         out.ids[i] = -1;
@@ -219,8 +258,22 @@ Status RowDecoder::row(std::int64_t count, const RowsOut& out) {
 
 }  // namespace
 
-codec::Result codec_decode(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
-                           std::uint32_t* scratch) {
+namespace {
+
+// Masses to their logs, in place.
+void take_logs(float* masses, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i += W) {
+        const vec mass = i + W <= count ? load(masses + i) : load_tail(masses + i, count - i, 1.0f);
+        const vec log = mass > set(0.0f) ? log_fixed(mass) : set(-kInf);
+        if (i + W <= count)
+            store(masses + i, log);
+        else
+            store_tail(masses + i, count - i, log);
+    }
+}
+
+codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
+                            std::uint32_t* scratch) {
     RowDecoder decoder(layout, in, scratch);
     const std::size_t most = codec::row_bytes(static_cast<std::size_t>(layout.k), layout.n_t) + codec::kSlack;
     for (std::int64_t t = 0; t < tokens; ++t) {
@@ -238,7 +291,16 @@ codec::Result codec_decode(const Layout& layout, Cursor& in, unsigned count_widt
         const Status status = decoder.row(count, row);
         if (status != codec::kOk) return {status, t};
     }
-    return {};
+    return {codec::kOk, tokens};
+}
+
+}  // namespace
+
+codec::Result codec_decode(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
+                           std::uint32_t* scratch) {
+    const codec::Result result = decode_masses(layout, in, count_width, tokens, out, scratch);
+    take_logs(out.log_tail, result.token * layout.n_t);
+    return result;
 }
 
 }  // namespace KDFAST_ISA

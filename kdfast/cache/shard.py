@@ -44,6 +44,7 @@ class Pending(NamedTuple):
 
 def write_shard(path: Path, settings: Settings, records: list[Pending]) -> tuple[int, str]:
     """Writes a shard and returns its size in bytes and its index digest."""
+    _safetensors()  # a capture that nobody here could read should not begin
     tensors = {
         "offsets": np.cumsum([0, *(len(r.payload) for r in records)], dtype=np.int64),
         "tokens": np.array([r.tokens for r in records], np.int64),
@@ -51,12 +52,23 @@ def write_shard(path: Path, settings: Settings, records: list[Pending]) -> tuple
         "key_offsets": np.cumsum([0, *(len(r.keys) // 8 for r in records)], dtype=np.int64),
         "keys": np.frombuffer(b"".join(r.keys for r in records), "<u8"),
         "checksums": np.array([codec.checksum(r.payload) for r in records], np.uint64),
-        "payload": np.frombuffer(b"".join(r.payload for r in records), np.uint8),
     }
-    data = memoryview(_safetensors().numpy.save(tensors, metadata=settings.as_metadata()))
-    start, end = _payload_span(data)
-    write_atomically(path, [data])
-    return len(data), digest(data[:start], data[end:])
+    head, index = _header(settings, tensors, sum(len(r.payload) for r in records)), [x.tobytes() for x in tensors.values()]
+    write_atomically(path, [head, *index, *(r.payload for r in records)])
+    return len(head) + sum(map(len, index)) + sum(len(r.payload) for r in records), digest(head, *index)
+
+
+def _header(settings: Settings, tensors: dict[str, np.ndarray], payload: int) -> bytes:
+    """Header of a safetensors file with the tensors in their order and the payload last, the same for the same content."""
+    entries: dict[str, Any] = {"__metadata__": settings.as_metadata()}
+    at = 0
+    for name, array in tensors.items():
+        entries[name] = {"dtype": _DTYPES[name], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    entries["payload"] = {"dtype": _DTYPES["payload"], "shape": [payload], "data_offsets": [at, at + payload]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return _HEADER_LENGTH.pack(len(text)) + text
 
 
 def _payload_span(data: memoryview) -> tuple[int, int]:
