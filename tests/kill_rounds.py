@@ -21,9 +21,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+import pytest
 from cache_helpers import SETTINGS, document
 
 from kdfast.cache import CacheError, CacheReader, CacheWriter, manifest, verify
+from kdfast.cache.shard import Shard
 
 DOCUMENTS = 14
 POINTS = ("write", "before fsync", "after fsync", "before rename", "after rename", "any time")
@@ -116,23 +118,13 @@ def safe_records(path: Path) -> int:
         return 0
     found, _ = manifest.read_manifest(path)
     for entry in found.shards:
-        shard = manifest_shard(path, entry, found)
+        shard = Shard(path, entry, found.settings)
         for i in range(len(shard.tokens)):
             shard.read(i)
     if not found.complete:
-        try:
+        with pytest.raises(CacheError, match="not finished"):
             CacheReader(path)
-        except CacheError as error:
-            assert "not finished" in str(error)
-        else:
-            raise AssertionError(f"{path}: an unfinished cache was opened for training")
     return sum(entry.records for entry in found.shards)
-
-
-def manifest_shard(path: Path, entry: Any, found: Any) -> Any:
-    from kdfast.cache.shard import Shard
-
-    return Shard(path, entry, found.settings)
 
 
 def contents(path: Path) -> dict[str, bytes]:

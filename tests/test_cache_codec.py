@@ -260,7 +260,9 @@ def test_many_entries_and_counts_that_vary(language: bool) -> None:
     targets = teacher_targets(3, 5000, 4096, (1.0, 2.0))
     ids = targets.ids.clone()
     ids[1, 100:] = -1
-    cut = torch.logaddexp(targets.log_tail, (targets.logprobs[:, 100:, None] / torch.tensor([1.0, 2.0])).logsumexp(1) - targets.log_z)
+    cut = torch.logaddexp(
+        targets.log_tail, (targets.logprobs[:, 100:, None] / torch.tensor([1.0, 2.0])).logsumexp(1) - targets.log_z
+    )
     log_tail = torch.where(torch.tensor([[False], [True], [False]]), cut, targets.log_tail)
     targets = dataclasses.replace(targets, ids=ids, log_tail=log_tail)
     coded, rows = round_trip(targets, 1e-4)

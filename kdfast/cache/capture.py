@@ -81,7 +81,9 @@ def capture(
     if batch_size < 1:
         raise CacheError(f"batch_size: expected 1 or more, got {batch_size}")
     if (top_p is not None) != (settings.kind == "topp") or (top_p is not None and not 0 < top_p <= 1):
-        raise CacheError(f"top_p: expected a share in (0, 1] with kind 'topp' and None with others, got {top_p} with {settings.kind!r}")
+        raise CacheError(
+            f"top_p: expected a share in (0, 1] with kind 'topp' and None with others, got {top_p} with {settings.kind!r}"
+        )
     examples = [d if isinstance(d, Example) else Example(d) for d in documents]
     if len(writer) > len(examples):
         raise CacheError(f"documents: the cache holds {len(writer)} records already, got only {len(examples)} documents")

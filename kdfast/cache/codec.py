@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -66,6 +67,11 @@ class Rows(NamedTuple):
     log_tail: np.ndarray
     weights: np.ndarray | None = None
 
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+        """The same change to every array there is."""
+        ids, logprobs, log_z, log_tail = map(change, self[:4])
+        return Rows(ids, logprobs, log_z, log_tail, None if self.weights is None else change(self.weights))
+
 
 class Encoded(NamedTuple):
     """The bytes of a record's targets, whether rows have counts, and the KL error of every token (float32 [L])."""
@@ -108,7 +114,9 @@ def empty_rows(layout: Layout, lead: tuple[int, ...]) -> Rows:
     """Uninitialised rows of the given leading dimensions."""
     wide, n_t = (*lead, layout.k), (*lead, len(layout.temperatures))
     weights = np.empty(wide, np.float32) if layout.samples else None
-    return Rows(np.empty(wide, np.int32), np.empty(wide, np.float32), np.empty(n_t, np.float32), np.empty(n_t, np.float32), weights)
+    return Rows(
+        np.empty(wide, np.int32), np.empty(wide, np.float32), np.empty(n_t, np.float32), np.empty(n_t, np.float32), weights
+    )
 
 
 def checksum(data: np.ndarray | bytes) -> int:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdfast.cache.codec_math import (
-    BLOCK, MAX_LEVEL, MAX_PATCHES, PLACE_BITS, count_width, low_width, pack_bits, tail_code, tail_mass,
+    BLOCK,
+    MAX_LEVEL,
+    MAX_PATCHES,
+    PLACE_BITS,
+    count_width,
+    low_width,
+    pack_bits,
+    tail_code,
+    tail_mass,
 )  # fmt: skip
 from kdfast.cache.codec_python import Fault, Status
 

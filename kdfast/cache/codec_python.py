@@ -9,13 +9,25 @@ from __future__ import annotations
 import ctypes
 import enum
 import math
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdfast.cache import record
 from kdfast.cache.codec_math import (
-    BLOCK, PLACE_BITS, TAIL_ALL, count_width, exp_fixed, log_fixed, log_of, low_width, sum16, tail_mass, unpack_bits, xxh64,
+    BLOCK,
+    PLACE_BITS,
+    TAIL_ALL,
+    count_width,
+    exp_fixed,
+    log_fixed,
+    log_of,
+    low_width,
+    sum16,
+    tail_mass,
+    unpack_bits,
+    xxh64,
 )  # fmt: skip
 from kdfast.cache.format import CorruptCache
 
@@ -146,9 +158,7 @@ def _read_row(layout: Layout, reader: _Reader, has_counts: bool, t: int, rows: R
         rows.weights[t, :count] = _weights(layout, p, logp, draws, rows.log_z[t, column], tails[column])
 
 
-def decode(
-    layout: Layout, data: bytes, has_counts: bool, tokens: int, rows: Rows, whole: bool = True
-) -> tuple[Status, int]:
+def decode(layout: Layout, data: bytes, has_counts: bool, tokens: int, rows: Rows, whole: bool = True) -> tuple[Status, int]:
     """`_C.codec_decode` with arrays in the place of addresses; `whole`: nothing may follow the last row."""
     reader = _Reader(data)
     for t in range(tokens):
@@ -161,8 +171,8 @@ def decode(
 
 def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows, out: Collated) -> tuple[Status, int, int]:
     """`_C.codec_decode_batch`, job by job."""
-    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in rows]
-    ids, labels, mask, attention = (x.reshape(-1) for x in out[:4])
+    flat = rows.each(lambda x: x.reshape(-1, x.shape[-1]))
+    ids, labels, mask, attention = (x.reshape(-1) for x in (out.input_ids, out.labels, out.loss_mask, out.attention_mask))
     for i, (address, size, tokens, contexts, wanted, at, room, context_at) in enumerate(jobs.tolist()):
         payload = np.frombuffer(ctypes.string_at(address, size), np.uint8)
         if xxh64(payload.tobytes()) != wanted & (2**64 - 1):
@@ -172,22 +182,21 @@ def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows,
         except CorruptCache:
             return Status.BAD_HEADER, i, 0
         n = min(tokens, room)
-        mine = type(rows)(*(None if x is None else x[at : at + n] for x in flat))
+        here, padding = slice(at, at + n), slice(at + n, at + room)
+        mine = flat.each(operator.itemgetter(here))
         status, token = decode(layout, parts.targets.tobytes(), parts.has_counts, n, mine, whole=n == tokens)
         if status:
             return status, i, token
-        for x, filler in zip(flat, (-1, -np.inf, 0.0, 0.0, 0.0), strict=True):
-            if x is not None:
-                x[at + n : at + room] = filler
+        flat.ids[padding], flat.logprobs[padding], flat.log_z[padding], flat.log_tail[padding] = -1, -np.inf, 0.0, 0.0
+        if flat.weights is not None:
+            flat.weights[padding] = 0.0
         own_mask, own_labels = record.supervision(parts, next_label)
-        for array, value, filler in (
-            (ids, parts.input_ids, 0), (labels, own_labels, record.IGNORE), (mask, own_mask, False), (attention, True, False)
-        ):  # fmt: skip
-            array[at : at + n] = value if value is True else value[:n]
-            array[at + n : at + room] = filler
+        ids[here], labels[here], mask[here], attention[here] = parts.input_ids[:n], own_labels[:n], own_mask[:n], True
+        ids[padding], labels[padding], mask[padding], attention[padding] = 0, record.IGNORE, False, False
         if out.context_ids is not None and out.context_mask is not None:
-            end = context_at + out.context_ids.shape[-1]
-            for array, value in ((out.context_ids.reshape(-1), parts.context_ids), (out.context_mask.reshape(-1), True)):
-                array[context_at:end] = 0
-                array[context_at : context_at + contexts] = value if contexts else 0
+            contexts_here = slice(context_at, context_at + out.context_ids.shape[-1])
+            found = np.zeros(0, np.int64) if parts.context_ids is None else parts.context_ids
+            place = np.arange(out.context_ids.shape[-1])
+            out.context_mask.reshape(-1)[contexts_here] = place < len(found)
+            out.context_ids.reshape(-1)[contexts_here] = np.resize(np.append(found, 0), len(place)) * (place < len(found))
     return Status.OK, 0, 0

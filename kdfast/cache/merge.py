@@ -65,7 +65,7 @@ def merge(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]] 
     if (target / MANIFEST).exists():
         raise CacheError(f"{target}: expected a folder without a cache, found {MANIFEST}; merge to another path")
     target.mkdir(parents=True, exist_ok=True)
-    entries = []
+    entries: list[ShardEntry] = []
     for folder, manifest in zip(folders, manifests, strict=True):
         for entry in manifest.shards:
             name = f"shard-{len(entries):05d}.safetensors"

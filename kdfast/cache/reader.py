@@ -203,11 +203,23 @@ class CacheReader:
         except CorruptCache as error:
             shard, at = self._locate(int(numbers[error.job]))
             raise CorruptCache(f"record {int(numbers[error.job])} ({shard.path}, record {at}): {error}") from None
-        tensors = [None if x is None else torch.from_numpy(x) for x in (ids, *out[1:], *rows)]
-        input_ids, labels, mask, attention, context_ids, context_mask, *target = tensors
-        targets = TopKTargets(*target[:4], self.settings.temperatures, self.settings.vocab_size, target[4])
-        batch = Batch(input_ids, targets, mask, labels, attention, context_ids, context_mask)
+        context_ids, context_mask = (None if x is None else torch.from_numpy(x) for x in context)
+        batch = Batch(
+            input_ids=torch.from_numpy(ids),
+            targets=self._targets(rows),
+            loss_mask=torch.from_numpy(out.loss_mask),
+            labels=torch.from_numpy(labels),
+            attention_mask=torch.from_numpy(out.attention_mask),
+            context_ids=context_ids,
+            context_mask=context_mask,
+        )
         return batch if torch.device(device).type == "cpu" else _to(batch, device)
+
+    def _targets(self, rows: codec.Rows) -> TopKTargets:
+        ids, logprobs, log_z, log_tail = map(torch.from_numpy, rows[:4])
+        weights = None if rows.weights is None else torch.from_numpy(rows.weights)
+        settings = self.settings
+        return TopKTargets(ids, logprobs, log_z, log_tail, settings.temperatures, settings.vocab_size, weights)
 
     def find(self, input_ids: Tensor) -> int | None:
         """The first record whose input ids are, or start with, `input_ids`; None when there is none.
@@ -237,7 +249,9 @@ class CacheReader:
         parts = self._parts(i)
         counts = (self[i].targets.ids >= 0).sum(-1).tolist()
         ids = sum(codec_math.id_bytes(self.settings.vocab_size, n) for n in counts if n)
-        fixed = len(counts) * ((codec_math.count_width(self.settings.k) if parts.has_counts else 0) + 2 * len(self.settings.temperatures))
+        fixed = len(counts) * (
+            (codec_math.count_width(self.settings.k) if parts.has_counts else 0) + 2 * len(self.settings.temperatures)
+        )
         values = parts.targets.size - fixed - ids
         return ids, values, int(shard.offsets[at + 1] - shard.offsets[at]) - ids - values
 

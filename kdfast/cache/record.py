@@ -79,7 +79,7 @@ def unpack(payload: np.ndarray, tokens: int, contexts: int) -> Parts:
     flags, *widths, n_tokens, n_context = _HEADER.unpack_from(payload.data)
     if (n_tokens, n_context) != (tokens, contexts):
         raise CorruptCache(
-            f"a record claims {n_tokens} tokens and {n_context} context ids where the shard's index says {tokens} and {contexts}"
+            f"a record claims {n_tokens} tokens and {n_context} context ids, the shard's index says {tokens} and {contexts}"
         )
     there = (True, flags & _LABELS, flags & _CONTEXT)
     if flags > 15 or any(not (1 <= w <= 4 if t else w == 0) for w, t in zip(widths, there, strict=True)):

@@ -16,7 +16,8 @@ from kdfast.cache.manifest import ShardEntry, digest, write_atomically
 
 _HEADER_LENGTH = struct.Struct("<Q")
 _DTYPES = {
-    "checksums": "U64", "contexts": "I64", "key_offsets": "I64", "keys": "U64", "offsets": "I64", "payload": "U8", "tokens": "I64",
+    "checksums": "U64", "contexts": "I64", "key_offsets": "I64", "keys": "U64",
+    "offsets": "I64", "payload": "U8", "tokens": "I64",
 }  # fmt: skip
 
 

@@ -205,7 +205,7 @@ class CacheWriter:
             work()
         else:
             # The caller may reuse its memory while the record waits.
-            rows = codec.Rows(*(None if x is None else x.copy() for x in rows))
+            rows = rows.each(np.copy)
             ids, mask = ids.copy(), None if mask is None else mask.copy()
             self._background.put(work)
 
