@@ -6,7 +6,8 @@ from kdfast.cache.format import AlignmentError, CacheError, CacheFull, CacheMism
 from kdfast.cache.manifest import CacheInfo
 from kdfast.cache.merge import merge, part_path
 from kdfast.cache.reader import Batch, CacheReader, Record
-from kdfast.cache.verify import Alignment, check_alignment, verify
+from kdfast.cache.repair import Repaired, repair
+from kdfast.cache.verify import Alignment, TeacherCheck, check_alignment, compare_with_teacher, verify
 from kdfast.cache.writer import CacheWriter
 
 __all__ = [
@@ -24,12 +25,16 @@ __all__ = [
     "CorruptCache",
     "Example",
     "Record",
+    "Repaired",
     "Settings",
+    "TeacherCheck",
     "capture",
     "check_alignment",
+    "compare_with_teacher",
     "merge",
     "nucleus",
     "part_path",
+    "repair",
     "share_of",
     "verify",
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from kdfast import memory
 from kdfast.cache import codec_encode, codec_math, codec_python
 from kdfast.cache.codec_python import Status
 from kdfast.cache.format import CacheError, CorruptCache, Settings
@@ -111,12 +114,13 @@ def layout_of(settings: Settings) -> Layout:
 
 
 def empty_rows(layout: Layout, lead: tuple[int, ...]) -> Rows:
-    """Uninitialised rows of the given leading dimensions."""
-    wide, n_t = (*lead, layout.k), (*lead, len(layout.temperatures))
-    weights = np.empty(wide, np.float32) if layout.samples else None
-    return Rows(
-        np.empty(wide, np.int32), np.empty(wide, np.float32), np.empty(n_t, np.float32), np.empty(n_t, np.float32), weights
-    )
+    """Uninitialised rows of the given leading dimensions, in one piece of memory that outlives them (`kdfast.memory`)."""
+    n, k, n_t = math.prod(lead), layout.k, len(layout.temperatures)
+    widths = [k, k, n_t, n_t, *([k] if layout.samples else [])]
+    buffer = memory.empty((n * sum(widths),), dtype=torch.float32, device=torch.device("cpu")).numpy()
+    ends = np.cumsum([0, *(n * w for w in widths)]).tolist()
+    ids, *rest = (buffer[a:b].reshape(*lead, w) for a, b, w in zip(ends, ends[1:], widths, strict=False))
+    return Rows(ids.view(np.int32), *rest)
 
 
 def checksum(data: np.ndarray | bytes) -> int:
