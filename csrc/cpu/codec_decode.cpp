@@ -232,8 +232,8 @@ Status RowDecoder::weights(std::int64_t count, const RowsOut& out) {
 Status RowDecoder::row(std::int64_t count, const RowsOut& out) {
     Status status = read_tails(count == 0, out);
     if (status != codec::kOk) return status;
-    // Whole vectors go where they belong at once, others over memory that may be written beyond them.
-    const bool direct = count % W == 0;
+    // Whole vectors go where they belong at once; others are worked on where more than them may be touched.
+    const bool direct = count % 16 == 0;
     ids_ = direct ? out.ids : spare_ids_;
     logp_ = direct ? out.logprobs : spare_logp_;
     if (count) {

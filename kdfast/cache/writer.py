@@ -33,7 +33,8 @@ from kdfast.ops.targets import TopKTargets
 _T = TypeVar("_T")
 
 _RECORD_INDEX_BYTES = 40  # of a record in the tensors of a shard's index, without its keys
-_INDEX_BYTES = 4096  # header of a shard and its part of the manifest, at most
+_ENTRY_BYTES = 1024  # of a shard in the manifest, at most
+_INDEX_BYTES = 4096  # header of a shard, its entry and the manifest without entries, at most
 
 
 class CacheWriter:
@@ -216,7 +217,7 @@ class CacheWriter:
         settings = self.settings
         coded = codec.encode(self._layout, rows, settings.max_kl, settings.values_bits, draws)
         payload = record.pack(ids, coded.data, coded.has_counts, mask, labels, context)
-        written = sum(s.bytes for s in self._manifest.shards)
+        written = sum(s.bytes + _ENTRY_BYTES for s in self._manifest.shards)
         if self._max_bytes is not None and written + self._bytes + len(payload) + _INDEX_BYTES > self._max_bytes:
             self.full = True
             raise CacheFull(
