@@ -1,85 +1,119 @@
 // Python bindings of the record codec: addresses as integers, the GIL released, a status instead of an exception.
-#include "codec.h"
-
 #include <pybind11/stl.h>
 
-#include <map>
-#include <mutex>
+#include <memory>
 
 #include "binding.h"
-#include "codec_common.h"
+#include "checksum.h"
+#include "codec_record.h"
 
 namespace py = pybind11;
 
 namespace kdfast {
-namespace codec {
-
-const double* log_table() {
-    static const std::vector<double> table = [] {
-        std::vector<double> t(kTable);
-        for (std::uint32_t q = 0; q < kTable; ++q) t[q] = std::log(2.0 * q + 1.0);
-        return t;
-    }();
-    return table.data();
-}
-
-const double* power_table(double temperature) {
-    static std::mutex mutex;
-    static std::map<double, std::vector<double>> tables;
-    const std::lock_guard<std::mutex> lock(mutex);
-    auto& table = tables[temperature];
-    if (table.empty()) {
-        const double* logs = log_table();
-        table.resize(kTable);
-        for (std::uint32_t q = 0; q < kTable; ++q) table[q] = std::exp(2.0 * logs[q] / temperature);
-    }
-    return table.data();
-}
-
-}  // namespace codec
-
 namespace {
 
-py::tuple encode(std::int64_t k, std::int64_t vocab, const std::vector<double>& temperatures, std::int64_t tokens,
-                 std::uintptr_t ids, std::uintptr_t logprobs, std::uintptr_t log_z, std::uintptr_t log_tail, double max_kl,
-                 int values_bits, std::uintptr_t kl) {
-    const codec::Layout layout{k, vocab, temperatures};
-    codec::Encoded out;
-    codec::Result result;
-    {
-        const py::gil_scoped_release release;
-        result = codec::encode(layout, tokens, pointer<const std::int32_t>(ids), pointer<const float>(logprobs),
-                               pointer<const float>(log_z), pointer<const float>(log_tail), max_kl, values_bits, out,
-                               pointer<float>(kl));
-    }
-    const auto* bytes = reinterpret_cast<const char*>(out.bytes.data());
-    return py::make_tuple(static_cast<int>(result.status), result.token, py::bytes(bytes, out.bytes.size()), out.id_bytes,
-                          out.has_counts);
+using codec::Layout;
+
+// k, vocab, temperatures, samples, mixed, column of the temperature that was drawn at
+using LayoutArguments = std::tuple<std::int64_t, std::int64_t, std::vector<double>, int, bool, int>;
+
+Layout layout_of(const LayoutArguments& a) {
+    const auto& temperatures = std::get<2>(a);
+    int one = 0;
+    while (one + 1 < static_cast<int>(temperatures.size()) && temperatures[static_cast<std::size_t>(one)] != 1.0) ++one;
+    return {std::get<0>(a), std::get<1>(a), static_cast<int>(temperatures.size()), one, temperatures.data(),
+            std::get<3>(a), std::get<4>(a), std::get<5>(a)};
 }
 
-py::tuple decode(std::int64_t k, std::int64_t vocab, const std::vector<double>& temperatures, std::int64_t tokens,
-                 std::uintptr_t data, std::size_t size, std::uint32_t id_bytes, bool has_counts, std::uintptr_t ids,
-                 std::uintptr_t logprobs, std::uintptr_t log_z, std::uintptr_t log_tail) {
-    const codec::Layout layout{k, vocab, temperatures};
+codec::RowsOut rows_out(const std::vector<std::uintptr_t>& a) {
+    return {pointer<std::int32_t>(a.at(0)), pointer<float>(a.at(1)), pointer<float>(a.at(2)), pointer<float>(a.at(3)),
+            pointer<float>(a.at(4))};
+}
+
+bool has_gaps(const std::int32_t* ids, const float* logprobs, std::int64_t n) {
+    bool gap = false;
+    for (std::int64_t i = 0; i < n; ++i) gap |= (ids[i] < 0) | !(logprobs[i] >= -3e38f);
+    return gap;
+}
+
+py::tuple encode(const LayoutArguments& arguments, std::int64_t tokens, const std::vector<std::uintptr_t>& rows, double max_kl,
+                 int values_bits, std::uintptr_t kl) {
+    const Layout layout = layout_of(arguments);
+    const auto* ids = pointer<const std::int32_t>(rows.at(0));
+    const auto* logprobs = pointer<const float>(rows.at(1));
+    const auto *log_z = pointer<const float>(rows.at(2)), *log_tail = pointer<const float>(rows.at(3));
+    const auto* draws = pointer<const std::int32_t>(rows.at(4));
+    codec::Result result;
+    std::unique_ptr<std::uint8_t[]> bytes;
+    std::size_t size = 0;
+    codec::EncodeOptions options{max_kl, values_bits, 0};
+    {
+        const py::gil_scoped_release release;
+        if (has_gaps(ids, logprobs, tokens * layout.k)) options.count_width = codec::count_width_for(layout.k);
+        auto scratch = codec::scratch_for(layout);
+        const std::size_t most = codec::row_bytes(static_cast<std::size_t>(layout.k), layout.n_t);
+        bytes.reset(new std::uint8_t[static_cast<std::size_t>(tokens) * most]);
+        std::uint8_t* out = bytes.get();
+        for (std::int64_t t = 0; t < tokens && result.status == codec::kOk; ++t) {
+            const codec::RowsIn row{ids + t * layout.k, logprobs + t * layout.k, log_z + t * layout.n_t,
+                                    log_tail + t * layout.n_t, layout.samples ? draws + t * layout.k : nullptr};
+            std::uint32_t count = 0;
+            result = {KDFAST_CALL(codec_encode, layout, row, options, out, count, pointer<float>(kl)[t], codec::aligned(scratch)), t};
+        }
+        size = static_cast<std::size_t>(out - bytes.get());
+    }
+    const py::bytes data(reinterpret_cast<const char*>(bytes.get()), result.status == codec::kOk ? size : 0);
+    return py::make_tuple(static_cast<int>(result.status), result.token, data, options.count_width != 0);
+}
+
+py::tuple decode(const LayoutArguments& arguments, std::int64_t tokens, std::uintptr_t data, std::size_t size, bool has_counts,
+                 const std::vector<std::uintptr_t>& rows) {
+    const Layout layout = layout_of(arguments);
     codec::Result result;
     {
         const py::gil_scoped_release release;
-        result = codec::decode(layout, tokens, pointer<const std::uint8_t>(data), size, id_bytes, has_counts,
-                               pointer<std::int32_t>(ids), pointer<float>(logprobs), pointer<float>(log_z),
-                               pointer<float>(log_tail));
+        auto scratch = codec::scratch_for(layout);
+        result = codec::decode_rows(layout, pointer<const std::uint8_t>(data), size,
+                                    has_counts ? codec::count_width_for(layout.k) : 0, tokens, rows_out(rows), true, scratch);
     }
     return py::make_tuple(static_cast<int>(result.status), result.token);
+}
+
+py::tuple decode_batch(const LayoutArguments& arguments, std::uintptr_t jobs, std::int64_t count, bool next,
+                       const std::vector<std::uintptr_t>& rows, const std::vector<std::uintptr_t>& rest,
+                       std::int64_t context_room, int threads) {
+    const Layout layout = layout_of(arguments);
+    const codec::BatchOut out{rows_out(rows),
+                              pointer<std::int64_t>(rest.at(0)),
+                              pointer<std::int64_t>(rest.at(1)),
+                              pointer<std::uint8_t>(rest.at(2)),
+                              pointer<std::uint8_t>(rest.at(3)),
+                              pointer<std::int64_t>(rest.at(4)),
+                              pointer<std::uint8_t>(rest.at(5)),
+                              context_room};
+    codec::BatchResult result;
+    {
+        const py::gil_scoped_release release;
+        result = codec::decode_batch(layout, pointer<const codec::Job>(jobs), count, next, out, threads);
+    }
+    return py::make_tuple(static_cast<int>(result.status), result.job, result.token);
 }
 
 }  // namespace
 
 void bind_codec(py::module_& m) {
-    m.def("codec_encode", &encode, py::arg("k"), py::arg("vocab"), py::arg("temperatures"), py::arg("tokens"), py::arg("ids"),
-          py::arg("logprobs"), py::arg("log_z"), py::arg("log_tail"), py::arg("max_kl"), py::arg("values_bits"), py::arg("kl"),
-          "Rows at the given addresses as (status, token, bytes, id_bytes, has_counts); `kl` receives one float32 a token.");
-    m.def("codec_decode", &decode, py::arg("k"), py::arg("vocab"), py::arg("temperatures"), py::arg("tokens"), py::arg("data"),
-          py::arg("size"), py::arg("id_bytes"), py::arg("has_counts"), py::arg("ids"), py::arg("logprobs"), py::arg("log_z"),
-          py::arg("log_tail"), "Writes `tokens` rows to the given addresses and returns (status, token).");
+    m.def("codec_encode", &encode, py::arg("layout"), py::arg("tokens"), py::arg("rows"), py::arg("max_kl"),
+          py::arg("values_bits"), py::arg("kl"),
+          "Rows at the given addresses as (status, token, bytes, has_counts); `kl` receives one float32 a token.");
+    m.def("codec_decode", &decode, py::arg("layout"), py::arg("tokens"), py::arg("data"), py::arg("size"), py::arg("has_counts"),
+          py::arg("rows"), "Writes `tokens` rows to the given addresses and returns (status, token).");
+    m.def("codec_decode_batch", &decode_batch, py::arg("layout"), py::arg("jobs"), py::arg("count"), py::arg("next"),
+          py::arg("rows"), py::arg("rest"), py::arg("context_room"), py::arg("threads"),
+          "Checks and decodes whole records to the buffers of a batch and returns (status, job, token).");
+    m.def("codec_checksum", [](std::uintptr_t data, std::size_t size) {
+        const py::gil_scoped_release release;
+        return xxh64(pointer<const std::uint8_t>(data), size);
+    }, py::arg("data"), py::arg("size"), "XXH64 with seed 0.");
 }
 
 }  // namespace kdfast

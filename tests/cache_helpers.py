@@ -31,6 +31,34 @@ def rows_of(targets: TopKTargets) -> codec.Rows:
     return codec.Rows(*(x.numpy() for x in (targets.ids, targets.logprobs, targets.log_z, targets.log_tail)))
 
 
+def mixed_targets(
+    rows: int, vocab: int, exact: int, samples: int, temperatures: tuple[float, ...], sample_temperature: float
+) -> tuple[TopKTargets, np.ndarray]:
+    """The likeliest `exact` ids and draws from the others (exact 0: from all), with their weights and draw counts."""
+    logits = teacher_logits(rows, vocab).double()
+    logp, g = logits.log_softmax(-1), torch.Generator().manual_seed(1)
+    first = logp.topk(exact).indices
+    r = (logp / sample_temperature).scatter(-1, first, -torch.inf).softmax(-1)
+    drawn = torch.multinomial(r, samples, True, generator=g)
+    ids, draws = torch.full((rows, exact + samples), -1), torch.zeros(rows, exact + samples)
+    weights = torch.zeros(rows, exact + samples, dtype=torch.float64)
+    for t in range(rows):
+        distinct, counts = drawn[t].unique(return_counts=True)
+        n = exact + len(distinct)
+        ids[t, :n], draws[t, exact:n] = torch.cat([first[t], distinct]), counts.float()
+        p = logp[t, ids[t, :n]].exp()
+        weights[t, :n] = p
+        weights[t, exact:n] *= counts / samples / r[t, distinct]
+    kept = torch.where(ids >= 0, logp.gather(-1, ids.clamp(min=0)), -torch.inf)
+    log_z = torch.stack([(logp / t).logsumexp(-1) for t in temperatures], -1)
+    rest = logp.clone()
+    for t in range(rows):
+        rest[t, ids[t][ids[t] >= 0]] = -torch.inf
+    log_tail = torch.stack([(rest / t).logsumexp(-1) for t in temperatures], -1) - log_z
+    floats = (kept.float(), log_z.float(), log_tail.float())
+    return TopKTargets(ids.int(), *floats, temperatures, vocab, weights.float()), draws.int().numpy()
+
+
 def empty_rows(tokens: int, k: int, n_t: int) -> codec.Rows:
     """Poisoned: whatever a decoder leaves unwritten shows."""
     return codec.Rows(np.full((tokens, k), 7, np.int32), *(np.full((tokens, n), np.nan, np.float32) for n in (k, n_t, n_t)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from cache_helpers import assert_same
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from kdfast.cache import CacheReader
 from kdfast.cli import main
@@ -54,7 +56,7 @@ def test_build_info_and_verify(world: Path, tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["bytes"] == reader.info.bytes
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert main(["cache", "info", str(out)]) == 0
-    assert f"records          {len(reader)}" in capsys.readouterr().out
+    assert re.search(rf"^records +{len(reader)}$", capsys.readouterr().out, re.MULTILINE)
     assert main(["cache", "verify", str(out)]) == 0
     assert "verified  yes" in capsys.readouterr().out
 
@@ -83,3 +85,97 @@ def test_no_cache_and_a_corrupt_one(world: Path, tmp_path: Path, capsys: pytest.
     shard.write_bytes(data)
     assert main(["cache", "verify", str(tmp_path / "c")]) == 2
     assert "checksum" in capsys.readouterr().err
+    records = len(CacheReader(tmp_path / "c"))
+    for words in (["--dry-run"], []):
+        assert main(["cache", "repair", str(tmp_path / "c"), "--json", *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["records"], found["records_lost"], found["tokens_lost"]) == (records - 1, 1, 32)
+    assert main(["cache", "verify", str(tmp_path / "c")]) == 0
+    assert len(CacheReader(tmp_path / "c")) == records - 1
+
+
+def test_verify_with_a_teacher_tells_the_right_one(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(world, tmp_path / "c") == 0
+    words = ["cache", "verify", str(tmp_path / "c"), "--json", "--records", "3", "--teacher"]
+    capsys.readouterr()
+    assert main([*words, str(world / "teacher")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verified"], found["same_weights"], found["compared_rows"]) == (True, True, 96)
+    assert found["kl_to_teacher_max"] < 6e-5
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2LMHeadModel.from_pretrained(world / "teacher").config)
+    model.lm_head.weight.data.mul_(20)
+    model.save_pretrained(other)
+    assert main([*words, str(other)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verified"], found["same_weights"]) == (False, False)
+
+
+def test_ranks_build_side_by_side_and_merge(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(world, tmp_path / "one", "--batch-size", "4") == 0
+    for rank in range(2):
+        assert build(world, tmp_path / "two", "--batch-size", "4", "--world", "2", "--rank", str(rank)) == 0
+    assert main(["cache", "merge", str(tmp_path / "two")]) == 0
+    one, two = CacheReader(tmp_path / "one"), CacheReader(tmp_path / "two")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.input_ids.equal(b.input_ids)
+        assert_same(a.targets, b.targets)
+    capsys.readouterr()
+    assert main(["cache", "cat", str(tmp_path / "two"), "--records", "1", "--tokenizer", str(world / "teacher")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("record 1: 32 tokens")
+    assert len(shown.splitlines()) == 17
+    assert main(["cache", "cat", str(tmp_path / "two"), "--rows", "40", "--top", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["records"][0]["rows"]
+    assert [r["input"] for r in rows] == one[0].input_ids.tolist()
+    assert [r["label"] for r in rows] == [*one[0].input_ids[1:].tolist(), None]
+    assert main(["cache", "bench", str(tmp_path / "two"), "--seconds", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_second_best"] > 0
+    assert build(world, tmp_path / "small", "--max-gb", "1e-5", "--json", "--batch-size", "2") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["stopped_at_max_gb"]
+    assert 0 < found["records"] < len(one)
+    assert found["bytes"] <= 10_000
+
+
+def test_masked_and_encoder_decoder_teachers(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer.from_file(str(world / "teacher" / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[MASK]"])
+    vocab = tokenizer.get_vocab_size()
+    small = {"vocab_size": vocab, "pad_token_id": 0}
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertForMaskedLM(BertConfig(**small, **size, max_position_embeddings=64))
+    t5 = T5ForConditionalGeneration(
+        T5Config(**small, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=1)
+    )
+    for name, model in (("bert", bert), ("t5", t5)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+    lines = [{"source": f"the cat {i}", "target": "the old dog ran " * (1 + i % 3), "text": f"the hill {i} and the mat"}
+             for i in range(9)]  # fmt: skip
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    common = ["--data", str(tmp_path / "lines.jsonl"), "--k", "8", "--device", "cpu", "--batch-size", "4", "--json"]
+    for name in ("bert", "t5"):
+        out = tmp_path / f"{name}-cache"
+        assert main(["cache", "build", str(tmp_path / name), "--out", str(out), *common]) == 0
+        assert main(["cache", "verify", str(out), "--teacher", str(tmp_path / name)]) == 0
+    masked, pairs = CacheReader(tmp_path / "bert-cache"), CacheReader(tmp_path / "t5-cache")
+    assert (masked.info.alignment, pairs.info.alignment) == ("same", "next")
+    for record in masked:
+        assert record.loss_mask.equal(record.input_ids == tokenizer.token_to_id("[MASK]"))
+        assert record.loss_mask.any()
+        assert ((record.targets.ids >= 0).any(-1) == record.loss_mask).all()
+    assert len(pairs) == 9
+    for line, record in zip(lines, pairs, strict=True):
+        said = tokenizer.encode(line["target"], add_special_tokens=False).ids
+        assert record.labels is not None
+        assert record.context_ids is not None
+        assert record.labels.tolist() == [*said, 1]
+        assert record.input_ids.tolist() == [0, *said]
+        assert record.context_ids.tolist() == tokenizer.encode(line["source"]).ids
+    (tmp_path / "lines.jsonl").write_text('{"text": 3}\n')
+    capsys.readouterr()
+    assert main(["cache", "build", str(tmp_path / "bert"), "--out", str(tmp_path / "x"), *common]) == 2
+    assert "line 1: expected text in text" in capsys.readouterr().err

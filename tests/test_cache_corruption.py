@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from cache_helpers import SETTINGS, document, small_cache
 
-from kdfast.cache import CacheError, CacheReader, CacheWriter, CorruptCache, verify
+from kdfast.cache import CacheError, CacheReader, CacheWriter, CorruptCache, codec, verify
 from kdfast.cache import format as fmt
-from kdfast.cache.shard import _payload_span, _safetensors, checksum
+from kdfast.cache import manifest as man
+from kdfast.cache.shard import _payload_span, _safetensors
 
 SHARD = "shard-00000.safetensors"
 
@@ -30,19 +31,60 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [fmt.MANIFEST, SHARD])
-def test_a_flipped_bit_anywhere_is_noticed(tiny: Path, name: str) -> None:
+def test_a_change_of_any_single_byte_is_noticed(tiny: Path, name: str) -> None:
+    """Every byte with one bit flipped, all bits flipped, and one more."""
     path = tiny / name
     good = path.read_bytes()
     verify(tiny)
     with open(path, "r+b", buffering=0) as file:
-        for at in range(8 * len(good)):
-            file.seek(at // 8)
-            file.write(bytes([good[at // 8] ^ (1 << at % 8)]))
-            with pytest.raises(CacheError):
-                verify(tiny)
-            file.seek(at // 8)
-            file.write(good[at // 8 : at // 8 + 1])
+        for at, byte in enumerate(good):
+            for wrong in (byte ^ 1 << at % 8, byte ^ 0xFF, (byte + 1) & 0xFF):
+                file.seek(at)
+                file.write(bytes([wrong]))
+                with pytest.raises(CacheError):
+                    verify(tiny)
+            file.seek(at)
+            file.write(bytes([byte]))
     verify(tiny)
+
+
+def test_shards_with_holes_and_bytes_appended_are_noticed(tiny: Path) -> None:
+    path, good = tiny / SHARD, (tiny / SHARD).read_bytes()
+    start, _ = _payload_span(memoryview(good))
+    for bad in (good + b"\0", good[:start] + bytes(len(good) - start), good[: start + 40] + bytes(64) + good[start + 104 :]):
+        path.write_bytes(bad)
+        with pytest.raises(CorruptCache):
+            verify(tiny)
+
+
+def test_records_that_changed_places_are_noticed(tmp_path: Path) -> None:
+    """Two records of one size exchanged, with nothing else changed, fail their checksums."""
+    path = tmp_path / "c"
+    ids, targets = document(0, 9)
+    with CacheWriter(path, **SETTINGS) as writer:
+        writer.add(ids, targets)
+        writer.add(ids.flip(0), targets)
+    data = bytearray((path / SHARD).read_bytes())
+    start, end = _payload_span(memoryview(data))
+    middle = (start + end) // 2
+    data[start:end] = data[middle:end] + data[start:middle]
+    (path / SHARD).write_bytes(data)
+    with pytest.raises(CorruptCache, match="checksum"):
+        CacheReader(path).batch([1])
+
+
+def test_links_are_not_followed_by_a_writer(tmp_path: Path) -> None:
+    """A planted link in the place of a temporary file leads to nothing outside the cache."""
+    outside, path = tmp_path / "outside", tmp_path / "c"
+    outside.write_text("mine")
+    path.mkdir()
+    (path / f"{fmt.MANIFEST}.tmp").symlink_to(outside)
+    with CacheWriter(path, **SETTINGS) as writer:
+        (path / f"{SHARD}.tmp").symlink_to(outside)
+        writer.add(*document(0, 9))
+    assert outside.read_text() == "mine"
+    assert not any(p.is_symlink() for p in path.iterdir())
+    verify(path)
 
 
 @pytest.mark.parametrize("name", [fmt.MANIFEST, SHARD])
@@ -72,7 +114,7 @@ def test_swapped_and_missing_shards_are_noticed_at_opening(tmp_path: Path) -> No
 def sign(body: dict[str, Any]) -> bytes:
     """A manifest as an attacker would write it: its digest is right."""
     blank = json.dumps({**body, "digest": "0" * 32}).encode()
-    return blank.replace(b"0" * 32, fmt.digest(blank).encode())
+    return blank.replace(b"0" * 32, man.digest(blank).encode())
 
 
 def forge(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -103,9 +145,12 @@ FORGERIES = [
     pytest.param(_set("shards", 0, "extra", value=1), "lacks or mistypes", id="unknown-field"),
     pytest.param(_set("shards", value=None), "lacks or mistypes", id="no-shards"),
     pytest.param(_set("settings", "k", value=6), "other settings", id="another-k"),
-    pytest.param(_set("settings", "k", value="5"), "lacks or mistypes", id="k-is-text"),
+    pytest.param(_set("settings", "k", value="5"), "whole number", id="k-is-text"),
     pytest.param(_set("settings", "vocab_size", value=1 << 40), "vocab_size", id="huge-vocabulary"),
-    pytest.param(_set("settings", "kind", value="sampled"), "kind", id="unknown-kind"),
+    pytest.param(_set("settings", "kind", value="dense"), "kind", id="unknown-kind"),
+    pytest.param(_set("settings", "kind", value="sampled"), "samples", id="kind-without-samples"),
+    pytest.param(_set("settings", "samples", value=1 << 70), "samples", id="huge-samples"),
+    pytest.param(_set("settings", "sample_temperature", value=3.0), "sample_temperature", id="draws-at-no-temperature"),
     pytest.param(_set("version", value=2), "version 1", id="newer-version"),
     pytest.param(_set("format", value="zip"), "format", id="another-format"),
 ]
@@ -135,7 +180,7 @@ def forge_shard(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> 
     data = safetensors.numpy.save(tensors, metadata)
     (path / SHARD).write_bytes(data)
     spans = _payload_span(memoryview(data)) if "payload" in tensors else (len(data), len(data))
-    index_digest = fmt.digest(data[: spans[0]], data[spans[1] :])
+    index_digest = man.digest(data[: spans[0]], data[spans[1] :])
     forge(path, lambda body: body["shards"][0].update(bytes=len(data), index_digest=index_digest))
 
 
@@ -155,7 +200,9 @@ BAD_SHARDS = [
     pytest.param(_assign("key_offsets", 1, 1 << 40), "contradicts", id="huge-key-offset"),
     pytest.param(lambda t: t.pop("keys"), "expected the tensors", id="tensor-missing"),
     pytest.param(lambda t: t.update(tokens=t["tokens"].astype(np.float32)), "expected the tensors", id="another-dtype"),
-    pytest.param(lambda t: t.update(keys=t["keys"].reshape(-1)), "keys of shape", id="flat-keys"),
+    pytest.param(_assign("contexts", 0, 1 << 60), "contradicts", id="huge-contexts"),
+    pytest.param(_assign("offsets", 1, -(1 << 63)), "contradicts", id="offset-that-wraps"),
+    pytest.param(lambda t: t.update(keys=t["keys"].reshape(1, -1)), "keys of shape", id="keys-in-rows"),
     pytest.param(lambda t: t.update(checksums=t["checksums"][:1]), "checksums of shape", id="checksum-missing"),
 ]
 
@@ -177,14 +224,14 @@ def test_a_safetensors_header_that_lies_is_refused(tiny: Path) -> None:
         CacheReader(tiny)
 
 
-@pytest.mark.parametrize("at", range(40))
+@pytest.mark.parametrize("at", range(60))
 def test_a_forged_record_is_refused_or_stays_in_range(tiny: Path, at: int) -> None:
     """Checksums are made to fit, so only the record's own checks stand between a bad byte and the loss."""
 
     def change(tensors: dict[str, np.ndarray]) -> None:
         end = int(tensors["offsets"][1])
         tensors["payload"][at % end] ^= 0xFF
-        tensors["checksums"][0] = np.frombuffer(checksum(tensors["payload"][:end].tobytes()), np.uint8)
+        tensors["checksums"][0] = codec.checksum(tensors["payload"][:end].tobytes())
 
     forge_shard(tiny, change)
     reader = CacheReader(tiny)
@@ -195,7 +242,7 @@ def test_a_forged_record_is_refused_or_stays_in_range(tiny: Path, at: int) -> No
 
 
 def test_keys_of_another_document_are_noticed_by_verify(tiny: Path) -> None:
-    forge_shard(tiny, _assign("keys", (0, 0), 1))
+    forge_shard(tiny, _assign("keys", 0, 1))
     with pytest.raises(CorruptCache, match="content keys"):
         verify(tiny)
 

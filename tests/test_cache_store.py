@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import json
 import os
 import pickle
@@ -18,7 +20,7 @@ import pytest
 import torch
 from cache_helpers import SETTINGS, assert_same, document, small_cache, teacher_targets
 
-from kdfast.cache import CacheError, CacheMismatch, CacheReader, CacheWriter, verify
+from kdfast.cache import Batch, CacheError, CacheMismatch, CacheReader, CacheWriter, CorruptCache, codec, verify
 from kdfast.cache.format import MANIFEST
 
 
@@ -97,6 +99,46 @@ def test_masks_labels_and_contexts(tmp_path: Path) -> None:
         with pytest.raises(CacheError, match="alignment is 'same'"):
             writer.add(ids, targets)
     assert CacheReader(tmp_path / "same").batch([0]).labels.tolist() == [labels.tolist()]
+
+
+def assert_same_batch(a: Batch, b: Batch) -> None:
+    assert_same(a.targets, b.targets)
+    for name in (f.name for f in dataclasses.fields(Batch) if f.name != "targets"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None and y is None) or (x.dtype == y.dtype and x.equal(y)), name
+
+
+def test_batches_without_a_compiler_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every section of a record, with room to pad, a record that is cut, and a byte that changed."""
+    if not codec.native():
+        pytest.skip("the C++ extension is not built")
+    with CacheWriter(tmp_path, **SETTINGS) as writer:
+        for i in range(4):
+            ids, targets = document(i, 9 + i)
+            mask = ids % 3 == 0 if i % 2 else None
+            labels = torch.where(ids % 2 == 0, ids, -100) if i > 1 else None
+            writer.add(ids, targets, mask, labels, torch.arange(i) + 300 if i > 1 else None)
+    reader = CacheReader(tmp_path)
+    native = reader.batch([3, 0, 2, 1]), reader.packed([[0]], 9), reader.packed([[0]], 5), reader.packed([[0]], 15)
+    checksums = [codec.checksum(bytes(range(n))) for n in (0, 1, 3, 4, 7, 8, 31, 32, 33, 100)]
+    monkeypatch.setattr(codec, "_native", None)
+    python = reader.batch([3, 0, 2, 1]), reader.packed([[0]], 9), reader.packed([[0]], 5), reader.packed([[0]], 15)
+    for a, b in zip(native, python, strict=True):
+        assert_same_batch(a, b)
+    assert checksums == [codec.checksum(bytes(range(n))) for n in (0, 1, 3, 4, 7, 8, 31, 32, 33, 100)]
+    assert checksums[0] == 0xEF46DB3751D8E999  # of nothing, as XXH64's own test vectors have it
+    damage(tmp_path / "shard-00000.safetensors", -1)
+    for language in (None, importlib.import_module("kdfast._C")):
+        monkeypatch.setattr(codec, "_native", language)
+        with pytest.raises(CorruptCache, match=r"record 3 .*checksum"):
+            reader.batch([0, 3])
+
+
+def damage(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    with open(path, "r+b") as file:
+        file.write(data)
 
 
 BAD_RECORDS = [

@@ -27,7 +27,7 @@ ROOMS = {
     "backends.triton": {"options", "dispatch", "chunks", "grams", "logit_grams"},
     "ops": {"options", "dispatch", "memory", "chunks"},
     "losses": {"options", "ops"},
-    "cache": {"options", "ops", "_C"},
+    "cache": {"options", "ops", "memory", "_C"},
     "train": {"options", "ops", "losses", "cache"},
     "integrations": set(),
     "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C", "_cuda"},

@@ -1,4 +1,5 @@
-// The hot loops of the record decoder: one row of codes to ids and levels, and levels to log-probabilities.
+// The record codec of the teacher cache, row by row: docs/cache-format.md is the specification, and
+// kdfast/cache/codec_python.py is the same in plain Python.
 #pragma once
 
 #include <cstddef>
@@ -7,39 +8,96 @@
 #include "isa.h"
 
 namespace kdfast {
-
-// A stream of bits: `readable` bytes of memory start at `data`; `pos` is the next bit.
-struct BitCursor {
-    const std::uint8_t* data;
-    std::uint64_t readable;
-    std::uint64_t pos;
-};
-
-struct RowCodes {
-    unsigned rice, order;
-    std::uint32_t base;  // lowest level of the row
-    std::int64_t count;
-};
-
-struct RowEnd {
-    std::int64_t past_last_id;
-    bool levels_fit;  // every level is at most kMaxLevel
-};
-
 namespace codec {
-constexpr std::uint32_t kMaxLevel = 65535;  // largest quantised value
-constexpr unsigned kEscape = 20;            // a gap quotient of this and more is written raw
-constexpr unsigned kRawBits = 24;           // bits of a raw gap; vocabularies reach 2^24
-constexpr unsigned kMaxPrefix = 16;         // longest prefix of a value
+
+enum Status : int {
+    kOk = 0,
+    kTruncated = 1,    // a section ends before its last code
+    kBadCode = 2,      // a code no writer produces
+    kBadId = 3,        // ids that do not rise, or one outside the vocabulary
+    kBadCount = 4,     // more entries than k
+    kBadTail = 5,      // a tail code that contradicts the number of entries
+    kTrailing = 6,     // bytes after the last code
+    kBadDraws = 7,     // draws that contradict the kind of the cache
+    kBadHeader = 8,    // record: flags or widths no writer produces, or another length than the index says
+    kBadChecksum = 9,  // record: not the bytes that were written
+    kInputId = 16,     // encode: an id outside [-1, V)
+    kInputTwice = 17,  // encode: an id listed twice
+    kInputValue = 18,  // encode: NaN, or a log-probability above 0
+    kInputMass = 19,   // encode: entries and tail do not sum to 1
+    kInputDraws = 20,  // encode: draws that contradict the kind of the cache
+    kMore = 32,        // the rest has to be put where kSlack bytes may be read after it
+};
+
+// A status and the token it belongs to.
+struct Result {
+    Status status = kOk;
+    std::int64_t token = 0;
+};
+
+// What is the same for every record of a cache. The temperature 1 is at column `one`.
+struct Layout {
+    std::int64_t k;
+    std::int64_t vocab;
+    int n_t;
+    int one;
+    const double* temperatures;
+    int samples;        // draws a row; 0: every entry is exact
+    bool mixed;         // some entries are exact beside the draws
+    int sample_column;  // temperature the draws were made at
+};
+
+// Rows [tokens, k] and [tokens, n_t]; weights only where the layout has samples.
+struct RowsOut {
+    std::int32_t* ids;
+    float* logprobs;
+    float* log_z;
+    float* log_tail;
+    float* weights;
+};
+struct RowsIn {
+    const std::int32_t* ids;
+    const float* logprobs;
+    const float* log_z;
+    const float* log_tail;
+    const std::int32_t* draws;  // 0 for an exact entry; only where the layout has samples
+};
+
+struct Cursor {
+    const std::uint8_t* data;
+    std::size_t size;
+    std::size_t pos;
+    bool slack;  // kSlack bytes after `size` may be read
+};
+
+struct EncodeOptions {
+    double max_kl;
+    int values_bits;  // 0: as many levels as max_kl asks for
+    unsigned count_width;
+};
+
+constexpr std::uint32_t kMaxLevel = 65535;
+constexpr int kBlock = 64;              // entries that share a width
+constexpr int kPlaceBits = 6;           // bits of a place in a block
+constexpr unsigned kMaxPatches = 63;
+constexpr unsigned kTailNone = 0;       // nothing is left over
+constexpr unsigned kTailAll = 65535;    // no entries: everything is left over
+constexpr int kTailLeast = -96;         // log2 of the smallest odds of a tail
+constexpr int kTailMantissa = 9;
+constexpr std::size_t kSlack = 64;
+
+// Bytes a row of n entries can claim without being refused, and 32-bit words of scratch a call needs (aligned to 64 bytes).
+constexpr std::size_t row_bytes(std::size_t n, int n_t) { return 4 + 2 * static_cast<std::size_t>(n_t) + 10 * n + 512; }
+constexpr std::size_t scratch_words(std::size_t k, int n_t) { return (16 + 2 * static_cast<std::size_t>(n_t)) * (k + 128); }
+
 }  // namespace codec
 
-// `rows.count` ids and levels from the two streams. Memory outside them is not read; where a stream ends too early, zeros
-// are read and `pos` runs past its end, which the caller has to look at.
-KDFAST_PER_ISA(RowEnd codec_read_row(BitCursor& id_in, BitCursor& value_in, const RowCodes& row, std::int32_t* ids,
-                                     std::uint32_t* levels);
-               std::uint32_t codec_read_value(BitCursor& in, unsigned order);
-               void codec_logprobs(const std::uint32_t* levels, std::int64_t count, const double* log_table,
-                                   std::uint32_t table_size, double scale, float* logprobs);
-               std::uint64_t codec_square_sum(const std::uint32_t* levels, std::int64_t count);)
+// Decodes `tokens` rows from the cursor. Nothing outside data and rows is touched, whatever the bytes are.
+// Encodes one row to `out` and moves it on; `kl` receives the worst KL(exact || decoded) over the temperatures.
+KDFAST_PER_ISA(codec::Result codec_decode(const codec::Layout& layout, codec::Cursor& in, unsigned count_width,
+                                          std::int64_t tokens, const codec::RowsOut& out, std::uint32_t* scratch);
+               codec::Status codec_encode(const codec::Layout& layout, const codec::RowsIn& row,
+                                          const codec::EncodeOptions& options, std::uint8_t*& out, std::uint32_t& count,
+                                          float& kl, std::uint32_t* scratch);)
 
 }  // namespace kdfast

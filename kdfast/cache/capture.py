@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from kdfast.cache.format import CacheError
+from kdfast.cache.format import IGNORE, CacheError, CacheFull, Settings
 from kdfast.cache.writer import CacheWriter
+from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import topk_targets
+
+_T = TypeVar("_T")
+
+
+class Example(NamedTuple):
+    """A document that is more than text to predict.
+
+    Masked language model: input_ids with masks in, labels (-100 where nothing is asked). Encoder-decoder: input_ids are the
+    decoder's inputs, labels what it should say, context_ids the encoder's inputs. 1-D int64 tensors.
+    """
+
+    input_ids: Tensor
+    labels: Tensor | None = None
+    context_ids: Tensor | None = None
+
+
+def share_of(documents: Sequence[_T], batch_size: int, rank: int, world: int) -> Sequence[_T]:
+    """The documents that a rank captures: whole groups, side by side, so that the parts in the order of their ranks are the
+    documents in theirs, and every group is the one that a single process would form."""
+    groups = -(-len(documents) // batch_size)
+    return documents[groups * rank // world * batch_size : groups * (rank + 1) // world * batch_size]
 
 
 @torch.no_grad()
 def capture(
     teacher: nn.Module | Callable[..., Any],
-    documents: Sequence[Tensor],
+    documents: Sequence[Tensor | Example],
     writer: CacheWriter,
     *,
     batch_size: int,
     device: torch.device | str = "cpu",
+    top_p: float | None = None,
+    seed: int = 0,
+    pad_id: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Runs a teacher over the documents that the writer does not have yet and adds their targets. Equals
@@ -31,48 +58,101 @@ def capture(
             writer.add(document, topk_targets(logits, writer.settings.k, temperatures=writer.settings.temperatures))
 
     in fixed groups of `batch_size` documents in their order, padded at the end to the longest of the group. Padding after
-    a document cannot change what a causal teacher says of it; a teacher that takes `attention_mask` is given it.
+    a document cannot change what a causal teacher says of it; a teacher that takes `attention_mask` is given it. Ends early,
+    without an error, when the writer's `max_bytes` is reached (`writer.full`).
 
     Args:
-        teacher: called as teacher(input_ids) or teacher(input_ids, attention_mask=mask), returns logits `[B, L, V]` or
-            an output with `.logits`. A module is put on `device` and in evaluation mode, and back in its mode afterwards.
-        documents: 1-D int64 tensors; the same, in the same order, when a capture is resumed.
-        writer: alignment `next`. Killed and resumed with the same batch size, a capture gives the same records bit for bit.
+        teacher: called as teacher(input_ids) or teacher(input_ids, attention_mask=mask); for documents with a context as
+            teacher(context_ids, attention_mask=mask, decoder_input_ids=input_ids). Returns logits `[B, L, V]` or an output
+            with `.logits`. A module is put on `device` and in evaluation mode, and back in its mode afterwards.
+        documents: 1-D int64 tensors, or `Example`s; the same, in the same order, when a capture is resumed.
+        writer: killed and resumed with the same batch size, a capture gives the same records bit for bit. With alignment
+            `same`, rows without a label are left empty.
+        top_p: kind `topp`: the fewest of the k likeliest ids whose probabilities sum to at least this at T = 1.
+        seed: of the draws of the kinds `sampled` and `mixed`; each group has its own generator.
+        pad_id: id that fills shorter documents and contexts.
         progress: called as progress(tokens_done, tokens_total), resumed tokens included.
 
     Raises:
-        CacheError: the writer has more records than there are documents, another alignment or batch size, or the
+        CacheError: the writer has more records than there are documents, another batch size, labels are missing, or the
             teacher's vocabulary is not the cache's.
     """
     settings = writer.settings
     if batch_size < 1:
         raise CacheError(f"batch_size: expected 1 or more, got {batch_size}")
-    if settings.alignment != "next":
-        raise CacheError(f"alignment: capture writes 'next', the cache has {settings.alignment!r}; add masked records yourself")
-    if len(writer) > len(documents):
-        raise CacheError(f"documents: the cache holds {len(writer)} records already, got only {len(documents)} documents")
+    if (top_p is not None) != (settings.kind == "topp") or (top_p is not None and not 0 < top_p <= 1):
+        raise CacheError(
+            f"top_p: expected a share in (0, 1] with kind 'topp' and None with others, got {top_p} with {settings.kind!r}"
+        )
+    examples = [d if isinstance(d, Example) else Example(d) for d in documents]
+    if len(writer) > len(examples):
+        raise CacheError(f"documents: the cache holds {len(writer)} records already, got only {len(examples)} documents")
     writer.begin_groups(batch_size)
-    total = sum(len(d) for d in documents)
-    done = sum(len(d) for d in documents[: len(writer)])
-    run = _Teacher(teacher, device)
+    total = sum(len(e.input_ids) for e in examples)
+    done = sum(len(e.input_ids) for e in examples[: len(writer)])
+    run = _Teacher(teacher, device, pad_id)
     try:
-        for start in range(len(writer), len(documents), batch_size):
-            group = documents[start : start + batch_size]
-            for document, logits in zip(group, run(group, settings.vocab_size), strict=True):
-                targets = topk_targets(logits[: len(document)], settings.k, temperatures=settings.temperatures)
-                writer.add(document, targets)
-                done += len(document)
+        for start in range(len(writer), len(examples), batch_size):
+            group = examples[start : start + batch_size]
+            sampling = _sampling(settings, seed, start, device)
+            for example, logits in zip(group, run(group, settings.vocab_size), strict=True):
+                kept = settings.k - settings.samples if settings.kind == "mixed" else 0 if settings.samples else settings.k
+                targets = topk_targets(logits[: len(example.input_ids)], kept, temperatures=settings.temperatures, **sampling)
+                if top_p is not None:
+                    targets = nucleus(targets, top_p)
+                if settings.alignment == "same" and example.labels is not None:
+                    targets = _only(targets, (example.labels != IGNORE).to(targets.ids.device))
+                writer.add(example.input_ids, targets, labels=example.labels, context_ids=example.context_ids)
+                done += len(example.input_ids)
             if progress is not None:
                 progress(done, total)
+    except CacheFull:
+        return
     finally:
         run.restore()
+
+
+def nucleus(targets: TopKTargets, top_p: float) -> TopKTargets:
+    """The fewest entries, likeliest first, whose probabilities at T = 1 sum to at least `top_p`; the others join the tail."""
+    if targets.weights is not None:
+        raise CacheError("targets.weights: expected exact entries, got drawn ones")
+    order = targets.logprobs.argsort(-1, descending=True)
+    logp, ids = targets.logprobs.gather(-1, order), targets.ids.gather(-1, order)
+    p = logp.double().exp()
+    cut = (p.cumsum(-1) - p >= top_p) | (ids < 0)
+    temperatures = torch.tensor(targets.temperatures, device=logp.device)
+    dropped = torch.where(cut & (ids >= 0), logp, -torch.inf)[..., None, :] / temperatures[:, None]
+    log_tail = torch.logaddexp(targets.log_tail, dropped.logsumexp(-1) - targets.log_z)
+    return dataclasses.replace(
+        targets, ids=ids.masked_fill(cut, -1), logprobs=logp.masked_fill(cut, -torch.inf), log_tail=log_tail.clamp(max=0)
+    )
+
+
+def _only(targets: TopKTargets, rows: Tensor) -> TopKTargets:
+    """Empty rows but for those asked for."""
+    weights = None if targets.weights is None else targets.weights * rows[:, None]
+    return dataclasses.replace(
+        targets,
+        ids=targets.ids.masked_fill(~rows[:, None], -1),
+        logprobs=targets.logprobs.masked_fill(~rows[:, None], -torch.inf),
+        log_z=targets.log_z.masked_fill(~rows[:, None], 0.0),
+        log_tail=targets.log_tail.masked_fill(~rows[:, None], 0.0),
+        weights=weights,
+    )
+
+
+def _sampling(settings: Settings, seed: int, start: int, device: torch.device | str) -> dict[str, Any]:
+    if not settings.samples:
+        return {}
+    generator = torch.Generator(device).manual_seed((seed << 32) + start)
+    return {"samples": settings.samples, "sample_temperature": settings.sample_temperature, "generator": generator}
 
 
 class _Teacher:
     """A teacher ready to run: in evaluation mode on the device, given a mask when it takes one."""
 
-    def __init__(self, teacher: nn.Module | Callable[..., Any], device: torch.device | str) -> None:
-        self._call, self._device = teacher, device
+    def __init__(self, teacher: nn.Module | Callable[..., Any], device: torch.device | str, pad_id: int) -> None:
+        self._call, self._device, self._pad_id = teacher, device, pad_id
         self._modes: list[tuple[nn.Module, bool]] = []
         target: Any = teacher
         if isinstance(teacher, nn.Module):
@@ -81,20 +161,30 @@ class _Teacher:
             target = teacher.forward
         self._takes_mask = "attention_mask" in inspect.signature(target).parameters
 
-    def __call__(self, group: Sequence[Tensor], vocab_size: int) -> Tensor:
-        lengths = torch.tensor([len(d) for d in group])
-        ids = torch.nn.utils.rnn.pad_sequence(list(group), batch_first=True).to(self._device)
-        extra = {}
-        # Without padding a mask says nothing, and teachers are faster without one.
-        if self._takes_mask and int(lengths.min()) < ids.shape[1]:
-            extra["attention_mask"] = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(self._device)
-        out = self._call(ids, **extra)
+    def __call__(self, group: Sequence[Example], vocab_size: int) -> Tensor:
+        ids, extra = self._padded([e.input_ids for e in group])
+        if group[0].context_ids is not None:
+            contexts = [e.context_ids for e in group if e.context_ids is not None]
+            if len(contexts) < len(group):
+                raise CacheError("documents: expected a context in every one of a group or in none")
+            sources, extra = self._padded(contexts)
+            out = self._call(sources, **extra, decoder_input_ids=ids)
+        else:
+            out = self._call(ids, **extra)
         logits = getattr(out, "logits", out)
         expected = (*ids.shape, vocab_size)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise CacheError(f"teacher: expected logits of shape {list(expected)} (the cache's vocabulary last), got {got}")
         return logits
+
+    def _padded(self, documents: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        lengths = torch.tensor([len(d) for d in documents])
+        ids = pad_sequence(documents, batch_first=True, padding_value=self._pad_id).to(self._device)
+        # Without padding a mask says nothing, and teachers are faster without one.
+        if not self._takes_mask or int(lengths.min()) == ids.shape[1]:
+            return ids, {}
+        return ids, {"attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(self._device)}
 
     def restore(self) -> None:
         for module, mode in self._modes:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from kdfast.cache import codec_python
-from kdfast.cache.format import CacheError, CorruptCache
+from kdfast import memory
+from kdfast.cache import codec_encode, codec_math, codec_python
+from kdfast.cache.codec_python import Status
+from kdfast.cache.format import CacheError, CorruptCache, Settings
 
 _native: ModuleType | None
 try:
@@ -18,48 +23,81 @@ try:
 except ImportError:
     _native = None
 
-_DECODE_FAULTS = {
-    codec_python.TRUNCATED: "it ends before its last code",
-    codec_python.BAD_CODE: "it holds a code that no writer produces",
-    codec_python.BAD_ID: "it holds an id outside the vocabulary",
-    codec_python.BAD_VALUE: "it holds a value out of range",
-    codec_python.BAD_COUNT: "it claims more entries than k",
-    codec_python.BAD_TAIL: "its tail contradicts its number of entries",
-    codec_python.TRAILING: "bytes follow its last code",
-}
-_ENCODE_FAULTS = {
-    codec_python.INPUT_ID: "targets.ids: expected ids in [-1, vocab_size)",
-    codec_python.INPUT_TWICE: "targets.ids: expected distinct ids, got one twice",
-    codec_python.INPUT_VALUE: "targets: expected logprobs and log_tail <= 0 without NaN",
-    codec_python.INPUT_MASS: "targets: expected exp(logprobs / T - log_z) and exp(log_tail) to sum to 1 at every temperature",
+_FAULTS = {
+    Status.TRUNCATED: "it ends before its last code",
+    Status.BAD_CODE: "it holds a code that no writer produces",
+    Status.BAD_ID: "it holds ids that do not rise or lie outside the vocabulary",
+    Status.BAD_COUNT: "it claims more entries than k",
+    Status.BAD_TAIL: "its tail contradicts its number of entries",
+    Status.TRAILING: "bytes follow its last code",
+    Status.BAD_DRAWS: "its draws contradict the kind of the cache",
+    Status.BAD_HEADER: "its header holds flags, widths or lengths that no writer produces or the index contradicts",
+    Status.BAD_CHECKSUM: "it does not match its checksum; capture it again or restore the file",
+    Status.INPUT_ID: "targets.ids: expected ids in [-1, vocab_size)",
+    Status.INPUT_TWICE: "targets.ids: expected distinct ids, got one twice",
+    Status.INPUT_VALUE: "targets: expected logprobs and log_tail <= 0 without NaN",
+    Status.INPUT_MASS: "targets: expected exp(logprobs / T - log_z) and exp(log_tail) to sum to 1 at every temperature",
+    Status.INPUT_DRAWS: "targets.weights: expected draws that sum to `samples` in every row",
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is the same for every record of a cache; one of the temperatures is 1."""
+    """What is the same for every record of a cache; one of the temperatures is 1.
+
+    With `samples` (draws a row) entries have draw counts: kind `mixed` has exact ones too, with 0 draws.
+    """
 
     k: int
     vocab_size: int
     temperatures: tuple[float, ...]
+    samples: int = 0
+    mixed: bool = False
+    sample_temperature: float = 1.0
+
+    def _native(self) -> tuple[Any, ...]:
+        column = self.temperatures.index(self.sample_temperature) if self.samples else 0
+        return self.k, self.vocab_size, list(self.temperatures), self.samples, self.mixed, column
 
 
 class Rows(NamedTuple):
-    """Contiguous arrays of L tokens: ids int32 [L, k], logprobs float32 [L, k], log_z and log_tail float32 [L, n_T]."""
+    """Contiguous arrays: ids int32 [..., k], logprobs float32 [..., k], log_z and log_tail float32 [..., n_T], and with
+    samples weights float32 [..., k]."""
 
     ids: np.ndarray
     logprobs: np.ndarray
     log_z: np.ndarray
     log_tail: np.ndarray
+    weights: np.ndarray | None = None
+
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
+        """The same change to every array there is."""
+        ids, logprobs, log_z, log_tail = map(change, self[:4])
+        return Rows(ids, logprobs, log_z, log_tail, None if self.weights is None else change(self.weights))
 
 
 class Encoded(NamedTuple):
-    """The bytes of a record's targets, what is needed to decode them, and the KL error of every token (float32 [L])."""
+    """The bytes of a record's targets, whether rows have counts, and the KL error of every token (float32 [L])."""
 
     data: bytes
-    id_bytes: int
     has_counts: bool
     kl: np.ndarray
+
+
+class Collated(NamedTuple):
+    """Where a batch of records goes beside the rows: int64 and bool arrays; the contexts' may be None."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    attention_mask: np.ndarray
+    context_ids: np.ndarray | None
+    context_mask: np.ndarray | None
+
+
+#: Columns of the jobs of `decode_batch`, int64 [n, 8]: where a record's bytes are, its size, tokens and context ids by the
+#: index, its checksum, and where it goes: first row, rows to fill (a longer record is cut), first context id.
+JOB = ("address", "size", "tokens", "contexts", "checksum", "at", "room", "context_at")
 
 
 def native() -> bool:
@@ -67,40 +105,96 @@ def native() -> bool:
     return _native is not None
 
 
-def encode(layout: Layout, rows: Rows, max_kl: float, values_bits: int | None) -> Encoded:
+def layout_of(settings: Settings) -> Layout:
+    """What the codec needs to know of a cache."""
+    return Layout(
+        settings.k, settings.vocab_size, settings.temperatures, settings.samples, settings.kind == "mixed",
+        settings.sample_temperature,
+    )  # fmt: skip
+
+
+def empty_rows(layout: Layout, lead: tuple[int, ...]) -> Rows:
+    """Uninitialised rows of the given leading dimensions, in one piece of memory that outlives them (`kdfast.memory`)."""
+    n, k, n_t = math.prod(lead), layout.k, len(layout.temperatures)
+    widths = [k, k, n_t, n_t, *([k] if layout.samples else [])]
+    buffer = memory.empty((n * sum(widths),), dtype=torch.float32, device=torch.device("cpu")).numpy()
+    ends = np.cumsum([0, *(n * w for w in widths)]).tolist()
+    ids, *rest = (buffer[a:b].reshape(*lead, w) for a, b, w in zip(ends, ends[1:], widths, strict=False))
+    return Rows(ids.view(np.int32), *rest)
+
+
+def checksum(data: np.ndarray | bytes) -> int:
+    """XXH64 of the bytes, seed 0."""
+    if _native is None:
+        return codec_math.xxh64(bytes(data))
+    array = np.frombuffer(data, np.uint8)
+    return int(_native.codec_checksum(array.ctypes.data, array.size))
+
+
+def encode(layout: Layout, rows: Rows, max_kl: float, values_bits: int | None, draws: np.ndarray | None = None) -> Encoded:
     """Rows as bytes with a KL error of at most `max_kl` nats a token, or with `values_bits` bits a value.
+
+    Args:
+        draws: int32 [L, k], how often each entry was drawn, 0 for an exact one; with samples only.
 
     Raises:
         CacheError: the targets are not a distribution over ids of the vocabulary; names the row.
     """
     tokens = len(rows.ids)
     kl = np.empty(tokens, np.float32)
-    arrays: tuple[Any, ...] = rows
-    out: Any = kl
-    run: Any = codec_python.encode
-    if _native is not None:
-        run, arrays, out = _native.codec_encode, tuple(a.ctypes.data for a in rows), kl.ctypes.data
-    temperatures = list(layout.temperatures)
-    status, row, data, id_bytes, has_counts = run(
-        layout.k, layout.vocab_size, temperatures, tokens, *arrays, max_kl, values_bits or 0, out
-    )
+    arrays = (*rows[:4], draws)
+    if _native is None:
+        result = codec_encode.encode(layout, arrays, max_kl, values_bits or 0, kl)
+    else:
+        result = _native.codec_encode(layout._native(), tokens, _addresses(arrays), max_kl, values_bits or 0, kl.ctypes.data)
+    status, row, data, has_counts = result
     if status:
-        raise CacheError(f"{_ENCODE_FAULTS[status]}; row {row} of the record is at fault")
-    return Encoded(data, id_bytes, has_counts, kl)
+        raise CacheError(f"{_FAULTS[Status(status)]}; row {row} of the record is at fault")
+    return Encoded(data, has_counts, kl)
 
 
-def decode(layout: Layout, data: np.ndarray, id_bytes: int, has_counts: bool, rows: Rows) -> None:
+def decode(layout: Layout, data: np.ndarray, has_counts: bool, rows: Rows) -> None:
     """Writes the rows that `data` (uint8) holds to `rows`, whose length says how many there are.
 
     Raises:
         CorruptCache: the bytes are not what an encoder wrote; nothing outside `rows` was touched.
     """
-    temperatures = list(layout.temperatures)
-    fixed = (layout.k, layout.vocab_size, temperatures, len(rows.ids))
-    if _native is not None:
-        addresses = (a.ctypes.data for a in rows)
-        status, row = _native.codec_decode(*fixed, data.ctypes.data, data.size, id_bytes, has_counts, *addresses)
+    tokens = len(rows.ids)
+    if _native is None:
+        status, row = codec_python.decode(layout, data.tobytes(), has_counts, tokens, rows)
     else:
-        status, row = codec_python.decode(*fixed, data.tobytes(), id_bytes, has_counts, *rows)
+        status, row = _native.codec_decode(layout._native(), tokens, data.ctypes.data, data.size, has_counts, _addresses(rows))
     if status:
-        raise CorruptCache(f"targets of a record are corrupt at token {row}: {_DECODE_FAULTS[status]}")
+        raise CorruptCache(f"targets of a record are corrupt at token {row}: {_FAULTS[Status(status)]}")
+
+
+def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows, out: Collated, threads: int) -> None:
+    """Checks and decodes whole records to a batch; the memory at the jobs' addresses must be theirs.
+
+    Args:
+        jobs: int64 [n, 8], the columns `JOB`.
+        next_label: without stored labels, whether the label of a row is the next input id.
+        threads: how many work on it; none of them outlives the call.
+
+    Raises:
+        CorruptCache: a record is not what was written; its `job` says which.
+    """
+    room = 0 if out.context_ids is None else out.context_ids.shape[-1]
+    if _native is None:
+        status, job, token = codec_python.decode_batch(layout, jobs, next_label, rows, out)
+    else:
+        status, job, token = _native.codec_decode_batch(
+            layout._native(), jobs.ctypes.data, len(jobs), next_label, _addresses(rows), _addresses(out), room, threads
+        )
+    if status:
+        where = f" at token {token}" if status < Status.BAD_HEADER else ""
+        error = CorruptCache(f"the record is corrupt{where}: {_FAULTS[Status(status)]}")
+        error.job = job
+        raise error
+
+
+def _addresses(arrays: tuple[Any, ...]) -> list[int]:
+    for array in arrays:
+        if array is not None and not array.flags.c_contiguous:
+            raise ValueError("rows: expected contiguous arrays")
+    return [0 if array is None else array.ctypes.data for array in arrays]

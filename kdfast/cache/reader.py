@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdfast.cache import codec, record
-from kdfast.cache.format import IGNORE, KEY_TOKENS, CacheError, CacheInfo, CacheMismatch, CorruptCache, read_manifest
+from kdfast.cache import codec, codec_math, record
+from kdfast.cache.format import KEY_TOKENS, CacheError, CacheMismatch, CorruptCache
+from kdfast.cache.manifest import CacheInfo, read_manifest
 from kdfast.cache.shard import Shard, content_keys
 from kdfast.ops.targets import TopKTargets
+
+_TOKENS, _CONTEXTS, _AT, _ROOM, _CONTEXT_AT = (codec.JOB.index(n) for n in ("tokens", "contexts", "at", "room", "context_at"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Batch:
     input_ids int64 [B, Lmax] (0 in the padding); targets [B, Lmax, k] (empty slots and a tail of 1 in the padding);
     loss_mask bool [B, Lmax], True where row t counts; labels int64 [B, Lmax], aligned with the logits, -100 where they
     do not count; attention_mask bool [B, Lmax]. context_ids and context_mask [B, Cmax] when a document has a context.
+
+    Packed (`CacheReader.packed`), a row holds several documents: position_ids int64 [B, L] counts from 0 in each and
+    document_ids int64 [B, L] numbers them from 0, -1 in the padding; a token may attend to its own document only.
     """
 
     input_ids: Tensor
@@ -50,6 +56,8 @@ class Batch:
     attention_mask: Tensor
     context_ids: Tensor | None = None
     context_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    document_ids: Tensor | None = None
 
 
 class CacheReader:
@@ -88,7 +96,8 @@ class CacheReader:
             )
         self._shards = [Shard(self.path, entry, self.settings) for entry in manifest.shards]
         self._starts = np.cumsum([0, *(entry.records for entry in manifest.shards)])
-        self._layout = codec.Layout(self.settings.k, self.settings.vocab_size, self.settings.temperatures)
+        self._layout = codec.layout_of(self.settings)
+        self._jobs = np.concatenate([np.zeros((0, len(codec.JOB)), np.int64), *(s.jobs() for s in self._shards)])
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,7 +111,7 @@ class CacheReader:
 
     def lengths(self) -> np.ndarray:
         """Tokens of every record, int64 [len(self)]: for samplers that sort or pack by length."""
-        return np.concatenate([np.zeros(0, np.int64), *(s.tokens for s in self._shards)])
+        return self._jobs[:, _TOKENS].copy()
 
     def __getitem__(self, i: int) -> Record:
         """Record i (from the end when negative).
@@ -111,45 +120,106 @@ class CacheReader:
             IndexError: there is no such record. CorruptCache: its bytes are not what was written.
         """
         parts = self._parts(i)
-        rows = self._rows((len(parts.input_ids),))
-        self._decode(parts, rows)
-        mask, _ = _supervision(parts, self.settings.alignment)
+        batch = self.batch([i])
         return Record(
-            input_ids=torch.from_numpy(parts.input_ids),
-            targets=self._targets(rows),
-            loss_mask=torch.from_numpy(mask),
+            input_ids=batch.input_ids[0],
+            targets=batch.targets[0],
+            loss_mask=batch.loss_mask[0],
             labels=None if parts.labels is None else torch.from_numpy(parts.labels),
             context_ids=None if parts.context_ids is None else torch.from_numpy(parts.context_ids),
         )
 
-    def batch(self, indices: Sequence[int] | Tensor, device: torch.device | str = "cpu") -> Batch:
+    def batch(self, indices: Sequence[int] | Tensor, device: torch.device | str = "cpu", threads: int = 1) -> Batch:
         """The records at `indices` as one padded batch, decoded in place and copied to `device` once.
+
+        Args:
+            threads: how many decode at the same time.
 
         Raises:
             ValueError: indices is empty. IndexError: there is no such record. CorruptCache: as for one record.
         """
-        parts = [self._parts(int(i)) for i in indices]
-        if not parts:
+        numbers = self._numbers(indices)
+        jobs = self._jobs[numbers]
+        longest = int(jobs[:, _TOKENS].max())
+        jobs[:, _AT], jobs[:, _ROOM] = np.arange(len(jobs)) * longest, longest
+        return self._collate(jobs, numbers, (len(jobs), longest), int(jobs[:, _CONTEXTS].max()), device, threads)
+
+    def packed(
+        self, groups: Sequence[Sequence[int]], length: int, device: torch.device | str = "cpu", threads: int = 1
+    ) -> Batch:
+        """Rows of `length` tokens, each the records of one group end to end, with position_ids and document_ids.
+
+        A record longer than what is left of its row is cut there; its last row keeps its label.
+
+        Raises:
+            ValueError: a group is empty, a record would begin beyond the row, or a record has a context.
+            IndexError, CorruptCache: as for `batch`.
+        """
+        counts = [len(group) for group in groups]
+        numbers = self._numbers([i for group in groups for i in group])
+        jobs, row = self._jobs[numbers], np.repeat(np.arange(len(groups)), counts)
+        if min(counts) < 1 or jobs[:, _CONTEXTS].any():
+            raise CacheError("groups: expected one or more records in each, none of them with a context")
+        first = np.cumsum([0, *counts[:-1]])
+        ends = jobs[:, _TOKENS].cumsum()
+        start = ends - jobs[:, _TOKENS] - np.repeat((ends - jobs[:, _TOKENS])[first], counts)
+        if start.max() >= length:
+            raise CacheError(f"groups: expected records that begin within {length} tokens, got one at {int(start.max())}")
+        last = np.append(row[1:] != row[:-1], True)
+        kept = np.minimum(jobs[:, _TOKENS], length - start)
+        jobs[:, _AT], jobs[:, _ROOM] = row * length + start, np.where(last, length - start, kept)
+        batch = self._collate(jobs, numbers, (len(groups), length), 0, device, threads)
+        fill = jobs[:, _ROOM]
+        positions = np.arange(fill.sum()) - np.repeat(fill.cumsum() - fill, fill)
+        padding = positions >= np.repeat(kept, fill)
+        documents = np.where(padding, -1, np.repeat(np.arange(len(jobs)) - np.repeat(first, counts), fill))
+        extra = (np.where(padding, 0, positions), documents)
+        position_ids, document_ids = (torch.from_numpy(x).view(len(groups), length).to(device) for x in extra)
+        return dataclasses.replace(batch, position_ids=position_ids, document_ids=document_ids)
+
+    def _numbers(self, indices: Sequence[int] | Tensor) -> np.ndarray:
+        numbers = np.asarray(indices, np.int64)
+        if not numbers.size:
             raise CacheError("indices: expected one or more record numbers, got none")
-        b, longest = len(parts), max(len(p.input_ids) for p in parts)
-        rows = self._rows((b, longest))
-        ids, valid = np.zeros((b, longest), np.int64), np.zeros((b, longest), bool)
-        mask, labels = np.zeros((b, longest), bool), np.full((b, longest), IGNORE, np.int64)
-        for i, part in enumerate(parts):
-            n = len(part.input_ids)
-            self._decode(part, codec.Rows(*(x[i, :n] for x in rows)))
-            for x, filler in zip(rows, (-1, -np.inf, 0.0, 0.0), strict=True):
-                x[i, n:] = filler
-            ids[i, :n], valid[i, :n] = part.input_ids, True
-            mask[i, :n], labels[i, :n] = _supervision(part, self.settings.alignment)
-        context, context_mask = _pad_contexts(parts)
+        wrong = (numbers < -len(self)) | (numbers >= len(self))
+        if wrong.any():
+            raise IndexError(f"record {int(numbers[wrong][0])}: the cache holds {len(self)} records")
+        return numbers % len(self)
+
+    def _collate(
+        self, jobs: np.ndarray, numbers: np.ndarray, shape: tuple[int, int], contexts: int, device: Any, threads: int
+    ) -> Batch:
+        if threads < 1:
+            raise CacheError(f"threads: expected 1 or more, got {threads}")
+        rows = codec.empty_rows(self._layout, shape)
+        context: tuple[Any, Any] = (None, None)
+        if contexts:
+            jobs[:, _CONTEXT_AT] = np.arange(len(jobs)) * contexts
+            context = np.empty((len(jobs), contexts), np.int64), np.empty((len(jobs), contexts), bool)
+        ids, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        out = codec.Collated(ids, labels, np.empty(shape, bool), np.empty(shape, bool), *context)
+        try:
+            codec.decode_batch(self._layout, jobs, self.settings.alignment == "next", rows, out, threads)
+        except CorruptCache as error:
+            shard, at = self._locate(int(numbers[error.job]))
+            raise CorruptCache(f"record {int(numbers[error.job])} ({shard.path}, record {at}): {error}") from None
+        context_ids, context_mask = (None if x is None else torch.from_numpy(x) for x in context)
         batch = Batch(
-            *(torch.from_numpy(ids), self._targets(rows), torch.from_numpy(mask), torch.from_numpy(labels)),
-            torch.from_numpy(valid),
-            context,
-            context_mask,
+            input_ids=torch.from_numpy(ids),
+            targets=self._targets(rows),
+            loss_mask=torch.from_numpy(out.loss_mask),
+            labels=torch.from_numpy(labels),
+            attention_mask=torch.from_numpy(out.attention_mask),
+            context_ids=context_ids,
+            context_mask=context_mask,
         )
         return batch if torch.device(device).type == "cpu" else _to(batch, device)
+
+    def _targets(self, rows: codec.Rows) -> TopKTargets:
+        ids, logprobs, log_z, log_tail = map(torch.from_numpy, rows[:4])
+        weights = None if rows.weights is None else torch.from_numpy(rows.weights)
+        settings = self.settings
+        return TopKTargets(ids, logprobs, log_z, log_tail, settings.temperatures, settings.vocab_size, weights)
 
     def find(self, input_ids: Tensor) -> int | None:
         """The first record whose input ids are, or start with, `input_ids`; None when there is none.
@@ -174,12 +244,16 @@ class CacheReader:
             raise CorruptCache(f"record {i}: its content keys are not those of its input ids")
 
     def section_bytes(self, i: int) -> tuple[int, int, int]:
-        """Bytes of record i in its id stream, its value stream, and everything else of its payload."""
+        """Bytes of record i in its targets' ids, in their values, and everything else of its payload."""
         shard, at = self._locate(i)
         parts = self._parts(i)
-        fixed = len(parts.input_ids) * (1 + 4 * parts.has_counts + 2 * len(self.settings.temperatures))
-        values = parts.targets.size - fixed - parts.id_bytes
-        return parts.id_bytes, values, int(shard.offsets[at + 1] - shard.offsets[at]) - parts.id_bytes - values
+        counts = (self[i].targets.ids >= 0).sum(-1).tolist()
+        ids = sum(codec_math.id_bytes(self.settings.vocab_size, n) for n in counts if n)
+        fixed = len(counts) * (
+            (codec_math.count_width(self.settings.k) if parts.has_counts else 0) + 2 * len(self.settings.temperatures)
+        )
+        values = parts.targets.size - fixed - ids
+        return ids, values, int(shard.offsets[at + 1] - shard.offsets[at]) - ids - values
 
     def _with_key(self, key: np.uint64, position: int) -> Iterator[int]:
         if self._index is None:
@@ -208,45 +282,9 @@ class CacheReader:
     def _parts(self, i: int) -> record.Parts:
         shard, at = self._locate(i)
         try:
-            return record.unpack(shard.read(at), int(shard.tokens[at]))
+            return record.unpack(shard.read(at), int(shard.tokens[at]), int(shard.contexts[at]))
         except CorruptCache as error:
             raise CorruptCache(f"record {i}: {error}") from None
-
-    def _rows(self, lead: tuple[int, ...]) -> codec.Rows:
-        n_t = len(self.settings.temperatures)
-        return codec.Rows(
-            np.empty((*lead, self.settings.k), np.int32),
-            *(np.empty((*lead, n), np.float32) for n in (self.settings.k, n_t, n_t)),
-        )
-
-    def _decode(self, parts: record.Parts, rows: codec.Rows) -> None:
-        codec.decode(self._layout, parts.targets, parts.id_bytes, parts.has_counts, rows)
-
-    def _targets(self, rows: codec.Rows) -> TopKTargets:
-        ids, logprobs, log_z, log_tail = map(torch.from_numpy, rows)
-        return TopKTargets(ids, logprobs, log_z, log_tail, self.settings.temperatures, self.settings.vocab_size)
-
-
-def _supervision(parts: record.Parts, alignment: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows count, and the label of each row, -100 where it does not count."""
-    # The label of a document's last row lies outside the document.
-    labels = np.append(parts.input_ids[1:], IGNORE) if parts.labels is None else parts.labels
-    if parts.loss_mask is None:
-        mask = labels != IGNORE
-    else:
-        mask = parts.loss_mask if parts.labels is not None else parts.loss_mask & (labels != IGNORE)
-    return mask, np.where(mask, labels, IGNORE)
-
-
-def _pad_contexts(parts: list[record.Parts]) -> tuple[Tensor | None, Tensor | None]:
-    contexts = [np.zeros(0, np.int64) if p.context_ids is None else p.context_ids for p in parts]
-    longest = max(map(len, contexts))
-    if not longest:
-        return None, None
-    ids, mask = np.zeros((len(parts), longest), np.int64), np.zeros((len(parts), longest), bool)
-    for i, context in enumerate(contexts):
-        ids[i, : len(context)], mask[i, : len(context)] = context, True
-    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def _to(batch: Batch, device: torch.device | str) -> Batch:
@@ -254,7 +292,7 @@ def _to(batch: Batch, device: torch.device | str) -> Batch:
 
     def move(x: Any) -> Any:
         if isinstance(x, TopKTargets):
-            values = {name: move(getattr(x, name)) for name in ("ids", "logprobs", "log_z", "log_tail")}
+            values = {name: move(getattr(x, name)) for name in ("ids", "logprobs", "log_z", "log_tail", "weights")}
             return dataclasses.replace(x, **values)
         return x if x is None else (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
 

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdfast.cache.codec import Encoded
 from kdfast.cache.format import IGNORE, CorruptCache
 
-# flags, bytes an input id, bytes a label, bytes a context id, tokens, context ids, bytes of the id stream
-_HEADER = struct.Struct("<BBBBIII")
+# flags, bytes an input id, bytes a label, bytes a context id, tokens, context ids
+_HEADER = struct.Struct("<BBBBII")
 _MASK, _LABELS, _CONTEXT, _COUNTS = 1, 2, 4, 8
 
 
@@ -24,7 +23,6 @@ class Parts(NamedTuple):
     labels: np.ndarray | None
     context_ids: np.ndarray | None
     targets: np.ndarray
-    id_bytes: int
     has_counts: bool
 
 
@@ -44,13 +42,14 @@ def _unpack(data: np.ndarray, count: int, width: int) -> np.ndarray:
 
 def pack(
     input_ids: np.ndarray,
-    targets: Encoded,
+    targets: bytes,
+    has_counts: bool,
     loss_mask: np.ndarray | None,
     labels: np.ndarray | None,
     context_ids: np.ndarray | None,
 ) -> bytes:
     """The record's payload; labels are kept as label + 1, with 0 for none."""
-    flags = _COUNTS * targets.has_counts
+    flags = _COUNTS * has_counts
     sections, widths = [_pack(input_ids, _width(input_ids))], [_width(input_ids), 0, 0]
     if loss_mask is not None:
         flags |= _MASK
@@ -65,27 +64,25 @@ def pack(
         widths[2] = _width(context_ids)
         sections.append(_pack(context_ids, widths[2]))
     n_context = 0 if context_ids is None else len(context_ids)
-    header = _HEADER.pack(flags, *widths, len(input_ids), n_context, targets.id_bytes)
-    return b"".join([header, *sections, targets.data])
+    header = _HEADER.pack(flags, *widths, len(input_ids), n_context)
+    return b"".join([header, *sections, targets])
 
 
-def tokens_of(payload: np.ndarray) -> int:
-    """Number of tokens the record claims."""
-    if payload.size < _HEADER.size:
-        raise CorruptCache(f"a record has {payload.size} bytes, fewer than its header")
-    return int(_HEADER.unpack_from(payload.data)[4])
-
-
-def unpack(payload: np.ndarray, tokens: int) -> Parts:
+def unpack(payload: np.ndarray, tokens: int, contexts: int) -> Parts:
     """Takes a payload apart after checking that every section lies inside it.
 
     Raises:
-        CorruptCache: it does not, or the record does not hold `tokens` tokens.
+        CorruptCache: it does not, or the record does not hold `tokens` tokens and `contexts` context ids.
     """
-    if tokens_of(payload) != tokens:
-        raise CorruptCache(f"a record claims {tokens_of(payload)} tokens where the shard's index says {tokens}")
-    flags, *widths, _, n_context, id_bytes = _HEADER.unpack_from(payload.data)
-    if flags > 15 or not 1 <= widths[0] <= 4 or max(widths) > 4:
+    if payload.size < _HEADER.size:
+        raise CorruptCache(f"a record has {payload.size} bytes, fewer than its header")
+    flags, *widths, n_tokens, n_context = _HEADER.unpack_from(payload.data)
+    if (n_tokens, n_context) != (tokens, contexts):
+        raise CorruptCache(
+            f"a record claims {n_tokens} tokens and {n_context} context ids, the shard's index says {tokens} and {contexts}"
+        )
+    there = (True, flags & _LABELS, flags & _CONTEXT)
+    if flags > 15 or any(not (1 <= w <= 4 if t else w == 0) for w, t in zip(widths, there, strict=True)):
         raise CorruptCache("a record's header holds flags or widths that no writer produces")
     sizes = [
         tokens * widths[0],
@@ -103,10 +100,25 @@ def unpack(payload: np.ndarray, tokens: int) -> Parts:
         labels=_labels(_unpack(labels, tokens, widths[1])) if flags & _LABELS else None,
         context_ids=_unpack(context, n_context, widths[2]) if flags & _CONTEXT else None,
         targets=payload[ends[-1] :],
-        id_bytes=id_bytes,
         has_counts=bool(flags & _COUNTS),
     )
 
 
 def _labels(shifted: np.ndarray) -> np.ndarray:
     return np.where(shifted == 0, IGNORE, shifted - 1)
+
+
+def supervision(parts: Parts, next_label: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows count, and the label of each row, -100 where it does not count."""
+    if parts.labels is not None:
+        labels = parts.labels
+    elif next_label:
+        # The label of a document's last row lies outside the document.
+        labels = np.append(parts.input_ids[1:], IGNORE)
+    else:
+        labels = np.full(len(parts.input_ids), IGNORE, np.int64)
+    if parts.loss_mask is None:
+        mask = labels != IGNORE
+    else:
+        mask = parts.loss_mask if parts.labels is not None else parts.loss_mask & (labels != IGNORE)
+    return mask, np.where(mask, labels, IGNORE)

@@ -6,14 +6,19 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdfast.cache.format import KEY_TOKENS, CacheError, CorruptCache, Settings, ShardEntry, digest, write_atomically
+from kdfast.cache import codec
+from kdfast.cache.format import KEY_TOKENS, CacheError, CorruptCache, Settings
+from kdfast.cache.manifest import ShardEntry, digest, write_atomically
 
 _HEADER_LENGTH = struct.Struct("<Q")
-_DTYPES = {"checksums": "U8", "key_offsets": "I64", "keys": "U8", "offsets": "I64", "payload": "U8", "tokens": "I64"}
+_DTYPES = {
+    "checksums": "U64", "contexts": "I64", "key_offsets": "I64", "keys": "U64",
+    "offsets": "I64", "payload": "U8", "tokens": "I64",
+}  # fmt: skip
 
 
 def content_keys(input_ids: np.ndarray) -> bytes:
@@ -29,25 +34,42 @@ def content_keys(input_ids: np.ndarray) -> bytes:
     return b"".join(keys)
 
 
-def checksum(payload: bytes | memoryview) -> bytes:
-    """blake2b of a record's payload, 8 bytes."""
-    return hashlib.blake2b(payload, digest_size=8).digest()
+class Pending(NamedTuple):
+    """A record on its way into a shard."""
+
+    payload: bytes
+    tokens: int
+    contexts: int
+    keys: bytes
 
 
-def write_shard(path: Path, settings: Settings, payloads: list[bytes], tokens: list[int], keys: list[bytes]) -> tuple[int, str]:
+def write_shard(path: Path, settings: Settings, records: list[Pending]) -> tuple[int, str]:
     """Writes a shard and returns its size in bytes and its index digest."""
+    _safetensors()  # a capture that nobody here could read should not begin
     tensors = {
-        "offsets": np.cumsum([0, *map(len, payloads)], dtype=np.int64),
-        "tokens": np.array(tokens, np.int64),
-        "key_offsets": np.cumsum([0, *(len(k) // 8 for k in keys)], dtype=np.int64),
-        "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 8),
-        "checksums": np.frombuffer(b"".join(map(checksum, payloads)), np.uint8).reshape(-1, 8),
-        "payload": np.frombuffer(b"".join(payloads), np.uint8),
+        "offsets": np.cumsum([0, *(len(r.payload) for r in records)], dtype=np.int64),
+        "tokens": np.array([r.tokens for r in records], np.int64),
+        "contexts": np.array([r.contexts for r in records], np.int64),
+        "key_offsets": np.cumsum([0, *(len(r.keys) // 8 for r in records)], dtype=np.int64),
+        "keys": np.frombuffer(b"".join(r.keys for r in records), "<u8"),
+        "checksums": np.array([codec.checksum(r.payload) for r in records], np.uint64),
     }
-    data = memoryview(_safetensors().numpy.save(tensors, metadata=settings.as_metadata()))
-    start, end = _payload_span(data)
-    write_atomically(path, [data])
-    return len(data), digest(data[:start], data[end:])
+    head, index = _header(settings, tensors, sum(len(r.payload) for r in records)), [x.tobytes() for x in tensors.values()]
+    write_atomically(path, [head, *index, *(r.payload for r in records)])
+    return len(head) + sum(map(len, index)) + sum(len(r.payload) for r in records), digest(head, *index)
+
+
+def _header(settings: Settings, tensors: dict[str, np.ndarray], payload: int) -> bytes:
+    """Header of a safetensors file with the tensors in their order and the payload last, the same for the same content."""
+    entries: dict[str, Any] = {"__metadata__": settings.as_metadata()}
+    at = 0
+    for name, array in tensors.items():
+        entries[name] = {"dtype": _DTYPES[name], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    entries["payload"] = {"dtype": _DTYPES["payload"], "shape": [payload], "data_offsets": [at, at + payload]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return _HEADER_LENGTH.pack(len(text)) + text
 
 
 def _payload_span(data: memoryview) -> tuple[int, int]:
@@ -69,11 +91,8 @@ class Shard:
         self._settings = settings
         tensors = self._read_index(entry)
         self.offsets, self.tokens = tensors["offsets"], tensors["tokens"]
-        self.key_offsets, self.checksums = tensors["key_offsets"], tensors["checksums"]
-        keys = tensors["keys"]
-        if keys.ndim != 2 or keys.shape[1] != 8:
-            raise CorruptCache(f"{self.path}: expected keys of shape [n, 8], got {list(keys.shape)}")
-        self.keys = np.ascontiguousarray(keys).view("<u8")[:, 0]
+        self.contexts, self.key_offsets = tensors["contexts"], tensors["key_offsets"]
+        self.checksums, self.keys = tensors["checksums"], tensors["keys"]
         self._check_index(entry)
 
     def _read_index(self, entry: ShardEntry) -> dict[str, np.ndarray]:
@@ -103,19 +122,23 @@ class Shard:
 
     def _check_index(self, entry: ShardEntry) -> None:
         n = entry.records
-        shapes = {"offsets": (n + 1,), "key_offsets": (n + 1,), "tokens": (n,), "checksums": (n, 8)}
+        if self.keys.ndim != 1:
+            raise CorruptCache(f"{self.path}: expected keys of shape [m], got {list(self.keys.shape)}")
+        shapes = {"offsets": (n + 1,), "key_offsets": (n + 1,), "tokens": (n,), "contexts": (n,), "checksums": (n,)}
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise CorruptCache(f"{self.path}: expected {name} of shape {shape}, got {getattr(self, name).shape}")
         # Every token takes bytes, so a count that the payload cannot hold is refused before anything is allocated.
-        least = 2 + 2 * len(self._settings.temperatures)
+        least = 1 + 2 * len(self._settings.temperatures)
         sizes = np.diff(self.offsets)
         sound = (
             self.offsets[0] == 0
             and self.offsets[-1] == self.payload.size
-            and (sizes > 0).all()
+            and (self.offsets[1:] > self.offsets[:-1]).all()
             and (self.tokens > 0).all()
             and (self.tokens <= sizes // least).all()
+            and (self.contexts >= 0).all()
+            and (self.contexts <= sizes).all()
             and self.tokens.sum() == entry.tokens
             and self.key_offsets[0] == 0
             and self.key_offsets[-1] == self.keys.size
@@ -124,10 +147,17 @@ class Shard:
         if not sound:
             raise CorruptCache(f"{self.path}: the index contradicts itself or the manifest")
 
+    def jobs(self) -> np.ndarray:
+        """What `codec.decode_batch` needs to know of every record, int64 [n, 8]; the columns from `at` on are open."""
+        jobs = np.zeros((len(self.tokens), len(codec.JOB)), np.int64)
+        jobs[:, 0] = self.payload.ctypes.data + self.offsets[:-1]
+        jobs[:, 1:5] = np.stack([np.diff(self.offsets), self.tokens, self.contexts, self.checksums.view(np.int64)], 1)
+        return jobs
+
     def read(self, i: int) -> np.ndarray:
         """Payload of record i, its checksum verified."""
         payload = self.payload[self.offsets[i] : self.offsets[i + 1]]
-        if checksum(payload.data) != self.checksums[i].tobytes():
+        if codec.checksum(payload) != int(self.checksums[i]):
             raise CorruptCache(f"{self.path}: record {i} does not match its checksum; capture it again or restore the file")
         return payload
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from kdfast.cache.format import IGNORE, AlignmentError, CacheInfo
+from kdfast.cache.format import IGNORE, AlignmentError
+from kdfast.cache.manifest import CacheInfo
 from kdfast.cache.reader import CacheReader
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import label_logprobs
@@ -83,6 +85,43 @@ def _mean_nll(targets: TopKTargets, labels: Tensor, shift: int) -> float:
     rows, cols = slice(max(-shift, 0), n - max(shift, 0)), slice(max(shift, 0), n - max(-shift, 0))
     index = (slice(None), rows) if labels.ndim == 2 else rows
     return float(_label_nll(targets[index], labels[..., cols]).nanmean())
+
+
+class TeacherCheck(NamedTuple):
+    """KL(teacher || cache) over entries and tail of recomputed rows, nats: mean and largest; and how many rows."""
+
+    kl_mean: float
+    kl_max: float
+    rows: int
+
+
+@torch.no_grad()
+def compare_with_teacher(
+    reader: CacheReader, teacher: Callable[..., Any], records: Sequence[int], device: torch.device | str = "cpu"
+) -> TeacherCheck:
+    """Runs the teacher over some records again and compares its distributions at T = 1 with the cache's.
+
+    Args:
+        teacher: as for `capture`: called with a record's input ids, or with its context and `decoder_input_ids`.
+        records: numbers of records. Rows without entries are left out.
+    """
+    kls = []
+    for i in records:
+        record = reader[i]
+        ids = record.input_ids[None].to(device)
+        if record.context_ids is None:
+            out = teacher(ids)
+        else:
+            out = teacher(record.context_ids[None].to(device), decoder_input_ids=ids)
+        logp = getattr(out, "logits", out)[0].double().log_softmax(-1).cpu()
+        targets, there = record.targets, record.targets.ids >= 0
+        exact = torch.where(there, logp.gather(-1, targets.ids.clamp(min=0).long()), -torch.inf)
+        rest = (1 - exact.exp().sum(-1)).clamp(min=1e-12)
+        cached_tail = targets.log_tail[:, targets.column(1.0)].double().clamp(min=-60)
+        kl = torch.where(there, exact.exp() * (exact - targets.logprobs.double()), 0).nan_to_num(0.0).sum(-1)
+        kls.append((kl + rest * (rest.log() - cached_tail))[there.any(-1)])
+    found = torch.cat([torch.zeros(0, dtype=torch.float64), *kls])
+    return TeacherCheck(float(found.mean()) if len(found) else 0.0, float(found.max()) if len(found) else 0.0, len(found))
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> CacheInfo:

@@ -14,6 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from kdfast.cache import codec, record, shard
+from kdfast.cache.background import Background
+from kdfast.cache.draws import draws_of
 from kdfast.cache.format import (
     IGNORE,
     KL_EDGES,
@@ -21,16 +23,18 @@ from kdfast.cache.format import (
     MANIFEST,
     SHARD_NAME,
     CacheError,
+    CacheFull,
     CacheMismatch,
-    Manifest,
     Settings,
-    ShardEntry,
-    read_manifest,
-    write_atomically,
 )
+from kdfast.cache.manifest import Manifest, ShardEntry, read_manifest, write_atomically
 from kdfast.ops.targets import TopKTargets
 
 _T = TypeVar("_T")
+
+_RECORD_INDEX_BYTES = 40  # of a record in the tensors of a shard's index, without its keys
+_ENTRY_BYTES = 1024  # of a shard in the manifest, at most
+_INDEX_BYTES = 4096  # header of a shard, its entry and the manifest without entries, at most
 
 
 class CacheWriter:
@@ -45,9 +49,13 @@ class CacheWriter:
 
     Args:
         path: the cache's folder; made when missing.
-        vocab_size, k, teacher, tokenizer_hash, temperatures, max_kl, values_bits, alignment: see `Settings`.
+        vocab_size, k, teacher, tokenizer_hash, temperatures, max_kl, values_bits, alignment, kind, samples,
+            sample_temperature: see `Settings`.
         records_per_shard: a shard is finished at this many records (None: no limit).
         shard_bytes: or at this size.
+        max_bytes: limit of the whole cache; the record that would pass it raises CacheFull and what came before stands.
+        queue: records that wait for a thread that encodes and writes them, so that `add` returns at once; 0: no thread.
+            An error then comes with a later `add`, `flush` or `close`, and drops what was waiting.
 
     Raises:
         CacheMismatch: the path holds an unfinished cache with other settings; names both sides.
@@ -68,17 +76,23 @@ class CacheWriter:
         values_bits: int | None = None,
         max_kl: float = 5e-5,
         alignment: str = "next",
+        kind: str = "topk",
+        samples: int = 0,
+        sample_temperature: float = 1.0,
         records_per_shard: int | None = None,
         shard_bytes: int = 64 << 20,
+        max_bytes: int | None = None,
+        queue: int = 0,
     ) -> None:
         self.path = Path(path)
         settings = Settings(
-            vocab_size, k, teacher, tokenizer_hash, tuple(map(float, temperatures)), max_kl, values_bits, alignment
-        )
+            vocab_size, k, teacher, tokenizer_hash, tuple(map(float, temperatures)), max_kl, values_bits, alignment, kind,
+            samples, float(sample_temperature),
+        )  # fmt: skip
         if records_per_shard is not None and records_per_shard < 1:
             raise CacheError(f"records_per_shard: expected 1 or more, got {records_per_shard}")
-        self._records_per_shard, self._shard_bytes = records_per_shard, shard_bytes
-        self._layout = codec.Layout(k, vocab_size, settings.temperatures)
+        self._records_per_shard, self._shard_bytes, self._max_bytes = records_per_shard, shard_bytes, max_bytes
+        self._layout = codec.layout_of(settings)
         self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _lock(self.path)
@@ -87,6 +101,8 @@ class CacheWriter:
         except BaseException:
             self._unlock()
             raise
+        self._background = Background(queue) if queue else None
+        self.full = False  # a record was refused because of `max_bytes`
 
     def _open(self, settings: Settings) -> Manifest:
         fresh = not (self.path / MANIFEST).exists()
@@ -161,7 +177,7 @@ class CacheWriter:
             context_ids: `[C]` integers, the source of an encoder-decoder.
 
         Raises:
-            CacheError: an argument does not fit; nothing was added.
+            CacheError: an argument does not fit; nothing was added. CacheFull: `max_bytes` would be passed; likewise.
             OSError: a shard was due and could not be written; the finished ones are safe.
         """
         if self._lock is None:
@@ -180,16 +196,40 @@ class CacheWriter:
         if label is not None and (label.shape != ids.shape or ((label < 0) & (label != IGNORE)).any()):
             raise CacheError(f"labels: expected [{len(ids)}] with values in [0, {settings.vocab_size}) or {IGNORE}")
         context = None if context_ids is None else _integers("context_ids", context_ids, 0, 1 << 32)
-        coded = codec.encode(self._layout, rows, settings.max_kl, settings.values_bits)
-        payload = record.pack(ids, coded, mask, label, context)
-        self._payloads.append(payload)
-        self._tokens.append(len(ids))
-        self._keys.append(shard.content_keys(ids))
+        exact_first = settings.k - settings.samples if settings.kind == "mixed" else 0
+        draws = draws_of(targets, settings.samples, settings.sample_temperature, exact_first) if settings.samples else None
+
+        def work() -> None:
+            self._append(ids, rows, draws, mask, label, context)
+
+        if self._background is None:
+            work()
+        else:
+            # The caller may reuse its memory while the record waits.
+            rows = rows.each(np.copy)
+            ids, mask = ids.copy(), None if mask is None else mask.copy()
+            self._background.put(work)
+
+    def _append(
+        self, ids: np.ndarray, rows: codec.Rows, draws: np.ndarray | None, mask: np.ndarray | None, labels: np.ndarray | None,
+        context: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        settings = self.settings
+        coded = codec.encode(self._layout, rows, settings.max_kl, settings.values_bits, draws)
+        payload = record.pack(ids, coded.data, coded.has_counts, mask, labels, context)
+        written = sum(s.bytes + _ENTRY_BYTES for s in self._manifest.shards)
+        if self._max_bytes is not None and written + self._bytes + len(payload) + _INDEX_BYTES > self._max_bytes:
+            self.full = True
+            raise CacheFull(
+                f"max_bytes: the next record would pass {self._max_bytes:,} bytes; {len(self) + len(self._pending)} records"
+                " fit. Close the writer to use them, or allow more"
+            )
+        self._pending.append(shard.Pending(payload, len(ids), 0 if context is None else len(context), shard.content_keys(ids)))
         self._kl.append(coded.kl)
-        self._bytes += len(payload)
-        full = self._bytes >= self._shard_bytes or len(self._payloads) >= (self._records_per_shard or 1 << 62)
-        if full and len(self._payloads) % self._group == 0:
-            self.flush()
+        self._bytes += len(payload) + _RECORD_INDEX_BYTES + len(self._pending[-1].keys)
+        full = self._bytes >= self._shard_bytes or len(self._pending) >= (self._records_per_shard or 1 << 62)
+        if full and len(self._pending) % self._group == 0:
+            self._finish_shard()
 
     def _rows(self, targets: TopKTargets, tokens: int) -> codec.Rows:
         settings = self.settings
@@ -198,8 +238,9 @@ class CacheWriter:
         for name, a, b in zip(("vocab_size", "temperatures", "ids"), expected, got, strict=True):
             if a != b:
                 raise CacheError(f"targets.{name}: expected {'shape ' if name == 'ids' else ''}{a}, got {b}")
-        if targets.weights is not None:
-            raise CacheError("targets.weights: this format keeps exact top-k entries, got drawn ones with weights")
+        if (targets.weights is not None) != (settings.samples > 0):
+            wanted = "weights, because entries are drawn" if settings.samples else "none, because entries are exact"
+            raise CacheError(f"targets.weights: expected {wanted} with kind {settings.kind!r}")
         fields = (targets.ids, targets.logprobs, targets.log_z, targets.log_tail)
         return codec.Rows(
             *(
@@ -214,19 +255,24 @@ class CacheWriter:
         Raises:
             OSError: it cannot be written; the finished shards are safe, the records after them are still held.
         """
-        if not self._payloads:
+        if self._background is not None:
+            self._background.wait()
+        self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        if not self._pending:
             return
         name = f"shard-{len(self._manifest.shards):05d}.safetensors"
         path = self.path / name
 
         def write() -> tuple[int, str]:
-            return shard.write_shard(path, self.settings, self._payloads, self._tokens, self._keys)
+            return shard.write_shard(path, self.settings, self._pending)
 
         size, index_digest = self._guard(name, write)
         kl = np.concatenate(self._kl)
         entry = ShardEntry(
             name=name,
-            records=len(self._payloads),
+            records=len(self._pending),
             tokens=len(kl),
             bytes=size,
             index_digest=index_digest,
@@ -242,10 +288,13 @@ class CacheWriter:
         if self._lock is None:
             return
         try:
-            self.flush()
+            try:
+                self.flush()
+            except CacheFull:  # of a record that waited: what came before it is the cache
+                self._finish_shard()
             self._manifest = self._save(dataclasses.replace(self._manifest, complete=True))
         finally:
-            self._unlock()
+            self._stop()
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -254,12 +303,15 @@ class CacheWriter:
         if kind is None:
             self.close()
         else:
-            self._unlock()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._background is not None:
+            self._background.stop()
+        self._unlock()
 
     def _clear(self) -> None:
-        self._payloads: list[bytes] = []
-        self._tokens: list[int] = []
-        self._keys: list[bytes] = []
+        self._pending: list[shard.Pending] = []
         self._kl: list[np.ndarray] = []
         self._bytes = 0
 

@@ -1,134 +1,80 @@
-"""`kdfast cache build|info|verify`: a teacher's targets on disk."""
+"""`kdfast cache build|info|verify|repair|merge|cat|bench`: a teacher's targets on disk."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-_BUILD = "kdfast cache build models/teacher --data corpus/ --glob '**/*.txt' --out cache --k 64 --temperatures 1 2"
+from kdfast.cli import cache_build
+
+_VERIFY = "kdfast cache verify cache --teacher models/teacher"
+_MERGE = "kdfast cache merge cache    (parts captured with --rank and --world), or: kdfast cache merge both first second"
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "cache", help="capture a teacher's targets, and look at what was captured", epilog=f"example: {_BUILD}"
+        "cache", help="capture a teacher's targets, and look at what was captured", epilog=f"example: {cache_build.EXAMPLE}"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    build = actions.add_parser(
-        "build", help="run a teacher over text and keep its targets", epilog=f"example: {_BUILD}",
-        description="Runs a teacher over text files and keeps its top-k targets. Killed and run again, it goes on after the"
-        " last shard that was finished.",
+
+    def action(name: str, help: str, example: str, description: str | None = None) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = actions.add_parser(
+            name, help=help, epilog=f"example: {example}", description=description or f"{help[0].upper()}{help[1:]}."
+        )
+        made.add_argument("--json", action="store_true", help="print JSON")
+        made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        return made
+
+    build = action(
+        "build", "run a teacher over text and keep its targets", cache_build.EXAMPLE,
+        "Runs a teacher over text and keeps its top-k targets. Killed and run again, it goes on after the last shard that"
+        " was finished.",
     )  # fmt: skip
-    build.add_argument("teacher", help="a folder with config.json, safetensors weights and tokenizer.json")
-    build.add_argument("--data", nargs="+", required=True, help="text files or folders")
-    build.add_argument("--out", required=True, help="the cache's folder")
-    build.add_argument("--glob", default="**/*.txt", help="which files of a folder (default %(default)s)")
-    build.add_argument("--sequence-length", type=int, default=512, help="tokens of a record (default %(default)s)")
-    build.add_argument("--separator", default="<|endoftext|>", help="token after each file, if the tokenizer has it")
-    build.add_argument("--k", type=int, default=64, help="ids kept a token (default %(default)s)")
-    build.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="1 among them (default 1)")
-    build.add_argument("--max-kl", type=float, default=5e-5, help="KL error allowed a token, nats (default %(default)s)")
-    build.add_argument("--batch-size", type=int, default=8, help="records in one call of the teacher (default %(default)s)")
-    build.add_argument("--shard-mb", type=int, default=64, help="size of a shard; a killed capture loses at most this much")
-    build.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU when there is one)")
-    build.add_argument(
-        "--dry-run", action="store_true", help="capture one batch, print size and time of the whole, keep nothing"
-    )
-    info = actions.add_parser("info", help="what a cache holds", epilog="example: kdfast cache info cache --plot cache.png")
+    cache_build.add_arguments(build)
+    info = action("info", "what a cache holds", "kdfast cache info cache --plot cache.png")
     info.add_argument("path", help="the cache's folder")
     info.add_argument("--plot", metavar="FILE.png", help="draw mass over k, bytes and the KL error")
-    verify = actions.add_parser(
-        "verify", help="read everything through and check it", epilog="example: kdfast cache verify cache"
-    )
+    verify = action("verify", "read everything through and check it", _VERIFY)
     verify.add_argument("path", help="the cache's folder")
-    for action in (build, info, verify):
-        action.add_argument("--json", action="store_true", help="print JSON")
-        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    verify.add_argument("--teacher", metavar="FOLDER", help="run the teacher again over some records and compare")
+    verify.add_argument("--records", type=int, default=8, help="how many of them (default %(default)s)")
+    verify.add_argument("--limit", type=float, default=1e-3, help="mean KL that fails, nats (default %(default)s)")
+    verify.add_argument("--device", default="cpu", help="where the teacher runs (default %(default)s)")
+    repair = action("repair", "drop what is damaged and keep the rest", "kdfast cache repair cache --dry-run")
+    repair.add_argument("path", help="the cache's folder")
+    repair.add_argument("--dry-run", action="store_true", help="only say what would be lost")
+    merge = action("merge", "join caches without copying", _MERGE)
+    merge.add_argument("path", help="the folder of the joined cache")
+    merge.add_argument("parts", nargs="*", help="caches in their order (default: the parts under PATH, removed afterwards)")
+    cat = action("cat", "print records", "kdfast cache cat cache --records 0 7 --tokenizer models/teacher --top 3")
+    cat.add_argument("path", help="the cache's folder")
+    cat.add_argument("--records", type=int, nargs="+", default=[0], help="which (default 0)")
+    cat.add_argument("--rows", type=int, default=16, help="rows of each (default %(default)s)")
+    cat.add_argument("--top", type=int, default=5, help="likeliest entries of each row (default %(default)s)")
+    cat.add_argument("--tokenizer", help="tokenizer.json or its folder, to print tokens instead of ids")
+    bench = action("bench", "how fast batches are read and decoded", "kdfast cache bench cache --batch-size 16 --threads 1")
+    bench.add_argument("path", help="the cache's folder")
+    bench.add_argument("--batch-size", type=int, default=16, help="records (default %(default)s)")
+    bench.add_argument("--threads", type=int, default=1, help="that decode at the same time (default %(default)s)")
+    bench.add_argument("--seconds", type=float, default=3.0, help="how long (default %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    found: dict[str, Any] = {"build": _build, "info": _info, "verify": _verify}[args.action](args)
-    print(json.dumps(found) if args.json else _table(found))
-    return 0
-
-
-def _build(args: argparse.Namespace) -> dict[str, Any]:
-    for name, least in (("sequence_length", 2), ("batch_size", 1), ("shard_mb", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a number >= {least}, got {getattr(args, name)}")
-
-    import torch
-    from transformers.utils import logging
-
-    from kdfast.cache import CacheReader, CacheWriter, capture
-    from kdfast.cli.progress import bar
-    from kdfast.train.data import list_files, load_tokenizer, tokenize
-    from kdfast.train.inputs import file_hash
-    from kdfast.train.models import load_folder
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, tokenizer_file = load_tokenizer(args.teacher)
-    files = [file for _, file in list_files(args.data, args.glob, key="--data")]
-    documents = list(tokenize(tokenizer, files, args.sequence_length, args.separator, "--data").ids.long())
-    logging.disable_progress_bar()  # it draws one for the weights, even when piped
-    teacher = load_folder(args.teacher, "teacher").to(device).eval()
-    with torch.no_grad():
-        vocab_size = teacher(documents[0][None, :1].to(device)).logits.shape[-1]
-    settings = {
-        "vocab_size": vocab_size, "k": args.k, "temperatures": tuple(args.temperatures), "max_kl": args.max_kl,
-        "teacher": _weights_hash(Path(args.teacher)), "tokenizer_hash": file_hash(tokenizer_file),
+    actions: dict[str, Any] = {
+        "build": cache_build.run, "info": _info, "verify": _verify, "repair": _repair, "merge": _merge, "cat": _cat,
+        "bench": _bench,
     }  # fmt: skip
-    if args.dry_run:
-        return _dry_run(args, teacher, documents, settings, device)
-    with (
-        CacheWriter(args.out, shard_bytes=args.shard_mb << 20, **settings) as writer,
-        bar("capture", sum(map(len, documents)), "tokens") as shown,
-    ):
-        capture(
-            teacher, documents, writer, batch_size=args.batch_size, device=device,
-            progress=lambda done, total: shown.update(done),
-        )  # fmt: skip
-    return {"path": args.out, **CacheReader(args.out).info.as_json()}
-
-
-def _dry_run(
-    args: argparse.Namespace, teacher: Any, documents: list[Any], settings: dict[str, Any], device: str
-) -> dict[str, Any]:
-    from kdfast.cache import CacheReader, CacheWriter, capture
-
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        with CacheWriter(folder, **settings) as writer:
-            capture(teacher, documents[: args.batch_size], writer, batch_size=args.batch_size, device=device)
-        info = CacheReader(folder).info
-    tokens = sum(map(len, documents))
-    rate = info.tokens / (time.perf_counter() - began)
-    return {
-        "vocab_size": info.vocab_size, "k": info.k, "records": len(documents), "tokens": tokens,
-        "bytes_per_token": info.bytes_per_token, "bytes": round(info.bytes_per_token * tokens),
-        "kl_mean": info.kl_mean, "kl_max": info.kl_max, "tokens_per_second": rate, "seconds": tokens / rate,
-    }  # fmt: skip
-
-
-def _weights_hash(folder: Path) -> str:
-    """sha256 of the weights: of the one file, or of the hashes of several in the order of their names."""
-    hashes = []
-    for path in sorted(folder.glob("*.safetensors")):
-        state = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                state.update(block)
-        hashes.append(state.hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    found = actions[args.action](args)
+    print(json.dumps(found) if args.json else found["text"] if "text" in found else _table(found))
+    return 1 if found.get("failed") else 0
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from kdfast.cache.format import CacheInfo, read_manifest
+    from kdfast.cache.manifest import CacheInfo, read_manifest
 
     found: dict[str, Any] = CacheInfo.of(*read_manifest(Path(args.path))).as_json()
     if args.plot:
@@ -143,13 +89,112 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
     from kdfast.cache import CacheReader, verify
     from kdfast.cli.progress import bar
 
-    with bar("verify", CacheReader(args.path).info.tokens, "tokens") as shown:
+    reader = CacheReader(args.path)
+    with bar("verify", reader.info.tokens, "tokens") as shown:
         info = verify(args.path, lambda done, total: shown.update(done))
-    return {"path": args.path, "verified": True, "records": info.records, "tokens": info.tokens, "bytes": info.bytes}
+    found = {"path": args.path, "verified": True, "records": info.records, "tokens": info.tokens, "bytes": info.bytes}
+    if args.teacher:
+        found |= _compare(args, reader)
+    return found
+
+
+def _compare(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from kdfast.cache import compare_with_teacher
+
+    folder = Path(args.teacher)
+    seq2seq = len(reader) and reader[0].context_ids is not None
+    task = "seq2seq" if seq2seq else "masked" if reader.info.alignment == "same" else "causal"
+    teacher = cache_build.load_teacher(folder, task).to(args.device)
+    records = np.unique(np.linspace(0, len(reader) - 1, min(args.records, len(reader))).astype(int)).tolist()
+    check = compare_with_teacher(reader, teacher, records, args.device)
+    failed = check.kl_mean > args.limit
+    return {
+        "verified": not failed, "same_weights": cache_build.weights_hash(folder) == reader.info.teacher,
+        "compared_rows": check.rows, "kl_to_teacher_mean": check.kl_mean, "kl_to_teacher_max": check.kl_max, "failed": failed,
+    }  # fmt: skip
+
+
+def _repair(args: argparse.Namespace) -> dict[str, Any]:
+    from kdfast.cache import repair
+
+    return {"path": args.path, "dry_run": args.dry_run, **repair(args.path, args.dry_run)._asdict()}
+
+
+def _merge(args: argparse.Namespace) -> dict[str, Any]:
+    from kdfast.cache import merge
+
+    return {"path": args.path, **merge(args.path, args.parts or None).as_json()}
+
+
+def _cat(args: argparse.Namespace) -> dict[str, Any]:
+    from kdfast.cache import CacheReader
+
+    reader = CacheReader(args.path)
+    show: Any = str
+    if args.tokenizer:
+        from kdfast.train.data import load_tokenizer
+
+        tokenizer = load_tokenizer(args.tokenizer)[0]
+
+        def show(i: int) -> str:
+            return repr(tokenizer.decode([i], skip_special_tokens=False))
+
+    records, lines = [], []
+    for number in args.records:
+        rows = _rows(reader, number, args.rows, args.top)
+        records.append({"record": number, "tokens": int(reader.lengths()[number]), "rows": rows})
+        lines.append(f"record {number}: {records[-1]['tokens']} tokens")
+        for row in rows:
+            entries = "  ".join(f"{show(i)} {p:.3f}" for i, p in row["entries"])
+            label = "-" if row["label"] is None else show(row["label"])
+            lines.append(f"{row['row']:5d}  {show(row['input'])} -> {label}   {entries}   rest {row['tail']:.3f}")
+    return {"records": records} if args.json else {"text": "\n".join(lines)}
+
+
+def _rows(reader: Any, number: int, count: int, top: int) -> list[dict[str, Any]]:
+    batch = reader.batch([number])
+    targets, column = batch.targets, batch.targets.column(1.0)
+    rows = []
+    for t in range(min(count, batch.input_ids.shape[1])):
+        logp, at = targets.logprobs[0, t].sort(descending=True)
+        ids = targets.ids[0, t][at]
+        label = int(batch.labels[0, t])
+        rows.append({
+            "row": t, "input": int(batch.input_ids[0, t]), "label": None if label < 0 else label,
+            "entries": [(int(i), float(p)) for i, p in zip(ids[:top], logp[:top].exp(), strict=True) if i >= 0],
+            "tail": float(targets.log_tail[0, t, column].exp()),
+        })  # fmt: skip
+    return rows
+
+
+def _bench(args: argparse.Namespace) -> dict[str, Any]:
+    import numpy as np
+
+    from kdfast.cache import CacheReader, codec
+
+    reader = CacheReader(args.path)
+    if not len(reader):
+        raise ValueError(f"path: expected a cache with records, {args.path} has none")
+    chance, tokens, end = np.random.default_rng(0), 0, time.perf_counter() + args.seconds
+    times: list[float] = []
+    while time.perf_counter() < end or len(times) < 3:
+        indices = chance.integers(0, len(reader), args.batch_size)
+        began = time.perf_counter()
+        batch = reader.batch(indices, threads=args.threads)
+        times.append((time.perf_counter() - began) / batch.attention_mask.numel())
+        tokens += int(batch.attention_mask.sum())
+    median, best = float(np.median(times)), min(times)
+    return {
+        "path": args.path, "codec": "C++" if codec.native() else "Python", "batch_size": args.batch_size,
+        "threads": args.threads, "batches": len(times), "tokens": tokens, "tokens_per_second_median": 1 / median,
+        "tokens_per_second_best": 1 / best, "compressed_megabytes_per_second": reader.info.bytes_per_token / median / 1e6,
+    }  # fmt: skip
 
 
 def _table(found: dict[str, Any]) -> str:
-    shown = {name: _readable(name, value) for name, value in found.items() if name != "kl_histogram"}
+    shown = {name: _readable(name, value) for name, value in found.items() if name not in ("kl_histogram", "failed")}
     width = max(map(len, shown))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 

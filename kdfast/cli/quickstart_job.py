@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from kdfast.cache import CacheReader, CacheWriter, capture
-from kdfast.cache.format import read_manifest
+from kdfast.cache.manifest import read_manifest
 from kdfast.train import Recipe, Result, distill
 from kdfast.train.data import SEPARATOR, Order, Sequences, list_files, split_files, tokenize, train_tokenizer
 from kdfast.train.evaluate import evaluate

@@ -1,0 +1,363 @@
+// Picks for every token the coarsest levels that keep the KL error within max_kl, and packs them.
+#include "codec_math.h"
+
+namespace kdfast {
+namespace KDFAST_ISA {
+namespace {
+
+using codec::Layout;
+using codec::RowsIn;
+using codec::Status;
+
+constexpr double kMassSlack = 1e-2;  // how far entries and tail may be from 1: half-precision teachers, not mistakes
+constexpr int kTrials = 4;           // steps of the search that aim at max_kl; the ones after it only refine
+constexpr double kDrawnLevel = 8;    // level of the least likely drawn entry, at least
+constexpr std::int64_t kSortByRank = 160;
+
+typedef std::uint8_t* Bytes;
+
+template <typename T>
+inline void put(Bytes& out, T value) {
+    std::memcpy(out, &value, sizeof(value));
+    out += sizeof(value);
+}
+
+inline unsigned bit_length(std::uint32_t x) { return x ? 32 - static_cast<unsigned>(__builtin_clz(x)) : 0; }
+
+// Numbers of `width` <= 24 bits, lowest bit first, the last byte filled with zeros.
+void pack(const std::uint32_t* values, std::int64_t count, unsigned width, Bytes& out) {
+    const std::uint32_t mask = (1u << width) - 1;
+    std::uint64_t word = 0;
+    unsigned used = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        word |= static_cast<std::uint64_t>(values[i] & mask) << used;
+        used += width;
+        if (used >= 32) {
+            put(out, static_cast<std::uint32_t>(word));
+            word >>= 32;
+            used -= 32;
+        }
+    }
+    for (unsigned bit = 0; bit < used; bit += 8) put(out, static_cast<std::uint8_t>(word >> bit));
+}
+
+unsigned tail_code(double tail, double rest, bool empty) {
+    if (empty) return codec::kTailAll;
+    if (!(tail > 0)) return codec::kTailNone;
+    const std::uint64_t one = 1ull << (52 - codec::kTailMantissa);
+    const std::uint64_t least = static_cast<std::uint64_t>(1023 + codec::kTailLeast) << codec::kTailMantissa;
+    const std::uint64_t bits = (bits_as<std::uint64_t>(tail / rest) + one / 2) / one;  // rest 0: infinity, the largest code
+    const std::uint64_t code = bits > least ? bits - least : 1;
+    return static_cast<unsigned>(code < codec::kTailAll ? code : codec::kTailAll - 1);
+}
+
+// What p says more than q of one outcome, p (log p/q - 1 + q/p) / p, from y = q / p.
+inline vec surprise(vec y) { return (y - 1.0f) - log_fixed(y); }
+
+class RowEncoder {
+  public:
+    RowEncoder(const Layout& layout, std::uint32_t* scratch)
+        : layout_(layout), words_(static_cast<std::size_t>(layout.k) + 128), next_(scratch) {
+        raw_ids_ = take<std::int32_t>();
+        ids_ = take<std::int32_t>();
+        raw_draws_ = take<std::uint32_t>();
+        draws_ = take<std::uint32_t>();
+        rank_ = take<std::uint32_t>();
+        levels_ = take<std::uint32_t>();
+        patches_ = take<std::uint32_t>();
+        raw_logp_ = take<float>();
+        logp_ = take<float>();
+        root_ = take<float>();
+        trial_ = take<float>();
+        p_ = take<float>(static_cast<std::size_t>(layout.n_t));
+        inverse_p_ = take<float>(static_cast<std::size_t>(layout.n_t));
+    }
+
+    Status read(const RowsIn& row);
+    float quantise(const RowsIn& row, double max_kl, int values_bits);
+    void write(Bytes& out, unsigned count_width) const;
+    std::int64_t count() const { return n_; }
+
+  private:
+    template <typename T>
+    T* take(std::size_t arrays = 1) {
+        T* p = reinterpret_cast<T*>(next_);
+        next_ += arrays * words_;
+        return p;
+    }
+    Status gather(const RowsIn& row);
+    void sort();
+    Status masses(const RowsIn& row);
+    double tail_kl(const RowsIn& row, int column) const;
+    double entry_kl(int column, float unit) const;
+    double coarsest() const;
+    double kl_at(const RowsIn& row, float levels_per_unit, float cap);
+    std::uint16_t* codes() const { return reinterpret_cast<std::uint16_t*>(rank_); }  // the ranks are no longer needed
+    void write_ids(Bytes& out) const;
+    void write_blocks(Bytes& out, const std::uint32_t* values) const;
+    float* p(int column) const { return p_ + static_cast<std::size_t>(column) * words_; }
+    float* inverse_p(int column) const { return inverse_p_ + static_cast<std::size_t>(column) * words_; }
+
+    const Layout& layout_;
+    std::size_t words_;
+    std::uint32_t* next_;
+    std::int64_t n_ = 0;
+    std::int32_t *raw_ids_, *ids_;
+    std::uint32_t *raw_draws_, *draws_, *rank_, *levels_, *patches_;
+    float *raw_logp_, *logp_, *root_, *trial_, *p_, *inverse_p_;
+};
+
+// The entries there are, in their order.
+Status RowEncoder::gather(const RowsIn& row) {
+    n_ = 0;
+    for (std::int64_t i = 0; i < layout_.k; ++i) {
+        const std::int32_t id = row.ids[i];
+        if (id < -1 || id >= layout_.vocab) return codec::kInputId;
+        if (id < 0) continue;
+        if (!(row.logprobs[i] <= 1e-3f)) return codec::kInputValue;
+        // An id that cannot happen says nothing that the tail does not: it becomes an empty slot.
+        if (row.logprobs[i] == -kInf) continue;
+        raw_ids_[n_] = id;
+        raw_logp_[n_] = row.logprobs[i];
+        raw_draws_[n_] = layout_.samples ? static_cast<std::uint32_t>(row.draws[i]) : 0;
+        ++n_;
+    }
+    return codec::kOk;
+}
+
+void RowEncoder::sort() {
+    if (n_ <= kSortByRank) {
+        for (std::int64_t i = 0; i < n_; i += W) {
+            const ivec x = load_words(raw_ids_ + i);
+            ivec smaller = {};
+            for (std::int64_t j = 0; j < n_; ++j) smaller -= x > raw_ids_[j];
+            store_words(rank_ + i, smaller);
+        }
+    } else {
+        for (std::int64_t i = 0; i < n_; ++i) ids_[i] = static_cast<std::int32_t>(i);
+        const std::int32_t* raw = raw_ids_;
+        std::int32_t *spare = reinterpret_cast<std::int32_t*>(trial_), *from = ids_, *to = spare;
+        for (int shift = 0; shift < 24; shift += 8) {
+            std::uint32_t at[257] = {};
+            for (std::int64_t i = 0; i < n_; ++i) ++at[(raw[i] >> shift & 255) + 1];
+            for (int b = 0; b < 256; ++b) at[b + 1] += at[b];
+            for (std::int64_t i = 0; i < n_; ++i) to[at[raw[from[i]] >> shift & 255]++] = from[i];
+            std::int32_t* const other = from;
+            from = to;
+            to = other;
+        }
+        for (std::int64_t i = 0; i < n_; ++i) rank_[from[i]] = static_cast<std::uint32_t>(i);
+    }
+    for (std::int64_t i = 0; i < n_; ++i) ids_[i] = -1;  // an id that is listed twice leaves a hole
+    for (std::int64_t i = 0; i < n_; ++i) {
+        ids_[rank_[i]] = raw_ids_[i];
+        logp_[rank_[i]] = raw_logp_[i];
+        draws_[rank_[i]] = raw_draws_[i];
+    }
+}
+
+// Probabilities at every temperature and the tails' codes.
+Status RowEncoder::masses(const RowsIn& row) {
+    for (std::int64_t i = n_; i % 16; ++i) logp_[i] = 0;
+    for (int j = 0; j < layout_.n_t; ++j) {
+        if (!(std::fabs(row.log_z[j]) < kInf) || !(row.log_tail[j] <= 1e-3f)) return codec::kInputValue;
+        const vec inverse = set(static_cast<float>(1.0 / layout_.temperatures[j]));
+        Sum16 sum;
+        for (std::int64_t i = 0; i < n_; i += 16) {
+            float kept[16];
+            for (int l = 0; l < 16; l += W) {
+                const vec mass = exp_fixed(load(logp_ + i + l) * inverse - row.log_z[j]);
+                store(p(j) + i + l, mass);
+                store(inverse_p(j) + i + l, 1.0f / mass);
+                store(kept + l, lane_numbers() + static_cast<int>(i) + l < static_cast<int>(n_) ? mass : vec{});
+            }
+            sum.add(kept);
+        }
+        const double rest = sum.total(), tail = row.log_tail[j] == -kInf ? 0.0 : std::exp(static_cast<double>(row.log_tail[j]));
+        if (n_ && !(std::fabs(rest + tail - 1.0) <= kMassSlack)) return codec::kInputMass;
+        codes()[j] = static_cast<std::uint16_t>(tail_code(tail, rest, n_ == 0));
+    }
+    for (std::int64_t i = 0; i < n_; i += W) {
+        store(root_ + i, sqrt(load(p(layout_.one) + i)));
+    }
+    return codec::kOk;
+}
+
+Status RowEncoder::read(const RowsIn& row) {
+    const Status status = gather(row);
+    if (status != codec::kOk) return status;
+    sort();
+    std::int32_t previous = -1;
+    bool rises = true;
+    std::uint64_t draws = 0;
+    bool exact = false;
+    for (std::int64_t i = 0; i < n_; ++i) {
+        rises &= ids_[i] > previous;
+        previous = ids_[i];
+        draws += draws_[i];
+        exact |= draws_[i] == 0;
+    }
+    if (!rises) return codec::kInputTwice;
+    if (layout_.samples && n_ && (draws != static_cast<std::uint64_t>(layout_.samples) || (exact && !layout_.mixed)))
+        return codec::kInputDraws;
+    return masses(row);
+}
+
+double RowEncoder::tail_kl(const RowsIn& row, int column) const {
+    const double exact = row.log_tail[column] == -kInf ? 0.0 : std::exp(static_cast<double>(row.log_tail[column]));
+    const double coded = tail_mass(codes()[column]).tail;
+    return exact > 0 ? exact * std::log(exact / coded) - exact + coded : 0.0;
+}
+
+// sum p (log p/q - 1 + q/p) over the entries; unit: mass of an entry of level 0.
+double RowEncoder::entry_kl(int column, float unit) const {
+    const bool tempered = column != layout_.one;
+    const vec inverse = set(static_cast<float>(1.0 / layout_.temperatures[column]));
+    vec scale = set(unit), sum = {};
+    float top = -kInf;
+    if (tempered) {
+        vec powers = {};
+        for (std::int64_t i = 0; i < n_; ++i) top = trial_[i] > top ? trial_[i] : top;
+        for (std::int64_t i = 0; i < n_; i += W) {
+            const vec power = exp_fixed((load(trial_ + i) - top) * inverse);
+            powers += lane_numbers() + static_cast<int>(i) < static_cast<int>(n_) ? power : vec{};
+        }
+        scale = set(static_cast<float>(tail_mass(codes()[column]).rest) / reduce_add(powers));
+    }
+    for (std::int64_t i = 0; i < n_; i += W) {
+        const vec odd = __builtin_convertvector(load_words(levels_ + i) * 2 + 1, vec);
+        const vec q = tempered ? exp_fixed((load(trial_ + i) - top) * inverse) * scale : odd * odd * scale;
+        const vec term = load(p(column) + i) * surprise(q * load(inverse_p(column) + i));
+        sum += lane_numbers() + static_cast<int>(i) < static_cast<int>(n_) ? term : vec{};
+    }
+    return reduce_add(sum);
+}
+
+// KL(exact || decoded) over entries and tail, the worst over the temperatures.
+double RowEncoder::kl_at(const RowsIn& row, float levels_per_unit, float cap) {
+    vec squares = {};
+    for (std::int64_t i = 0; i < n_; i += W) {
+        const ivec level = __builtin_convertvector(min(load(root_ + i) * levels_per_unit, set(cap)), ivec);
+        store_words(levels_ + i, level);
+        const vec odd = __builtin_convertvector(level * 2 + 1, vec);
+        squares += lane_numbers() + static_cast<int>(i) < static_cast<int>(n_) ? odd * odd : vec{};
+    }
+    const float unit = static_cast<float>(tail_mass(codes()[layout_.one]).rest) / reduce_add(squares);
+    if (layout_.n_t > 1) {
+        for (std::int64_t i = 0; i < n_; i += W) {
+            const vec odd = __builtin_convertvector(load_words(levels_ + i) * 2 + 1, vec);
+            store(trial_ + i, log_fixed(odd * odd * unit));
+        }
+    }
+    double worst = 0;
+    for (int j = 0; j < layout_.n_t; ++j) {
+        const double kl = entry_kl(j, unit) + tail_kl(row, j);
+        worst = kl > worst ? kl : worst;
+    }
+    return worst;
+}
+
+// Weights of drawn entries are made of ratios of p, which take a relative precision whatever p is.
+double RowEncoder::coarsest() const {
+    double rarest = 1;
+    for (std::int64_t i = 0; i < n_; ++i)
+        if (draws_[i] && root_[i] < rarest) rarest = root_[i];
+    const double least = layout_.samples ? kDrawnLevel / rarest : 1;
+    return least < codec::kMaxLevel ? least : codec::kMaxLevel;
+}
+
+float RowEncoder::quantise(const RowsIn& row, double max_kl, int values_bits) {
+    if (!n_) return 0.0f;
+    if (values_bits) {
+        float top = 0;
+        for (std::int64_t i = 0; i < n_; ++i) top = root_[i] > top ? root_[i] : top;
+        const double levels = std::ldexp(1.0, values_bits);
+        return static_cast<float>(kl_at(row, static_cast<float>(levels / static_cast<double>(top)), static_cast<float>(levels - 1)));
+    }
+    // A uniform error of one level in sqrt(p) costs about 1 / (6 levels^2) an entry: KL falls as levels^-2, with noise.
+    constexpr double most = codec::kMaxLevel + 1;
+    const double least = coarsest();
+    double levels = std::sqrt((static_cast<double>(n_) + 1) / (6 * max_kl)), kl = 0, good = most;
+    for (int trial = 0; trial < kTrials; ++trial) {
+        levels = levels < least ? least : levels < most ? levels : most;
+        kl = kl_at(row, static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
+        if (kl <= max_kl && levels <= good) good = levels;
+        if (kl <= max_kl && (kl >= 0.85 * max_kl || levels == least)) return static_cast<float>(kl);
+        const double step = std::sqrt(kl / (0.95 * max_kl));
+        levels *= step < 0.5 ? 0.5 : step < 8 ? step : 8;
+    }
+    for (levels = good < most ? good : levels;; levels = levels * 1.09 < most ? levels * 1.09 : most) {
+        kl = kl_at(row, static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
+        if (kl <= max_kl || levels >= most) return static_cast<float>(kl);
+    }
+}
+
+void RowEncoder::write_ids(Bytes& out) const {
+    const unsigned l = low_width(layout_.vocab, n_);
+    pack(reinterpret_cast<const std::uint32_t*>(ids_), n_, l, out);
+    const std::size_t bytes = packed_bytes(static_cast<std::size_t>(n_ + ((layout_.vocab - 1) >> l)), 1);
+    std::memset(out, 0, bytes);
+    for (std::int64_t i = 0; i < n_; ++i) {
+        const std::int64_t place = (ids_[i] >> l) + i;
+        out[place >> 3] = static_cast<std::uint8_t>(out[place >> 3] | 1 << (place & 7));
+    }
+    out += bytes;
+}
+
+void RowEncoder::write_blocks(Bytes& out, const std::uint32_t* values) const {
+    for (std::int64_t start = 0; start < n_; start += codec::kBlock, values += codec::kBlock) {
+        const std::int64_t n = n_ - start < codec::kBlock ? n_ - start : codec::kBlock;
+        std::uint32_t lengths[18] = {};  // how many values take more bits than the index
+        for (std::int64_t i = 0; i < n; ++i) ++lengths[bit_length(values[i])];
+        unsigned longest = 16;
+        while (longest && !lengths[longest]) --longest;
+        unsigned width = longest, patches = 0, longer = 0;
+        std::size_t least = packed_bytes(static_cast<std::size_t>(n), longest);
+        for (unsigned w = longest; w-- > 0;) {
+            longer += lengths[w + 1];
+            if (longer > codec::kMaxPatches) break;
+            const std::size_t bytes = packed_bytes(static_cast<std::size_t>(n), w) + packed_bytes(longer, longest - w + codec::kPlaceBits);
+            if (bytes < least) {
+                least = bytes;
+                width = w;
+                patches = longer;
+            }
+        }
+        const unsigned more = patches ? longest - width : 0;
+        put(out, static_cast<std::uint16_t>(width | more << 5 | patches << 10));
+        pack(values, n, width, out);
+        unsigned found = 0;
+        for (std::int64_t i = 0; patches && i < n; ++i) {
+            patches_[found] = static_cast<std::uint32_t>(i) | values[i] >> width << codec::kPlaceBits;
+            found += values[i] >> width != 0;
+        }
+        pack(patches_, patches, more + codec::kPlaceBits, out);
+    }
+}
+
+void RowEncoder::write(Bytes& out, unsigned count_width) const {
+    const std::uint32_t count = static_cast<std::uint32_t>(n_);
+    std::memcpy(out, &count, 4);
+    out += count_width;
+    for (int j = 0; j < layout_.n_t; ++j) put(out, codes()[j]);
+    if (!n_) return;
+    write_ids(out);
+    write_blocks(out, levels_);
+    if (layout_.samples) write_blocks(out, draws_);
+}
+
+}  // namespace
+
+codec::Status codec_encode(const Layout& layout, const RowsIn& row, const codec::EncodeOptions& options, std::uint8_t*& out,
+                           std::uint32_t& count, float& kl, std::uint32_t* scratch) {
+    RowEncoder encoder(layout, scratch);
+    const Status status = encoder.read(row);
+    if (status != codec::kOk) return status;
+    kl = encoder.quantise(row, options.max_kl, options.values_bits);
+    count = static_cast<std::uint32_t>(encoder.count());
+    encoder.write(out, options.count_width);
+    return codec::kOk;
+}
+
+}  // namespace KDFAST_ISA
+}  // namespace kdfast
