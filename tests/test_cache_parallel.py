@@ -77,6 +77,11 @@ def test_merge_links_caches_and_names_what_is_wrong(tmp_path: Path) -> None:
     verify(first)
     with pytest.raises(CacheError, match="without a cache"):
         merge(tmp_path / "both", [first])
+    (tmp_path / "whose").mkdir()
+    (tmp_path / "whose" / "shard-00000.safetensors").write_bytes(b"whose?")
+    with pytest.raises(CacheError, match="without shards"):
+        merge(tmp_path / "whose", [first])
+    assert (tmp_path / "whose" / "shard-00000.safetensors").read_bytes() == b"whose?"
     with pytest.raises(CacheMismatch, match="teacher 't' != 'u'"):
         merge(tmp_path / "c", [first, small_cache(tmp_path / "u", 1, teacher="u")])
     with pytest.raises(CacheError, match="found none"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -107,8 +106,10 @@ def _whole_groups(manifest: Manifest) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        target.unlink()  # what a merge that was killed left
+    if target.exists():
+        if target.samefile(source):  # a merge that was killed made the link
+            return
+        raise CacheError(f"{target.parent}: expected a folder without shards, found {target.name}; merge to another path")
     try:
         os.link(source, target)
     except OSError as error:
