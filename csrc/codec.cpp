@@ -1,8 +1,6 @@
 // Python bindings of the record codec: addresses as integers, the GIL released, a status instead of an exception.
 #include <pybind11/stl.h>
 
-#include <memory>
-
 #include "binding.h"
 #include "checksum.h"
 #include "codec_record.h"
@@ -44,25 +42,26 @@ py::tuple encode(const LayoutArguments& arguments, std::int64_t tokens, const st
     const auto *log_z = pointer<const float>(rows.at(2)), *log_tail = pointer<const float>(rows.at(3));
     const auto* draws = pointer<const std::int32_t>(rows.at(4));
     codec::Result result;
-    std::unique_ptr<std::uint8_t[]> bytes;
-    std::size_t size = 0;
+    std::vector<std::uint8_t> bytes;
     codec::EncodeOptions options{max_kl, values_bits, 0};
     {
         const py::gil_scoped_release release;
         if (has_gaps(ids, logprobs, tokens * layout.k)) options.count_width = codec::count_width_for(layout.k);
         auto scratch = codec::scratch_for(layout);
         const std::size_t most = codec::row_bytes(static_cast<std::size_t>(layout.k), layout.n_t);
-        bytes.reset(new std::uint8_t[static_cast<std::size_t>(tokens) * most]);
-        std::uint8_t* out = bytes.get();
+        std::vector<std::uint8_t> row_bytes(most);  // a row may claim far more than it takes
+        bytes.reserve(static_cast<std::size_t>(tokens) * (3 * static_cast<std::size_t>(layout.k) + 16));
         for (std::int64_t t = 0; t < tokens && result.status == codec::kOk; ++t) {
             const codec::RowsIn row{ids + t * layout.k, logprobs + t * layout.k, log_z + t * layout.n_t,
                                     log_tail + t * layout.n_t, layout.samples ? draws + t * layout.k : nullptr};
             std::uint32_t count = 0;
-            result = {KDFAST_CALL(codec_encode, layout, row, options, out, count, pointer<float>(kl)[t], codec::aligned(scratch)), t};
+            std::uint8_t* out = row_bytes.data();
+            float& error = pointer<float>(kl)[t];
+            result = {KDFAST_CALL(codec_encode, layout, row, options, out, count, error, codec::aligned(scratch)), t};
+            bytes.insert(bytes.end(), row_bytes.data(), out);
         }
-        size = static_cast<std::size_t>(out - bytes.get());
     }
-    const py::bytes data(reinterpret_cast<const char*>(bytes.get()), result.status == codec::kOk ? size : 0);
+    const py::bytes data(reinterpret_cast<const char*>(bytes.data()), result.status == codec::kOk ? bytes.size() : 0);
     return py::make_tuple(static_cast<int>(result.status), result.token, data, options.count_width != 0);
 }
 
@@ -105,8 +104,8 @@ void bind_codec(py::module_& m) {
     m.def("codec_encode", &encode, py::arg("layout"), py::arg("tokens"), py::arg("rows"), py::arg("max_kl"),
           py::arg("values_bits"), py::arg("kl"),
           "Rows at the given addresses as (status, token, bytes, has_counts); `kl` receives one float32 a token.");
-    m.def("codec_decode", &decode, py::arg("layout"), py::arg("tokens"), py::arg("data"), py::arg("size"), py::arg("has_counts"),
-          py::arg("rows"), "Writes `tokens` rows to the given addresses and returns (status, token).");
+    m.def("codec_decode", &decode, py::arg("layout"), py::arg("tokens"), py::arg("data"), py::arg("size"),
+          py::arg("has_counts"), py::arg("rows"), "Writes `tokens` rows to the given addresses and returns (status, token).");
     m.def("codec_decode_batch", &decode_batch, py::arg("layout"), py::arg("jobs"), py::arg("count"), py::arg("next"),
           py::arg("rows"), py::arg("rest"), py::arg("context_room"), py::arg("threads"),
           "Checks and decodes whole records to the buffers of a batch and returns (status, job, token).");

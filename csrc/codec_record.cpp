@@ -159,14 +159,16 @@ Result decode_rows(const Layout& layout, const std::uint8_t* data, std::size_t s
         std::vector<std::uint8_t> end(in.size - in.pos + kSlack);
         std::memcpy(end.data(), data + in.pos, in.size - in.pos);
         in = {end.data(), in.size - in.pos, 0, true};
-        result = KDFAST_CALL(codec_decode, layout, in, count_width, tokens - done, rows_at(layout, rows, done), aligned(scratch));
+        const RowsOut rest = rows_at(layout, rows, done);
+        result = KDFAST_CALL(codec_decode, layout, in, count_width, tokens - done, rest, aligned(scratch));
         result.token += done;
     }
     if (result.status == kOk && whole && in.pos != in.size) return {kTrailing, tokens};
     return result;
 }
 
-BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t count, bool next, const BatchOut& out, int threads) {
+BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t count, bool next, const BatchOut& out,
+                         int threads) {
     std::atomic<std::int64_t> taken{0};
     std::mutex mutex;
     BatchResult worst;

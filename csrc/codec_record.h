@@ -40,6 +40,7 @@ Result decode_rows(const Layout& layout, const std::uint8_t* data, std::size_t s
                    const RowsOut& rows, bool whole, std::vector<std::uint32_t>& scratch);
 
 // Checks and decodes every job, with `threads` threads of its own. `next`: a row's label is the next input id.
-BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t count, bool next, const BatchOut& out, int threads);
+BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t count, bool next, const BatchOut& out,
+                         int threads);
 
 }  // namespace kdfast::codec

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cache_helpers import SETTINGS, document, small_cache
 
-from kdfast.cache import CacheError, CacheReader, CacheWriter, CorruptCache, codec, verify
+from kdfast.cache import CacheError, CacheReader, CacheWriter, CorruptCache, codec, repair, verify
 from kdfast.cache import format as fmt
 from kdfast.cache import manifest as man
 from kdfast.cache.shard import _payload_span, _safetensors
@@ -255,3 +255,40 @@ def test_verify_reads_a_good_cache_through(tmp_path: Path) -> None:
     assert seen[-1] == (info.tokens, info.tokens)
     shutil.copytree(path, tmp_path / "copy")
     assert verify(tmp_path / "copy") == info
+
+
+def test_repair_keeps_what_is_sound(tmp_path: Path) -> None:
+    """Shards of two records: one record damaged in the first, the index of the second, nothing in the third."""
+    path = small_cache(tmp_path / "c", 6)
+    whole = [r.input_ids for r in CacheReader(path)]
+    for name, at in ((SHARD, -1), ("shard-00001.safetensors", 20)):
+        data = bytearray((path / name).read_bytes())
+        data[at] ^= 1
+        (path / name).write_bytes(data)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    lost = len(whole[1]) + len(whole[2]) + len(whole[3])
+    assert repair(path, dry_run=True) == (3, 3, lost, 2)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    assert repair(path) == (3, 3, lost, 2)
+    info = verify(path)
+    assert (info.records, info.tokens, sum(info.kl_histogram)) == (3, sum(map(len, whole)) - lost, info.tokens)
+    for record, wanted in zip(CacheReader(path), (whole[0], whole[4], whole[5]), strict=True):
+        assert record.input_ids.equal(wanted)
+    assert repair(path) == (3, 0, 0, 0)
+
+
+def test_repair_of_an_unfinished_cache_lets_the_capture_make_it_again(tmp_path: Path) -> None:
+    path, whole = tmp_path / "c", small_cache(tmp_path / "whole", 6)
+    with contextlib.suppress(KeyboardInterrupt), CacheWriter(path, **SETTINGS, records_per_shard=2) as writer:
+        for i in range(5):
+            writer.add(*document(i))
+        with pytest.raises(CacheError, match="another writer"):
+            repair(path)
+        raise KeyboardInterrupt
+    (path / SHARD).write_bytes((path / SHARD).read_bytes()[:-1])
+    assert repair(path)[:2] == (0, 4)
+    with CacheWriter(path, **SETTINGS, records_per_shard=2) as writer:
+        assert len(writer) == 0
+        for i in range(6):
+            writer.add(*document(i))
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -76,6 +77,11 @@ def test_merge_links_caches_and_names_what_is_wrong(tmp_path: Path) -> None:
     verify(first)
     with pytest.raises(CacheError, match="without a cache"):
         merge(tmp_path / "both", [first])
+    (tmp_path / "whose").mkdir()
+    (tmp_path / "whose" / "shard-00000.safetensors").write_bytes(b"whose?")
+    with pytest.raises(CacheError, match="without shards"):
+        merge(tmp_path / "whose", [first])
+    assert (tmp_path / "whose" / "shard-00000.safetensors").read_bytes() == b"whose?"
     with pytest.raises(CacheMismatch, match="teacher 't' != 'u'"):
         merge(tmp_path / "c", [first, small_cache(tmp_path / "u", 1, teacher="u")])
     with pytest.raises(CacheError, match="found none"):
@@ -88,7 +94,13 @@ def test_merge_links_caches_and_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="not finished"):
         merge(tmp_path / "d")
     writer.close()
-    assert merge(tmp_path / "d").records == 2
+    shutil.copytree(tmp_path / "d", tmp_path / "parts")
+    merged = merge(tmp_path / "d")
+    assert merged.records == 2
+    # Killed after the manifest was written and before the parts were removed: the next merge removes them.
+    shutil.copytree(tmp_path / "parts", tmp_path / "d", dirs_exist_ok=True)
+    assert merge(tmp_path / "d") == merged == verify(tmp_path / "d")
+    assert not list((tmp_path / "d").glob("part-*"))
 
 
 @pytest.mark.parametrize(("count", "world"), [(0, 3), (1, 4), (30, 4), (31, 7)])

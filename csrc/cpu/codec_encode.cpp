@@ -271,8 +271,8 @@ float RowEncoder::quantise(const RowsIn& row, double max_kl, int values_bits) {
     if (values_bits) {
         float top = 0;
         for (std::int64_t i = 0; i < n_; ++i) top = root_[i] > top ? root_[i] : top;
-        const double levels = std::ldexp(1.0, values_bits);
-        return static_cast<float>(kl_at(row, static_cast<float>(levels / static_cast<double>(top)), static_cast<float>(levels - 1)));
+        const auto levels = static_cast<float>(1 << values_bits);
+        return static_cast<float>(kl_at(row, levels / top, levels - 1));
     }
     // A uniform error of one level in sqrt(p) costs about 1 / (6 levels^2) an entry: KL falls as levels^-2, with noise.
     constexpr double most = codec::kMaxLevel + 1;
@@ -316,7 +316,8 @@ void RowEncoder::write_blocks(Bytes& out, const std::uint32_t* values) const {
         for (unsigned w = longest; w-- > 0;) {
             longer += lengths[w + 1];
             if (longer > codec::kMaxPatches) break;
-            const std::size_t bytes = packed_bytes(static_cast<std::size_t>(n), w) + packed_bytes(longer, longest - w + codec::kPlaceBits);
+            const std::size_t patch_bytes = packed_bytes(longer, longest - w + codec::kPlaceBits);
+            const std::size_t bytes = packed_bytes(static_cast<std::size_t>(n), w) + patch_bytes;
             if (bytes < least) {
                 least = bytes;
                 width = w;

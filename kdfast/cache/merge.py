@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -62,25 +61,32 @@ def merge(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]] 
         different = manifests[0].settings.differences(manifest.settings)
         if different:
             raise CacheMismatch(f"{folder}: made with other settings than {folders[0]} ({'; '.join(different)})")
-    if (target / MANIFEST).exists():
-        raise CacheError(f"{target}: expected a folder without a cache, found {MANIFEST}; merge to another path")
-    target.mkdir(parents=True, exist_ok=True)
-    entries: list[ShardEntry] = []
-    for folder, manifest in zip(folders, manifests, strict=True):
-        for entry in manifest.shards:
-            name = f"shard-{len(entries):05d}.safetensors"
-            _link(folder / entry.name, target / name)
-            entries.append(dataclasses.replace(entry, name=name))
-    sync_folder(target)
-    groups = {m.group_size for m in manifests}
-    whole = all(_whole_groups(m) for m in manifests[:-1])
-    merged = Manifest(manifests[0].settings, tuple(entries), True, groups.pop() if len(groups) == 1 and whole else None)
+    merged = _joined(manifests)
     data = merged.to_bytes()
-    write_atomically(target / MANIFEST, [data])
-    if parts is None:
+    if not (target / MANIFEST).exists():
+        target.mkdir(parents=True, exist_ok=True)
+        sources = [folder / e.name for folder, m in zip(folders, manifests, strict=True) for e in m.shards]
+        for source, entry in zip(sources, merged.shards, strict=True):
+            _link(source, target / entry.name)
+        sync_folder(target)
+        write_atomically(target / MANIFEST, [data])
+    elif parts is not None or (target / MANIFEST).read_bytes() != data:
+        raise CacheError(f"{target}: expected a folder without a cache, found {MANIFEST}; merge to another path")
+    if parts is None:  # also those of a merge that was killed before it removed them
         for folder in folders:
             shutil.rmtree(folder)
     return CacheInfo.of(merged, len(data))
+
+
+def _joined(manifests: list[Manifest]) -> Manifest:
+    entries: list[ShardEntry] = []
+    for manifest in manifests:
+        entries += [
+            dataclasses.replace(e, name=f"shard-{len(entries) + i:05d}.safetensors") for i, e in enumerate(manifest.shards)
+        ]
+    groups = {m.group_size for m in manifests}
+    whole = all(_whole_groups(m) for m in manifests[:-1])
+    return Manifest(manifests[0].settings, tuple(entries), True, groups.pop() if len(groups) == 1 and whole else None)
 
 
 def _finished(folder: Path) -> Manifest:
@@ -100,8 +106,10 @@ def _whole_groups(manifest: Manifest) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        target.unlink()  # what a merge that was killed left
+    if target.exists():
+        if target.samefile(source):  # a merge that was killed made the link
+            return
+        raise CacheError(f"{target.parent}: expected a folder without shards, found {target.name}; merge to another path")
     try:
         os.link(source, target)
     except OSError as error:

@@ -12,6 +12,7 @@ import numpy as np
 from kdfast.cache import codec, shard
 from kdfast.cache.format import MANIFEST, CorruptCache
 from kdfast.cache.manifest import Manifest, ShardEntry, read_manifest, write_atomically
+from kdfast.cache.writer import lock_folder
 
 
 class Repaired(NamedTuple):
@@ -31,9 +32,19 @@ def repair(path: str | os.PathLike[str], dry_run: bool = False) -> Repaired:
     error of a rewritten shard is taken in proportion to its tokens. Without dry_run the damaged files are removed.
 
     Raises:
-        CacheError: there is no cache. CorruptCache: its manifest is damaged; it cannot be made again from the shards.
+        CacheError: there is no cache, or a writer has it open.
+        CorruptCache: the manifest is damaged; it cannot be made again from the shards.
     """
     folder = Path(path)
+    read_manifest(folder)
+    lock = lock_folder(folder)
+    try:
+        return _repair(folder, dry_run)
+    finally:
+        os.close(lock)
+
+
+def _repair(folder: Path, dry_run: bool) -> Repaired:
     manifest, _ = read_manifest(folder)
     kept: list[ShardEntry] = []
     removed: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.cache.format import IGNORE, AlignmentError
+from kdfast.cache.format import IGNORE, AlignmentError, CacheMismatch
 from kdfast.cache.manifest import CacheInfo
 from kdfast.cache.reader import CacheReader
 from kdfast.ops.targets import TopKTargets
@@ -104,6 +104,9 @@ def compare_with_teacher(
     Args:
         teacher: as for `capture`: called with a record's input ids, or with its context and `decoder_input_ids`.
         records: numbers of records. Rows without entries are left out.
+
+    Raises:
+        CacheMismatch: the teacher has another vocabulary.
     """
     kls = []
     for i in records:
@@ -113,12 +116,17 @@ def compare_with_teacher(
             out = teacher(ids)
         else:
             out = teacher(record.context_ids[None].to(device), decoder_input_ids=ids)
-        logp = getattr(out, "logits", out)[0].double().log_softmax(-1).cpu()
+        logits = getattr(out, "logits", out)[0]
+        if logits.shape[-1] != reader.settings.vocab_size:
+            raise CacheMismatch(
+                f"teacher: expected logits of the cache's {reader.settings.vocab_size} ids, got {logits.shape[-1]}"
+            )
+        logp = logits.double().log_softmax(-1).cpu()
         targets, there = record.targets, record.targets.ids >= 0
         exact = torch.where(there, logp.gather(-1, targets.ids.clamp(min=0).long()), -torch.inf)
         rest = (1 - exact.exp().sum(-1)).clamp(min=1e-12)
         cached_tail = targets.log_tail[:, targets.column(1.0)].double().clamp(min=-60)
-        kl = torch.where(there, exact.exp() * (exact - targets.logprobs.double()), 0).nan_to_num(0.0).sum(-1)
+        kl = torch.where(there & ~exact.isneginf(), exact.exp() * (exact - targets.logprobs.double()), 0).sum(-1)
         kls.append((kl + rest * (rest.log() - cached_tail))[there.any(-1)])
     found = torch.cat([torch.zeros(0, dtype=torch.float64), *kls])
     return TeacherCheck(float(found.mean()) if len(found) else 0.0, float(found.max()) if len(found) else 0.0, len(found))

@@ -95,7 +95,7 @@ class CacheWriter:
         self._layout = codec.layout_of(settings)
         self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _lock(self.path)
+        self._lock: int | None = lock_folder(self.path)
         try:
             self._manifest = self._open(settings)
         except BaseException:
@@ -335,7 +335,8 @@ class CacheWriter:
             self._lock = None
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
+    """A descriptor that holds the one lock on a cache's folder until it is closed."""
     # The lock is on the folder itself: it leaves no file behind and dies with the process.
     descriptor = os.open(folder, os.O_RDONLY)
     try:

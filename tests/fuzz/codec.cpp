@@ -1,5 +1,6 @@
 // Decodes damaged records under the address and undefined-behaviour sanitizers: `python -m tests.fuzz.codec --seconds 600`.
 // Buffers have exactly the size they need, checksums are made to fit, and the instruction sets take turns.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -62,7 +63,8 @@ void append_row(Random& random, const Layout& layout, unsigned width, std::vecto
     double sum = 0.01;
     for (auto& x : p) sum += x = std::exp(-8.0 * static_cast<double>(below(random, 1000)) / 1000);
     for (std::size_t i = 0; i < n; ++i) {
-        ids[i] = static_cast<std::int32_t>(static_cast<std::int64_t>(i) * step + static_cast<std::int64_t>(below(random, step)));
+        const auto jitter = static_cast<std::int64_t>(below(random, static_cast<std::uint64_t>(step)));
+        ids[i] = static_cast<std::int32_t>(static_cast<std::int64_t>(i) * step + jitter);
         logp[i] = static_cast<float>(std::log(p[i] / sum));
     }
     if (n) draws[0] = layout.samples - static_cast<int>(n) + 1;
@@ -114,7 +116,8 @@ void damage(Random& random, std::vector<std::uint8_t>& bytes) {
             case 4: bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(at), static_cast<std::uint8_t>(random())); break;
             default: {
                 const std::size_t from = below(random, bytes.size()), length = below(random, 40);
-                for (std::size_t i = 0; i < length && at + i < bytes.size() && from + i < bytes.size(); ++i) bytes[at + i] = bytes[from + i];
+                const std::size_t last = bytes.size() - std::max(at, from);
+                for (std::size_t i = 0; i < length && i < last; ++i) bytes[at + i] = bytes[from + i];
             }
         }
     }
