@@ -14,6 +14,7 @@ COMMANDS = {
     "linear_logit_mse": "logit matching through Gram matrices",
     "tinybert": "a whole TinyBERT step of a real model against its forwards and backward",
     "numerics": "errors against float64 as student and teacher come to agree",
+    "sparse_targets": "students from sparse targets beside one from the whole teacher",
     "curves": "time an element against V and N, with a picture",
     "performance": "docs/performance.md from the committed results",
     "check": "new results against committed ones, by ratios",
