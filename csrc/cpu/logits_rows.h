@@ -41,15 +41,6 @@ struct Factors {
     float soft = 0, hard = 0, constant = 0, label = 0, mean_slope = 0;
 };
 
-inline double sum_of(const float* z, int64_t n) {
-    vec total{};
-    int64_t i = 0;
-    for (; i + W <= n; i += W) total += load(z + i);
-    double sum = reduce_add(total);
-    for (; i < n; ++i) sum += z[i];
-    return sum;
-}
-
 template <typename Row>
 int64_t first_highest(const Row& row, int64_t columns, Buffer& buffer) {
     float best = -kInf;

@@ -18,12 +18,6 @@ struct Matrix {
     char* row(int64_t r) const { return static_cast<char*>(data) + r * stride * bytes_of(dtype); }
 };
 
-struct RowWeights {
-    float temperature;
-    float soft_scale;   // weight of the divergence at T, T^2 included
-    float hard_weight;  // weight of the cross-entropy at T = 1
-};
-
 // What a model does between its linear head and its softmax: z = softcap * tanh(scale * x / softcap); softcap 0 is no cap.
 struct Head {
     float softcap = 0, scale = 1;

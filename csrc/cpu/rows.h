@@ -236,6 +236,15 @@ inline void clear_row(int64_t r, int64_t n_stats, float* loss, double* stats, fl
     if (parts) std::fill_n(parts + r * kParts, kParts, 0.0f);
 }
 
+inline double sum_of(const float* z, int64_t n) {
+    vec total{};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) total += load(z + i);
+    double sum = reduce_add(total);
+    for (; i < n; ++i) sum += z[i];
+    return sum;
+}
+
 inline double log_add(double a, double b) {
     if (a < b) std::swap(a, b);
     return std::isinf(b) ? a : a + std::log1p(std::exp(b - a));

@@ -1,212 +1,238 @@
-// The ghost-bucket loss: the unselected ids are summed as a bucket of their own, so that its mass is never 1 minus something.
-#include "topk.h"
-
-#include <vector>
-
-#include "divergence.h"
-#include "rows.h"
+// The loss from sparse targets. What k entries and a tail say of a row is constant, or proportional to the student's softmax,
+// on all other ids: one pass over the student for the sums, one that writes the gradient, and the entries by themselves.
+#include "topk_entries.h"
 
 namespace kdfast {
 namespace KDFAST_ISA {
 namespace {
 
-struct Target {
-    float logprob;
-    int32_t id;
+struct RowSums {
+    float anchor_out = 0;               // the largest logit among the ids in no slot
+    double lse_out = 0, lse = 0, lse_1 = 0;
+    double student_sum = 0;             // of its logits, for label smoothing
+    bool bad = false;
 };
 
-// The entries of one row: valid ones in ascending order of id, padded to whole vectors.
-struct Entries {
-    std::vector<int32_t> ids;
-    std::vector<float> z, log_p, p, q;
-    std::vector<Target> order;
-    float best = -kInf;
-    int32_t best_id = -1;
-    bool outside = false;
-
-    explicit Entries(int64_t k) : z(size_t(padded(k))), log_p(z), p(z), q(z) {
-        ids.reserve(size_t(k));
-        order.reserve(size_t(k));
-    }
-
-    void read(const TopKArgs& a, int64_t r, Source row) {
-        order.clear();
-        ids.clear();
-        best = -kInf;
-        best_id = -1;
-        outside = false;
-        for (int64_t i = 0; i < a.k; ++i) {
-            const int32_t id = a.ids[r * a.k + i];
-            if (id < 0) continue;
-            const float logprob = a.logprobs[r * a.k + i];
-            if (id >= a.vocab) {
-                outside = true;
-                continue;
-            }
-            order.push_back({logprob, id});
-            if (logprob > best) best = logprob, best_id = id;
-        }
-        std::sort(order.begin(), order.end(), [](auto x, auto y) { return x.id < y.id; });
-        std::fill(z.begin(), z.end(), -kInf);
-        std::fill(log_p.begin(), log_p.end(), -kInf);
-        const float inverse_t = 1.0f / a.weights.temperature;
-        for (size_t i = 0; i < order.size(); ++i) {
-            ids.push_back(order[i].id);
-            z[i] = row.at(order[i].id);
-            log_p[i] = order[i].logprob * inverse_t - a.log_z[r];
-        }
-    }
-
-    int64_t size() const { return int64_t(ids.size()); }
+// Gradient of a row: soft * that of the soft term + hard * q_1 - constant, and -label at the label.
+struct Factors {
+    float soft, hard, constant, label;
 };
 
-struct TailBucket {
-    double log_p, log_q;
+struct Room {
+    Entries entries;
+    Buffer student, grad;
 
-    double value() const {
-        const double p = std::exp(log_p), q = std::exp(log_q), d = log_p - log_q;
-        if (p == 0) return q;
-        return std::abs(d) < 1 ? p * (d + std::expm1(-d)) : p * d + (q - p);
-    }
-    double derivative() const { return std::exp(log_q) - std::exp(log_p); }
+    Room(int64_t k, int64_t sets) : entries(k, sets) {}
 };
-
-// Divergence over the entries; leaves p and q behind for the gradient.
-double entries_value(Entries& e, const Softmax& q) {
-    vec total{};
-    bool infinite = false;
-    for (int64_t i = 0; i < padded(e.size()); i += W) {
-        const vec up = max(set(kLowest), load(&e.log_p[size_t(i)])), uq = q.shifted(load(&e.z[size_t(i)])) - q.log_sum;
-        const vec p = exp(up), qv = exp(uq);
-        store(&e.p[size_t(i)], p);
-        store(&e.q[size_t(i)], qv);
-        total += kl_term(p, qv, up - uq);
-    }
-    for (int64_t i = 0; i < e.size(); ++i) infinite |= e.z[size_t(i)] == -kInf && e.p[size_t(i)] > 0;
-    return infinite ? double(kInf) : double(reduce_add(total));
-}
 
 template <bool kHard, int kPower>
-void gradient(const TopKArgs& a, Source s, Sink g, const Entries& e, double lse_tail, float anchor, double lse_1,
-              double tail_derivative, float soft_grad, float hard_grad, int64_t label, Buffer* buffers) {
-    const int64_t vs = a.student.columns;
-    const float inverse_t = 1.0f / a.weights.temperature;
-    const bool no_tail = !std::isfinite(lse_tail);
-    const Softmax tail(no_tail ? 0 : anchor, inverse_t, no_tail ? 0 : lse_tail);
-    const float in_tail = no_tail ? 0 : soft_grad * float(tail_derivative) * tail.factor;
-    const float anchor_hard = kPower == 0 || no_tail ? float(lse_1) : anchor;
-    const float hard = kHard ? hard_grad * Softmax(anchor_hard, 1, lse_1).factor : 0;
-    const float at_label = label >= 0 ? s.at(label) : 0;
+RowSums first_pass(const TopKArgs& a, Source s, Room& room) {
+    const float inverse_t = 1.0f / a.options.temperature;
+    const Entries& e = room.entries;
+    const bool smooth = a.options.label_smoothing != 0;
+    RowSums sums;
+    OnlineSum<kHard, kPower> out(inverse_t), in(inverse_t), extra(1.0f);
+    size_t next = 0;
     for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
         const int64_t n = std::min(kBlock, a.vocab - begin);
-        const float* z = s.block(begin, n, buffers[0]);
-        float* out = g.block(begin, n, buffers[1]);
+        const float* z = s.block(begin, n, room.student);
+        if (smooth) sums.student_sum += sum_of(z, n);
+        out.add(without(z, begin, n, e.ids, next, room.student), begin, n);
+    }
+    for (int64_t begin = 0; begin < e.size(); begin += kBlock) {
+        in.add(&e.z[size_t(begin)], begin, std::min(kBlock, e.size() - begin));
+    }
+    sums.anchor_out = out.anchor();
+    sums.lse_out = out.lse();
+    sums.lse = log_add(sums.lse_out, in.lse());
+    sums.bad = e.outside || !std::isfinite(sums.lse) || std::isnan(sums.lse_out);
+    if (!kHard) return sums;
+    sums.lse_1 = log_add(out.lse_at_1(), in.lse_at_1());
+    for (int64_t begin = a.vocab; begin < a.student.columns; begin += kBlock) {
+        const int64_t n = std::min(kBlock, a.student.columns - begin);
+        const float* z = s.block(begin, n, room.student);
+        if (smooth) sums.student_sum += sum_of(z, n);
+        extra.add(z, begin, n);
+    }
+    if (a.student.columns > a.vocab) sums.lse_1 = log_add(sums.lse_1, extra.lse());
+    sums.bad |= std::isnan(sums.lse_1);
+    return sums;
+}
+
+// Gradient where the ids beside the entries share one slope in proportion to the student's softmax; what it leaves at the
+// entries is overwritten.
+template <bool kHard, int kPower>
+void rest_pass(const TopKArgs& a, Source s, Sink g, const RowSums& sums, const Soft& soft, const Factors& f, Room& room) {
+    const bool none_out = !std::isfinite(sums.lse_out);
+    const Softmax out_t(none_out ? 0 : sums.anchor_out, 1.0f / a.options.temperature, none_out ? 0 : sums.lse_out);
+    const double of_all = soft.slope == 0 ? 0 : soft.slope * std::exp(sums.lse_out - sums.lse);
+    const float of_rest = none_out ? 0 : f.soft * float(soft.rest - of_all) * out_t.factor;
+    const float anchor_hard = kPower == 0 || none_out ? float(sums.lse_1) : sums.anchor_out;
+    const float hard = kHard ? f.hard * Softmax(anchor_hard, 1, sums.lse_1).factor : 0;
+    for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
+        const int64_t n = std::min(kBlock, a.vocab - begin);
+        const float* z = s.block(begin, n, room.student);
+        float* out = g.block(begin, n, room.grad);
         for (int64_t i = 0; i < padded(n); i += W) {
-            const vec x = load(z + i);
-            const vec ex = exp(tail.shifted(x));
-            vec grad = in_tail * ex;
-            if (kHard) grad += hard * (no_tail ? exp_at_1<0>(ex, x, anchor_hard) : exp_at_1<kPower>(ex, x, anchor_hard));
+            const vec x = load(z + i), e = exp(out_t.shifted(x));
+            vec grad = of_rest * e;
+            if (kHard) grad += hard * (none_out ? exp_at_1<0>(e, x, anchor_hard) : exp_at_1<kPower>(e, x, anchor_hard)) - f.constant;
             store(out + i, grad);
         }
+        if (!s.head.trivial()) back_through_head(s.head, n, z, out);
         g.commit(begin, n, out);
-    }
-    if (vs > a.vocab) hard_only_pass(s, g, a.vocab, vs, lse_1, kHard ? hard_grad : 0, 0, buffers[0], buffers[2]);
-    const auto hard_at = [&](float z, int64_t id) {
-        return !kHard ? 0 : hard_grad * (id == label ? std::expm1(z - lse_1) : std::exp(z - lse_1));
-    };
-    if (kHard && label >= 0) {
-        const double soft = label < a.vocab && !no_tail
-                                ? soft_grad * tail_derivative * std::exp(double(at_label) * inverse_t - lse_tail)
-                                : 0;
-        g.set(label, float(soft + hard_at(at_label, label)));
-    }
-    for (size_t i = 0; i < e.ids.size();) {
-        const int32_t id = e.ids[i];
-        const double q = e.q[i];
-        double p = 0;
-        const float z = e.z[i];
-        for (; i < e.ids.size() && e.ids[i] == id; ++i) p += e.p[i];
-        g.set(id, float(soft_grad * (q - p) + hard_at(z, id)));
     }
 }
 
-struct LossRoom {
-    Entries entries;
-    Buffer buffers[3];
+// Even tails: every id beside the entries has terms of its own, which are added to `soft`; with kGrad the gradient is written.
+template <class D, bool kGrad>
+void even_pass(const TopKArgs& a, Source s, Sink g, const RowSums& sums, Soft& soft, const Factors& f, Room& room) {
+    const Coefficients c{a.options.first, a.options.second};
+    const Softmax at_t = Softmax::from_lse(sums.lse, 1.0f / a.options.temperature);
+    const float lse_1 = float(sums.lse_1), hard = f.hard == 0 ? 0 : f.hard * Softmax(lse_1, 1, sums.lse_1).factor;
+    const float mean_slope = float(soft.slope);
+    size_t next = 0;
+    double count = 0;
+    for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
+        const int64_t n = std::min(kBlock, a.vocab - begin);
+        const float* z = without(s.block(begin, n, room.student), begin, n, room.entries.ids, next, room.student);
+        float* out = kGrad ? g.block(begin, n, room.grad) : nullptr;
+        vec value{}, slope{}, here{};
+        for (int64_t i = 0; i < padded(n); i += W) {
+            const vec x = load(z + i), uq = at_t.shifted(x) - at_t.log_sum;
+            const ivec counts = x > set(-kInf);
+            vec h{};
+            here += counts ? set(1.0f) : vec{};
+            for (const Even& even : room.entries.even) {
+                const Pair pair = pair_of(counts ? max(set(kLowest), set(even.log_p)) : set(kLowest), uq);
+                value += even.weight * D::value(pair, c);
+                h += even.weight * D::slope(pair, c);
+            }
+            slope += h;
+            if (!kGrad) continue;
+            if (!D::kSumsToZero) h -= mean_slope * exp(uq);
+            vec grad = f.soft * h;
+            if (f.hard != 0 || f.constant != 0) grad += hard * exp(max(set(kLowest), x - lse_1)) - f.constant;
+            store(out + i, grad);
+        }
+        if (kGrad && !s.head.trivial()) back_through_head(s.head, n, z, out);
+        if (kGrad) g.commit(begin, n, out);
+        if (!kGrad || D::kSumsToZero) {
+            soft.value += reduce_add(value);
+            soft.slope += D::kSumsToZero ? 0 : reduce_add(slope);
+        }
+        count += reduce_add(here);
+    }
+    for (const Even& even : room.entries.even) {
+        const double others = double(a.vocab - room.entries.size());
+        soft.infinite |= even.log_p == -kInf ? D::teacher_must(c) && count > 0 : D::student_must(c) && count < others;
+    }
+}
 
-    explicit LossRoom(int64_t k) : entries(k) {}
-};
+// The entries and the label, formed from z read before an in-place gradient took its place.
+void set_told(const TopKArgs& a, Sink g, const RowSums& sums, const Soft& soft, const Factors& f, int64_t label, float z_label,
+              const Entries& e) {
+    const Head head = a.options.student_head;
+    const auto put = [&](int64_t id, float z, double grad) {
+        const double q1_less_1 = std::expm1(double(z) - sums.lse_1);
+        if (id == label) {
+            grad += f.label * q1_less_1 + (f.hard - f.label) * (q1_less_1 + 1) - f.constant;
+        } else if (f.hard != 0 || f.constant != 0) {
+            grad += f.hard * (q1_less_1 + 1) - f.constant;
+        }
+        const double t = head.softcap == 0 ? 0 : z / head.softcap;
+        g.set(id, float(grad * head.scale * (1 - t * t)));
+    };
+    for (size_t j = 0; j < e.ids.size(); ++j) put(e.ids[j], e.z[j], f.soft * (e.slope[j] - e.q[j] * soft.slope));
+    if (label >= a.vocab) put(label, z_label, 0);
+}
 
-bool student_agrees(const TopKArgs& a, Source s, const Entries& e, float highest_unselected) {
-    const float highest_selected = *std::max_element(e.z.begin(), e.z.end());
-    if (highest_selected < highest_unselected) return false;
+// Whether the student's best id below `vocab` is that of the targets.
+bool agrees(const TopKArgs& a, Source s, const Entries& e, float highest_out) {
+    const float highest_in = *std::max_element(e.z.begin(), e.z.end());
+    if (highest_in < highest_out) return false;
     for (int64_t i = 0; i < a.vocab; ++i) {
-        if (s.at(i) == highest_selected) return i == e.best_id;
+        if (s.at(i) == highest_in) return i == e.best_id;
     }
     return false;
 }
 
+template <class D, bool kHard, int kPower, bool kForward>
+Soft soft_and_gradient(const TopKArgs& a, int64_t r, Source s, Sink g, const RowSums& sums, const Factors& f, int64_t label,
+                       Room& room) {
+    const float z_label = label >= 0 ? s.at(label) : 0;
+    Soft soft = soft_of<D>(a, r, room.entries, sums.lse_out, sums.lse);
+    if (kForward && a.spread && (!D::kSumsToZero || !g.data)) even_pass<D, false>(a, s, g, sums, soft, f, room);
+    if (!kForward) soft.slope = a.stats[r * kTopKStats + 3];
+    if (D::kSumsToZero) soft.slope = 0;
+    if (!g.data) return soft;
+    if (a.spread) {
+        even_pass<D, true>(a, s, g, sums, soft, f, room);
+    } else {
+        rest_pass<kHard, kPower>(a, s, g, sums, soft, f, room);
+    }
+    if (a.student.columns > a.vocab) {
+        hard_only_pass(s, g, a.vocab, a.student.columns, sums.lse_1, f.hard, f.constant, room.student, room.grad);
+    }
+    set_told(a, g, sums, soft, f, label, z_label, room.entries);
+    return soft;
+}
+
+template <bool kHard, int kPower, bool kForward, typename... Args>
+Soft by_kind(const TopKArgs& a, Args&&... args) {
+    switch (a.options.kind) {
+        case Kind::reverse_kl: return soft_and_gradient<ReverseKl, kHard, kPower, kForward>(a, args...);
+        case Kind::jsd: return soft_and_gradient<Jsd, kHard, kPower, kForward>(a, args...);
+        default: return soft_and_gradient<ForwardKl, kHard, kPower, kForward>(a, args...);
+    }
+}
+
 template <bool kHard, int kPower, bool kForward>
-void one_row(const TopKArgs& a, int64_t r, LossRoom& room) {
+void one_row(const TopKArgs& a, int64_t r, Room& room) {
+    const LogitsOptions& o = a.options;
     const int64_t vs = a.student.columns;
-    const float temperature = a.weights.temperature, inverse_t = 1.0f / temperature, scale = a.scale[r];
-    const Source s{a.student.row(r), a.student.dtype};
+    const float scale = a.scale[r];
+    const Source s{a.student.row(r), a.student.dtype, o.student_head};
     const Sink g{a.grad.data ? a.grad.row(r) : nullptr, a.grad.dtype};
-    double* stats = a.stats + r * kStats;
+    double* stats = a.stats + r * kTopKStats;
     if (scale == 0) {
         if (g.data) g.clear(vs);
-        if (kForward) clear_row(r, kStats, a.loss, a.stats, a.parts);
+        if (kForward) clear_row(r, kTopKStats, a.loss, a.stats, a.parts);
         return;
     }
+    const int64_t given = a.labels ? a.labels[r] : -1, label = given < vs ? given : -1;
+    const float z_label = label >= 0 ? s.at(label) : 0;
     Entries& e = room.entries;
-    e.read(a, r, s);
-    float anchor_tail = float(stats[0] / inverse_t);
-    bool bad = e.outside;
+    e.read(a, r, s, kHard ? label : -1);
+    RowSums sums;
     if (kForward) {
-        OnlineSum<kHard, kPower> unselected(inverse_t), selected(inverse_t), extra(1.0f);
-        size_t next = 0;
-        for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
-            const int64_t n = std::min(kBlock, a.vocab - begin);
-            unselected.add(without(s.block(begin, n, room.buffers[0]), begin, n, e.ids, next, room.buffers[0]), begin, n);
-        }
-        // Duplicates count once in the student's mass.
-        for (size_t i = 0; i < e.ids.size(); ++i) e.q[i] = i && e.ids[i] == e.ids[i - 1] ? -kInf : e.z[i];
-        std::fill(e.q.begin() + std::ptrdiff_t(e.ids.size()), e.q.end(), -kInf);
-        for (int64_t begin = 0; begin < e.size(); begin += kBlock) {
-            selected.add(&e.q[size_t(begin)], begin, std::min(kBlock, e.size() - begin));
-        }
-        stats[0] = unselected.lse();
-        stats[1] = log_add(stats[0], selected.lse());
-        stats[2] = kHard ? log_add(unselected.lse_at_1(), selected.lse_at_1()) : 0;
-        if (kHard && vs > a.vocab) {
-            for (int64_t begin = a.vocab; begin < vs; begin += kBlock) {
-                const int64_t n = std::min(kBlock, vs - begin);
-                extra.add(s.block(begin, n, room.buffers[0]), begin, n);
-            }
-            stats[2] = log_add(stats[2], extra.lse());
-        }
-        anchor_tail = unselected.anchor();
-        bad |= !std::isfinite(stats[1]) || std::isnan(stats[0]) || std::isnan(stats[2]);
+        sums = first_pass<kHard, kPower>(a, s, room);
+    } else {
+        sums.lse_out = stats[0], sums.lse = stats[1], sums.lse_1 = stats[2];
+        sums.anchor_out = float(sums.lse_out * o.temperature);
     }
-    const bool labelled = a.labels != nullptr;
-    const int64_t label = labelled ? a.labels[r] : -1;
-    const bool label_ok = label >= 0 && label < vs;
-    const TailBucket bucket{double(a.log_tail[r]), stats[0] - stats[1]};
-    const double soft = entries_value(e, Softmax::from_lse(stats[1], inverse_t)) + bucket.value();
-    const float hard = kHard && label_ok ? float(stats[2] - s.at(label)) : 0;
-    if (kForward) {
-        const float loss = scale * (weighted(a.weights.soft_scale, float(soft)) + weighted(a.weights.hard_weight, hard));
-        a.loss[r] = bad || (labelled && !label_ok) ? kNan : loss;
-        if (a.parts) {
-            const float agree = student_agrees(a, s, e, anchor_tail) ? 1.0f : 0.0f;
-            const float parts[kParts] = {float(soft), hard, float(stats[2] * stats[2]), temperature == 1 ? float(soft) : kNan, 0, 0, agree};
-            std::copy_n(parts, kParts, a.parts + r * kParts);
-        }
+    const bool agree = kForward && a.parts && agrees(a, s, e, sums.anchor_out);
+    Factors f;
+    f.soft = scale * o.soft_scale / o.temperature;
+    f.hard = kHard ? scale * (o.hard_weight + 2 * o.z_loss * float(sums.lse_1)) : 0;
+    f.constant = scale * o.hard_weight * o.label_smoothing / float(vs);
+    f.label = scale * o.hard_weight * (1 - o.label_smoothing);
+    const Soft found = by_kind<kHard, kForward ? kPower : 0, kForward>(a, r, s, g, sums, f, kHard ? label : -1, room);
+    if (!kForward) return;
+    stats[0] = sums.lse_out, stats[1] = sums.lse, stats[2] = sums.lse_1, stats[3] = found.slope;
+    const float soft = found.infinite ? kInf : float(found.value);
+    const float nll = kHard && label >= 0 ? float(sums.lse_1 - z_label) : 0;
+    float hard = nll;
+    if (kHard && label >= 0 && o.label_smoothing != 0) {
+        hard = (1 - o.label_smoothing) * nll + o.label_smoothing * float(sums.lse_1 - sums.student_sum / double(vs));
     }
-    if (g.data) {
-        gradient<kHard, kForward ? kPower : 0>(a, s, g, e, stats[0], anchor_tail, stats[2], bucket.derivative(),
-                                               scale * a.weights.soft_scale * inverse_t, scale * a.weights.hard_weight,
-                                               label_ok ? label : -1, room.buffers);
+    const float z = kHard ? float(sums.lse_1 * sums.lse_1) : 0;
+    const float loss = scale * (weighted(o.soft_scale, soft) + weighted(o.hard_weight, hard) + weighted(o.z_loss, z));
+    a.loss[r] = sums.bad || (a.labels && label < 0) ? kNan : loss;
+    if (a.parts) {
+        const bool is_kl_at_1 = o.temperature == 1 && o.kind == Kind::forward_kl;
+        const float parts[kParts] = {soft, nll, z, is_kl_at_1 ? soft : kNan, 0, 0, agree ? 1.0f : 0.0f};
+        std::copy_n(parts, kParts, a.parts + r * kParts);
     }
 }
 
@@ -214,7 +240,7 @@ template <bool kHard, int kPower, bool kForward>
 void all_rows(const TopKArgs& a) {
 #pragma omp parallel num_threads(a.threads)
     {
-        LossRoom room(a.k);
+        Room room(a.k, a.sets());
 #pragma omp for schedule(dynamic, 1)
         for (int64_t r = 0; r < a.rows; ++r) one_row<kHard, kPower, kForward>(a, r, room);
     }
@@ -223,16 +249,13 @@ void all_rows(const TopKArgs& a) {
 }  // namespace
 
 void topk_forward(const TopKArgs& a) {
-    with_power(a.weights.temperature, [&](auto power) {
+    with_power(a.options.temperature, [&](auto power) {
         constexpr int kPower = decltype(power)::value;
-        const bool hard = a.weights.hard_weight != 0 || a.parts;
-        hard ? all_rows<true, kPower, true>(a) : all_rows<false, kPower, true>(a);
+        a.hard() ? all_rows<true, kPower, true>(a) : all_rows<false, kPower, true>(a);
     });
 }
 
-void topk_backward(const TopKArgs& a) {
-    a.weights.hard_weight != 0 ? all_rows<true, 0, false>(a) : all_rows<false, 0, false>(a);
-}
+void topk_backward(const TopKArgs& a) { a.hard() ? all_rows<true, 0, false>(a) : all_rows<false, 0, false>(a); }
 
 }  // namespace KDFAST_ISA
 }  // namespace kdfast

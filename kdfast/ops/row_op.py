@@ -36,14 +36,16 @@ class RowOp:
         stats: columns of the row statistics for a number of targets.
         kernel: backend -> an object with the kernel's functions; by default its module of this name.
         vocab: (student, extra scalars) -> ids a label can have; by default the student's columns.
+        check_targets: (targets, row, extra scalars) of a row whose loss is NaN; raises when the targets are why.
     """
 
     def __init__(
         self, name: str, extra: str = "", dense: bool = False, stats: Callable[[int], int] = lambda _: 3,
         kernel: Callable[[str], Any] | None = None,
         vocab: Callable[[Tensor, tuple[Any, ...]], int] = lambda student, _: student.shape[1],
+        check_targets: Callable[[list[Tensor], int, tuple[Any, ...]], None] = lambda targets, row, extra: None,
     ) -> None:  # fmt: skip
-        self.name, self.dense, self.stats, self.vocab = name, dense, stats, vocab
+        self.name, self.dense, self.stats, self.vocab, self.check_targets = name, dense, stats, vocab, check_targets
         self.kernel = kernel or (lambda backend: dispatch.kernel(name, backend))
         self.n_options = len(RowOptions().values)
         tensors = "Tensor[] targets, Tensor? labels, Tensor scale"
@@ -78,6 +80,9 @@ class RowOp:
         loss, stats, parts = kernel.forward(student, targets, labels, scale, options, *extra, need_parts, grad)
         # The kernel writes over an overwritten student, so that only the teacher can be looked at afterwards.
         seen = None if grad is student else student
+        bad = rows.first_bad(loss)
+        if bad is not None:
+            self.check_targets(targets, bad, extra)
         rows.check_rows(loss, seen, targets if self.dense else [], labels, self.vocab(student, extra), options)
         return loss, stats, parts
 

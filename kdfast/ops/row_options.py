@@ -26,7 +26,7 @@ def row_options(
     for name, value in fields.items():
         if isinstance(value, int) and not isinstance(value, bool) and name != "ignore_index":
             fields[name] = float(value)
-    fields |= _head_fields("student", student_head) | _head_fields("teacher", teacher_head)
+    fields |= head_fields("student_", student_head) | head_fields("teacher_", teacher_head)
     options = RowOptions(**fields, teacher_weights=_normalised(teacher_weights, teachers))
     rows.check_choice("divergence", options.divergence, DIVERGENCES)
     rows.check_choice("teacher_mix", options.teacher_mix, TEACHER_MIXES)
@@ -46,14 +46,15 @@ def _check_range(options: RowOptions, name: str, expected: str, low: float, high
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
-def _head_fields(side: str, head: Head) -> dict[str, float]:
+def head_fields(side: str, head: Head) -> dict[str, float]:
+    """softcap (0: none) and scale of a head, under their names in `RowOptions` for the side "student_" or "teacher_"."""
     if not isinstance(head, Head):
-        raise ValueError(f"{side}_head: expected kdfast.Head(softcap=..., scale=...), got {head!r}")
+        raise ValueError(f"{side}head: expected kdfast.Head(softcap=..., scale=...), got {head!r}")
     if head.softcap is not None and not 0 < head.softcap < math.inf:
-        raise ValueError(f"{side}_head: expected a finite softcap above 0 or None, got {head.softcap}")
+        raise ValueError(f"{side}head: expected a finite softcap above 0 or None, got {head.softcap}")
     if not 0 < head.scale < math.inf:
-        raise ValueError(f"{side}_head: expected a finite scale above 0, got {head.scale}")
-    return {f"{side}_softcap": float(head.softcap or 0.0), f"{side}_scale": float(head.scale)}
+        raise ValueError(f"{side}head: expected a finite scale above 0, got {head.scale}")
+    return {f"{side}softcap": float(head.softcap or 0.0), f"{side}scale": float(head.scale)}
 
 
 def _normalised(weights: Sequence[float] | None, teachers: int) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
-"""Top-k teacher targets: `topk_targets` captures them in one pass, `topk_kd_loss` learns from them."""
+"""Sparse teacher targets: `topk_targets` captures them in one pass, `topk_kd_loss` learns from them."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,41 +11,103 @@ import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops import rows
+from kdfast.ops import rows, tails
 from kdfast.ops.row_op import RowCall, RowOp
-from kdfast.ops.row_options import row_options
+from kdfast.ops.row_options import head_fields, row_options
+from kdfast.ops.tails import label_logprobs
 from kdfast.ops.targets import TopKTargets
-from kdfast.options import PARTS, RowOptions
+from kdfast.options import Head, RowOptions
+
+__all__ = ["label_logprobs", "topk_kd_loss", "topk_targets"]
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
-_lib.define("topk_capture(Tensor logits, int k, float[] temperatures, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
-_op = RowOp("topk", extra="int vocab_size")
+_lib.define(
+    "topk_capture(Tensor logits, int k, float[] temperatures, Tensor? draws, float sample_temperature, float softcap,"
+    " float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_op = RowOp(
+    "topk", extra="int vocab_size, bool spread", stats=lambda _: 4,
+    check_targets=lambda targets, row, extra: tails.check_ids(targets, row, extra[0]),
+)  # fmt: skip
 
 
 @torch.library.impl(_lib, "topk_capture", "CompositeExplicitAutograd")
-def _capture(logits: Tensor, k: int, temperatures: Sequence[float], backend: str) -> tuple[Tensor, ...]:
-    ids, logprobs, log_z, log_tail = dispatch.kernel("topk", backend).capture(logits, k, tuple(temperatures))
-    if k:
-        rows.check_rows(logprobs[:, 0], None, [logits], None, logits.shape[1], RowOptions())
-    return ids, logprobs, log_z, log_tail
+def _capture(
+    logits: Tensor, k: int, temperatures: Sequence[float], draws: Tensor | None, sample_temperature: float, softcap: float,
+    scale: float, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    head = Head(softcap or None, scale)
+    outputs = dispatch.kernel("topk", backend).capture(logits, k, tuple(temperatures), draws, sample_temperature, head)
+    rows.check_rows(outputs[2].sum(-1), None, [logits], None, logits.shape[1], RowOptions())
+    return tuple(outputs)
 
 
 @torch.library.register_fake("kdfast::topk_capture", lib=_lib)
-def _capture_fake(logits: Tensor, k: int, temperatures: Sequence[float], backend: str) -> tuple[Tensor, ...]:
-    n, n_t = logits.shape[0], len(temperatures)
+def _capture_fake(
+    logits: Tensor, k: int, temperatures: Sequence[float], draws: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
+    n, n_t, slots = logits.shape[0], len(temperatures), k + (0 if draws is None else draws.shape[1])
+    new = functools.partial(torch.empty, device=logits.device)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    ids = logits.new_empty(n, k, dtype=torch.int32)
-    return (
-        ids,
-        logits.new_empty(n, k, dtype=dtype),
-        logits.new_empty(n, n_t, dtype=dtype),
-        logits.new_empty(n, n_t, dtype=dtype),
+    sizes = [(n, slots), (n, n_t), (n, n_t), (0,) if draws is None else (n, slots)]
+    return new(n, slots, dtype=torch.int32), *(new(size, dtype=dtype) for size in sizes)
+
+
+def check_capture(
+    vocab: int, k: int, temperatures: Sequence[float], samples: int, sample_temperature: float
+) -> tuple[float, ...]:
+    """The temperatures as floats; raises when an option of a capture is out of range."""
+    if samples < 0:
+        raise ValueError(f"samples: expected a number >= 0, got {samples}")
+    if not (0 if samples else 1) <= k <= vocab:
+        least = "0 <=" if samples else "0 <"
+        raise ValueError(f"k: expected {least} k <= {vocab} (the vocabulary), got {k}")
+    at = tuple(float(t) for t in temperatures)
+    if not at or not all(t > 0 and math.isfinite(t) for t in at):
+        raise ValueError(f"temperatures: expected one or more finite numbers above 0, got {at}")
+    if not (sample_temperature > 0 and math.isfinite(sample_temperature)):
+        raise ValueError(f"sample_temperature: expected a finite number above 0, got {sample_temperature}")
+    return at
+
+
+def uniform_draws(n: int, samples: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+    """`[n, samples]` numbers from 0 to 1 that decide which ids are drawn; None without samples."""
+    if samples == 0:
+        return None
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: expected one on {device.type} like the logits, got {generator.device}")
+    return torch.rand(n, samples, dtype=torch.float64, device=device, generator=generator)
+
+
+def as_targets(
+    outputs: Sequence[Tensor], lead: torch.Size, temperatures: tuple[float, ...], vocab: int
+) -> TopKTargets:
+    """What a capture returns on N rows, with leading dimensions."""
+    ids, logprobs, log_z, log_tail, weights = outputs
+    slots = ids.shape[1]
+    return TopKTargets(
+        ids.view(*lead, slots),
+        logprobs.view(*lead, slots),
+        log_z.view(*lead, len(temperatures)),
+        log_tail.view(*lead, len(temperatures)),
+        temperatures,
+        vocab,
+        weights.view(*lead, slots) if weights.ndim > 1 else None,
     )
 
 
 @torch.no_grad()
-def topk_targets(logits: Tensor, k: int, *, temperatures: Sequence[float] = (1.0,)) -> TopKTargets:
-    """A teacher's logits as their k most likely ids and one bucket for the rest, in one pass.
+def topk_targets(
+    logits: Tensor,
+    k: int,
+    *,
+    temperatures: Sequence[float] = (1.0,),
+    samples: int = 0,
+    sample_temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    head: Head = Head(),
+) -> TopKTargets:
+    """A teacher's logits as their k most likely ids, ids drawn from the others, and one bucket for the rest, in one pass.
 
     Equals, for every T in temperatures and S the ids selected:
 
@@ -53,121 +116,130 @@ def topk_targets(logits: Tensor, k: int, *, temperatures: Sequence[float] = (1.0
         log_z = (logp / T).logsumexp(-1)
         log_tail = (logp / T).masked_fill(S, -inf).logsumexp(-1) - log_z
 
+    and with samples = n > 0, of the distribution r that is 0 on the k and softmax(logits / sample_temperature) on the others:
+
+        drawn = torch.multinomial(r, n, replacement=True)
+        ids += drawn.unique(), weights = count / n * p / r; weights of the k are p, their probability
+
+    so that the targets weights * p_T / p (`topk_kd_loss(..., tail="none")`) have the teacher's tempered distribution as their
+    mean, at every T that was captured.
+
     Args:
         logits: `[..., V]` float32, bfloat16, float16 (or float64, on the reference backend).
-        k: entries to keep, 0 < k <= V.
+        k: entries to keep, 0 < k <= V; 0 is allowed where ids are drawn.
         temperatures: at which log_z and log_tail are captured; a loss can only use these.
+        samples: draws with replacement. Distinct ids take a slot each, in id order after the k; of the k + samples slots those
+            left over are empty (id -1).
+        sample_temperature: above 1 draws reach further into the tail, each with a smaller weight.
+        generator: of the draws, on the device of `logits`; the same state gives the same ids with any number of threads.
+        head: what lies between the logits given and the softmax.
 
     Returns:
-        `TopKTargets` with float32 values and leading dimensions as `logits`, entries sorted from likely to unlikely.
+        `TopKTargets` with float32 values and leading dimensions as `logits`, the k entries sorted from likely to unlikely;
+        `weights` is None without samples.
 
     Raises:
         ValueError: a shape, dtype or scalar is wrong, or (on a CPU, or under `debug_checks()`) a row holds NaN or +inf.
+
+    Source: random-sampling knowledge distillation, arXiv 2503.16870.
     """
     rows.check_float("logits", logits)
     rows.check_vocab("logits", logits)
-    vocab = logits.shape[-1]
-    if not 0 < k <= vocab:
-        raise ValueError(f"k: expected 0 < k <= {vocab} (the vocabulary), got {k}")
-    temperatures = tuple(float(t) for t in temperatures)
-    if not temperatures or not all(t > 0 and math.isfinite(t) for t in temperatures):
-        raise ValueError(f"temperatures: expected one or more finite numbers above 0, got {temperatures}")
-    lead = logits.shape[:-1]
+    vocab, lead = logits.shape[-1], logits.shape[:-1]
+    at = check_capture(vocab, k, temperatures, samples, sample_temperature)
+    softcap, scale = head_fields("", head).values()
     backend = dispatch.choose("topk", logits.device, logits.dtype)
-    ids, logprobs, log_z, log_tail = torch.ops.kdfast.topk_capture(rows.as_rows(logits), k, temperatures, backend)
-    return TopKTargets(
-        ids.view(*lead, k),
-        logprobs.view(*lead, k),
-        log_z.view(*lead, -1),
-        log_tail.view(*lead, -1),
-        temperatures,
-        vocab,
-    )
+    flat = rows.as_rows(logits)
+    draws = uniform_draws(flat.shape[0], samples, generator, logits.device)
+    outputs = torch.ops.kdfast.topk_capture(flat, k, at, draws, float(sample_temperature), softcap, scale, backend)
+    return as_targets(outputs, lead, at, vocab)
 
 
 def topk_kd_loss(
     student_logits: Tensor,
-    targets: TopKTargets,
+    targets: TopKTargets | Sequence[TopKTargets],
     labels: Tensor | None = None,
     *,
+    tail: str = "ghost",
+    divergence: str = "forward_kl",
     temperature: float = 1.0,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
+    beta: float = 0.5,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    student_head: Head = Head(),
+    teacher_weights: Sequence[float] | None = None,
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
     overwrite_logits: bool = False,
     return_parts: bool = False,
 ) -> Any:
-    """Knowledge distillation from k teacher entries and a ghost bucket; no dense teacher tensor is formed.
+    """Knowledge distillation from a teacher's entries and what is known of all other ids; no dense teacher is formed.
 
-    The ghost bucket holds everything the teacher did not list. With T = temperature, S the entries and
-    p, q the tempered teacher and student, equals
+    Equals, with T = temperature, S the entries, p_S = exp(logprobs / T - log_z), p_tail = exp(log_tail) and
+    q = softmax(student_logits / T),
 
-        p_S, p_tail = exp(logprobs / T - log_z), exp(log_tail)
-        q = softmax(student_logits / T);  q_tail = q[v not in S].sum()
-        soft = (p_S * (p_S / q[S]).log()).sum() + p_tail * (p_tail / q_tail).log()
-        loss = soft_weight * T**2 * soft + hard_weight * cross_entropy(student_logits, labels)
+        kd_loss(student_logits, T * p.log(), labels, ...)
 
-    with q_tail from a log-sum-exp over the unselected ids, never 1 - sum. The gradient is dense: an unselected id gets
-    q_v * (1 - p_tail / q_tail) / T.
+    with p the dense teacher that `tail` makes of the targets:
+
+        ghost        p_S on S; on the others p_tail * q / q[not S].sum(), no gradient through it. The same as one bucket for all
+                     others on both sides: sum over S of f(p_S, q), plus f(p_tail, q_tail)
+        renormalize  p_S / p_S.sum() on S, 0 on the others
+        uniform      p_S on S, p_tail / (V - k) on the others
+        none         t = p_S, with drawn entries weights * p_S / exp(logprobs); the soft term is (t * (t / q[S]).log()).sum()
+                     and its gradient q * t.sum() - t. t need not sum to 1: drawn targets are then unbiased
+
+    q_tail is a sum over the unselected ids, never 1 - sum, and the gradient is dense.
 
     Args:
         student_logits: `[..., Vs]`, Vs >= targets.vocab_size; ids beyond the teacher's vocabulary take no part in the
             soft term.
-        targets: `TopKTargets` with the same leading dimensions and device. Empty slots (id -1) are skipped.
+        targets: `TopKTargets` with the same leading dimensions and device, or a sequence of them (several teachers, whose
+            losses are summed with `teacher_weights` in one read of the student). An id that is listed twice counts with the
+            sum of its probabilities; empty slots (id -1) are skipped.
+        tail: as above. Drawn entries (`targets.weights`) take "none", or "renormalize", which is not unbiased.
+        divergence: "forward_kl", "reverse_kl" (not with "renormalize": infinite) or "jsd"; with "none" only "forward_kl".
         temperature: one of `targets.temperatures`.
-        labels, soft_weight, hard_weight, scale_by_t2, ignore_index, token_weight, reduction, num_items,
-            overwrite_logits, return_parts: as in `kd_loss`. Of the parts, `teacher_nll` and `teacher_entropy` spread the
-            bucket evenly over the unselected ids, and `kl_at_1` is NaN unless T is 1.
+        labels, soft_weight, hard_weight, beta, scale_by_t2, ignore_index, token_weight, label_smoothing, z_loss,
+            student_head, teacher_weights, reduction, num_items, overwrite_logits, return_parts: as in `kd_loss`. Of the
+            parts, `teacher_nll` and `teacher_entropy` spread the tail evenly over the unselected ids (several teachers: means
+            of each one's), `top1_agreement` is with the largest entry, and `kl_at_1` is NaN unless it is the soft term.
 
     Raises:
         ValueError: as `kd_loss`; a temperature that was not captured; a student smaller than `targets.vocab_size`; an
-            entry's id outside the vocabulary (on a CPU, or under `debug_checks()`).
+            entry's id outside the vocabulary (on a CPU, or under `debug_checks()`); a divergence that the tail does not have.
 
-    Source: the bucket is the "ghost token" of sparse logit distillation; Kim & Rush 2016, arXiv 1606.07947, for the
-    word-level loss it approximates.
+    Source: sparse logit sampling, arXiv 2503.16870 (ghost token, unbiased sampled targets); Kim & Rush 2016, arXiv
+    1606.07947, for the word-level loss they approximate; GKD, arXiv 2306.13649 (jsd).
     """
+    several = tails.as_list(targets)
     options = row_options(
-        temperature=temperature, soft_weight=soft_weight, hard_weight=hard_weight, scale_by_t2=scale_by_t2,
-        ignore_index=ignore_index,
+        divergence=divergence, temperature=temperature, soft_weight=soft_weight, hard_weight=hard_weight, beta=beta,
+        scale_by_t2=scale_by_t2, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        student_head=student_head, teachers=len(several), teacher_weights=teacher_weights,
     )  # fmt: skip
+    tails.check(several, tail, options)
     rows.check_float("student_logits", student_logits)
     rows.check_vocab("student_logits", student_logits)
-    if not isinstance(targets, TopKTargets):
-        raise ValueError(f"targets: expected TopKTargets, got {type(targets).__name__}")
-    if targets.weights is not None:
-        raise ValueError("targets: expected exact entries (weights None); drawn entries have no ghost bucket")
     lead = student_logits.shape[:-1]
-    rows.check_lead("targets", targets.ids.shape[:-1], lead, "student_logits")
-    if targets.ids.device != student_logits.device:
-        raise ValueError(f"targets: expected device {student_logits.device} like student_logits, got {targets.ids.device}")
-    if student_logits.shape[-1] < targets.vocab_size:
-        raise ValueError(
-            f"student_logits: expected a vocabulary of at least {targets.vocab_size} like the targets',"
-            f" got {student_logits.shape[-1]}"
-        )
-    column = targets.column(options.temperature)
+    tails.check_row_inputs(several, lead, student_logits.device, "student_logits", student_logits.shape[-1])
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
     if overwrite_logits:
         rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)
     backend = dispatch.choose("topk", student.device, student.dtype)
-    target_rows = (
-        targets.ids.reshape(-1, targets.k).contiguous(),
-        targets.logprobs.reshape(-1, targets.k).contiguous(),
-        targets.log_z[..., column].reshape(-1).contiguous(),
-        targets.log_tail[..., column].reshape(-1).contiguous(),
-    )
     call = RowCall(
         student,
-        targets=target_rows,
+        targets=tails.kernel_rows(several, tail, options),
         labels=labels,
         scale=scale,
-        scalars=(*options.values, targets.vocab_size, backend, return_parts),
+        scalars=(*options.values, several[0].vocab_size, tail == "uniform", backend, return_parts),
         lead=lead,
         reduction=reduction,
         needs_grad=student_logits.requires_grad and torch.is_grad_enabled(),
@@ -176,39 +248,5 @@ def topk_kd_loss(
     loss, parts = _op(call)
     if not return_parts:
         return loss
-    teacher = _teacher_parts(targets, labels)
-    parts = parts.clone()
-    for name, column_values in teacher.items():
-        parts[:, PARTS.index(name)] = torch.where(scale != 0, column_values, 0)
+    parts = tails.with_teacher_metrics(parts, several, labels, scale, options.teacher_weights)
     return loss, rows.make_parts(parts, scale, labels is not None)
-
-
-def label_logprobs(targets: TopKTargets, labels: Tensor) -> Tensor:
-    """The teacher's log-probability of each label at T = 1, from its entry or its even share of the bucket.
-
-    Args:
-        targets: captured at T = 1 among others.
-        labels: `[...]` like the targets' leading dimensions; negative labels give the bucket's share.
-    """
-    share = targets.log_tail[..., targets.column(1.0)] - _unlisted(targets).log()
-    hit = targets.ids == labels.clamp(min=0)[..., None]
-    found = torch.where(hit, targets.logprobs, -torch.inf).amax(-1)
-    return torch.where(hit.any(-1), found, share)
-
-
-def _unlisted(targets: TopKTargets) -> Tensor:
-    """How many ids share the bucket of each row, at least 1."""
-    return (targets.vocab_size - (targets.ids >= 0).sum(-1)).clamp(min=1)
-
-
-def _teacher_parts(targets: TopKTargets, labels: Tensor | None) -> dict[str, Tensor]:
-    """teacher_nll and teacher_entropy at T = 1; NaN when T = 1 was not captured."""
-    n = targets.ids.shape[:-1].numel()
-    unknown = torch.full((n,), torch.nan, dtype=torch.float32, device=targets.ids.device)
-    if 1.0 not in targets.temperatures:
-        return {"teacher_nll": unknown, "teacher_entropy": unknown}
-    tail = targets.log_tail[..., targets.column(1.0)]
-    share = tail - _unlisted(targets).log()
-    entropy = torch.special.entr(targets.logprobs.exp()).sum(-1) - torch.where(tail.isneginf(), 0, tail.exp() * share)
-    nll = torch.zeros_like(unknown) if labels is None else -label_logprobs(targets, labels.view(tail.shape)).reshape(-1)
-    return {"teacher_nll": nll, "teacher_entropy": entropy.reshape(-1)}

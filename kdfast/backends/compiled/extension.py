@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.options import RowOptions
+from kdfast import _C
+from kdfast.options import DIVERGENCES, RowOptions
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -35,9 +36,12 @@ def dtype_code(tensor: Tensor) -> int:
     return _DTYPE_CODE[tensor.dtype]
 
 
-def weights(options: RowOptions) -> tuple[float, float, float]:
-    """(temperature, factor of the divergence, factor of the cross-entropy)."""
-    return options.temperature, options.soft_scale, options.hard_weight
+def row_options(o: RowOptions) -> _C.LogitsOptions:
+    """The options as the row kernels take them."""
+    return _C.LogitsOptions(
+        DIVERGENCES.index(o.kind), *o.coefficients, o.temperature, o.soft_scale, o.hard_weight, o.label_smoothing, o.z_loss,
+        o.student_softcap, o.student_scale, o.teacher_softcap, o.teacher_scale, o.teacher_mix == "probs",
+    )  # fmt: skip
 
 
 def threads() -> int:

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from kdfast import _C
-from kdfast.backends.compiled.extension import address, matrix, threads
-from kdfast.options import DIVERGENCES, PARTS, RowOptions
-
-
-def _options(o: RowOptions) -> _C.LogitsOptions:
-    return _C.LogitsOptions(
-        DIVERGENCES.index(o.kind), *o.coefficients, o.temperature, o.soft_scale, o.hard_weight, o.label_smoothing, o.z_loss,
-        o.student_softcap, o.student_scale, o.teacher_softcap, o.teacher_scale, o.teacher_mix == "probs",
-    )  # fmt: skip
+from kdfast.backends.compiled.extension import address, matrix, row_options, threads
+from kdfast.options import PARTS, RowOptions
 
 
 def forward(
@@ -35,7 +28,7 @@ def forward(
     _C.logits(
         True, n, matrix(student), [matrix(t) for t in teachers], options.teacher_weights,
         matrix(grad), address(labels), address(scale), address(loss), address(stats),
-        address(parts if need_parts else None), _options(options), threads(),
+        address(parts if need_parts else None), row_options(options), threads(),
     )  # fmt: skip
     return loss, stats, parts
 
@@ -51,5 +44,5 @@ def backward(
 ) -> None:
     _C.logits(
         False, student.shape[0], matrix(student), [matrix(t) for t in teachers], options.teacher_weights, matrix(grad),
-        address(labels), address(scale), 0, address(stats), 0, _options(options), threads(),
+        address(labels), address(scale), 0, address(stats), 0, row_options(options), threads(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Top-k capture and the ghost-bucket loss in C++ (`csrc/cpu/topk.cpp`). Contract: `kdfast.backends`."""
+"""Sparse targets in C++: capture (`csrc/cpu/topk_capture.cpp`) and loss (`csrc/cpu/topk.cpp`). Contract: `kdfast.backends`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ import torch
 from torch import Tensor
 
 from kdfast import _C
-from kdfast.backends.compiled.extension import address, matrix, threads, weights
-from kdfast.options import PARTS, RowOptions
+from kdfast.backends.compiled.extension import address, matrix, row_options, threads
+from kdfast.options import PARTS, Head, RowOptions
+
+_STATS = 4
 
 
-def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def capture(
+    logits: Tensor,
+    k: int,
+    temperatures: tuple[float, ...],
+    draws: Tensor | None = None,
+    sample_temperature: float = 1.0,
+    head: Head = Head(),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, n_t = logits.shape[0], len(temperatures)
+    n_draws = 0 if draws is None else draws.shape[1]
+    slots = k + n_draws
     at = torch.tensor(temperatures, dtype=torch.float64)
-    ids, logprobs = torch.empty(n, k, dtype=torch.int32), torch.empty(n, k)
+    ids, logprobs = torch.empty(n, slots, dtype=torch.int32), torch.empty(n, slots)
     log_z, log_tail = torch.empty(n, n_t), torch.empty(n, n_t)
+    weights = torch.empty(0) if draws is None else torch.empty(n, slots)
     _C.topk_capture(
-        n, matrix(logits), k, address(at), n_t, address(ids), address(logprobs), address(log_z), address(log_tail), threads()
-    )
-    return ids, logprobs, log_z, log_tail
+        n, matrix(logits), head.softcap or 0.0, head.scale, k, address(at), n_t, address(draws), n_draws, sample_temperature,
+        address(ids), address(logprobs), address(log_z), address(log_tail), address(None if draws is None else weights), threads(),
+    )  # fmt: skip
+    return ids, logprobs, log_z, log_tail, weights
 
 
 def forward(
@@ -30,18 +43,18 @@ def forward(
     scale: Tensor,
     options: RowOptions,
     vocab_size: int,
+    spread: bool,
     need_parts: bool,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ids, logprobs, log_z, log_tail = targets
     n = student.shape[0]
     loss = torch.empty(n)
-    stats = torch.empty(n, 3, dtype=torch.float64)
+    stats = torch.empty(n, _STATS, dtype=torch.float64)
     parts = torch.empty((n, len(PARTS)) if need_parts else (0,))
     _C.topk(
-        True, n, matrix(student), matrix(grad), address(ids), address(logprobs), address(log_z),
-        address(log_tail), ids.shape[1], vocab_size, address(labels), address(scale), address(loss), address(stats),
-        address(parts if need_parts else None), *weights(options), threads(),
+        True, n, matrix(student), matrix(grad), *map(address, targets), targets[0].shape[1], vocab_size, spread,
+        options.teacher_weights, address(labels), address(scale), address(loss), address(stats),
+        address(parts if need_parts else None), row_options(options), threads(),
     )  # fmt: skip
     return loss, stats, parts
 
@@ -54,11 +67,10 @@ def backward(
     stats: Tensor,
     options: RowOptions,
     vocab_size: int,
+    spread: bool,
     grad: Tensor,
 ) -> None:
-    ids, logprobs, log_z, log_tail = targets
     _C.topk(
-        False, student.shape[0], matrix(student), matrix(grad), address(ids), address(logprobs),
-        address(log_z), address(log_tail), ids.shape[1], vocab_size, address(labels), address(scale), 0, address(stats), 0,
-        *weights(options), threads(),
+        False, student.shape[0], matrix(student), matrix(grad), *map(address, targets), targets[0].shape[1], vocab_size, spread,
+        options.teacher_weights, address(labels), address(scale), 0, address(stats), 0, row_options(options), threads(),
     )  # fmt: skip

@@ -1,0 +1,167 @@
+"""What sparse targets leave open: from `TopKTargets` and a `tail` to the rows that the kernels of `topk` compare with.
+
+Every tail comes down to k log-probabilities and the log mass of all other ids, which sum to 1, a factor `mass` of the row's
+soft term, and whether the other ids' mass lies evenly on them (`spread`) or as the student's own does:
+
+    ghost        entries and tail as captured
+    renormalize  entries divided by their sum, no tail
+    uniform      entries and tail as captured, spread
+    none         t = weights * p_T / p; entries t / t.sum(), no tail, mass t.sum(): sum t * (log t - log q) is
+                 mass * KL(t / mass || q) + mass * log(mass)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import rows
+from kdfast.ops.targets import TopKTargets
+from kdfast.options import PARTS, RowOptions
+
+TAILS = ("ghost", "renormalize", "uniform", "none")
+#: Divergences whose sum over a bucket is that of the bucket's masses, or that have a sum over an even tail.
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+
+
+def as_list(targets: Any) -> list[TopKTargets]:
+    """One or several targets as a list.
+
+    Raises:
+        ValueError: something else than `TopKTargets`, or teachers of different vocabularies.
+    """
+    several = list(targets) if isinstance(targets, Sequence) else [targets]
+    for i, t in enumerate(several):
+        name = rows.member("targets", i, len(several))
+        if not isinstance(t, TopKTargets):
+            raise ValueError(f"{name}: expected TopKTargets, got {type(t).__name__}")
+        if t.vocab_size != several[0].vocab_size:
+            raise ValueError(f"{name}: expected vocab_size {several[0].vocab_size} like targets[0], got {t.vocab_size}")
+    return several
+
+
+def check(targets: Sequence[TopKTargets], tail: str, options: RowOptions) -> None:
+    """Raises where a tail and a divergence, or drawn entries and a tail, have no loss together."""
+    rows.check_choice("tail", tail, TAILS)
+    rows.check_choice("divergence", options.divergence, DIVERGENCES)
+    if tail == "renormalize" and options.kind == "reverse_kl":
+        raise ValueError(
+            f"divergence: {options.divergence} (beta {options.beta:g}) with tail 'renormalize' is infinite: the student has mass"
+            " where a renormalized teacher has none; use tail 'ghost' or 'uniform'"
+        )
+    if tail == "none" and options.kind != "forward_kl":
+        raise ValueError(
+            f"divergence: expected forward_kl with tail 'none', whose targets need not sum to 1, got {options.divergence}"
+        )
+    drawn = [i for i, t in enumerate(targets) if t.weights is not None]
+    if drawn and tail in ("ghost", "uniform"):
+        raise ValueError(
+            f"tail: expected 'none' (unbiased) or 'renormalize' because {rows.member('targets', drawn[0], len(targets))} holds"
+            f" drawn entries (weights), whose unselected ids are already stood for, got {tail!r}"
+        )
+
+
+def check_row_inputs(
+    targets: Sequence[TopKTargets], lead: torch.Size, device: torch.device, student: str, vocab: int
+) -> None:
+    """Raises unless the targets have a row for each of the student's and its vocabulary holds all their ids."""
+    for i, t in enumerate(targets):
+        name = rows.member("targets", i, len(targets))
+        rows.check_lead(name, t.ids.shape[:-1], lead, student)
+        if t.ids.device != device:
+            raise ValueError(f"{name}: expected device {device} like {student}, got {t.ids.device}")
+    if vocab < targets[0].vocab_size:
+        raise ValueError(f"{student}: expected a vocabulary of at least {targets[0].vocab_size} like the targets', got {vocab}")
+
+
+def kernel_rows(targets: Sequence[TopKTargets], tail: str, options: RowOptions) -> tuple[Tensor, ...]:
+    """(ids [N, K], log_p [N, M, K], log_tail [N, M], mass [N, M]) of M targets, as `kdfast.backends` describes them.
+
+    Several targets stand side by side in one list of K slots; a slot is -inf in the targets it does not belong to.
+    """
+    parts = [_resolved(t, tail, options.temperature) for t in targets]
+    if len(parts) == 1:
+        ids, log_p, log_tail, mass = parts[0]
+        return ids.contiguous(), log_p[:, None].contiguous(), log_tail[:, None].contiguous(), mass[:, None].contiguous()
+    ids = torch.cat([part[0] for part in parts], 1)
+    log_p = torch.full((ids.shape[0], len(parts), ids.shape[1]), -torch.inf, dtype=parts[0][1].dtype, device=ids.device)
+    begin = 0
+    for m, part in enumerate(parts):
+        end = begin + part[0].shape[1]
+        log_p[:, m, begin:end] = part[1]
+        begin = end
+    return ids, log_p, torch.stack([part[2] for part in parts], 1), torch.stack([part[3] for part in parts], 1)
+
+
+def _resolved(t: TopKTargets, tail: str, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    column = t.column(temperature)
+    ids, logprobs = t.ids.reshape(-1, t.k), t.logprobs.reshape(-1, t.k)
+    log_p = logprobs / temperature - t.log_z[..., column].reshape(-1, 1)
+    log_tail = t.log_tail[..., column].reshape(-1)
+    mass = torch.ones_like(log_tail)
+    if tail in ("ghost", "uniform"):
+        return ids, log_p, log_tail, mass
+    if t.weights is not None:
+        log_p = log_p + (t.weights.reshape(-1, t.k).log() - logprobs)
+    log_p = torch.where(ids >= 0, log_p, -torch.inf)
+    total = log_p.logsumexp(-1)
+    # Without entries there is no soft loss with tail "none", and nothing to renormalize: NaN names the row.
+    mass = total.exp() if tail == "none" else torch.where(total.isneginf(), torch.nan, mass)
+    log_p = log_p - torch.where(total.isneginf(), 0, total)[:, None]
+    return ids, log_p, torch.full_like(log_tail, -torch.inf), mass
+
+
+def check_ids(targets: Sequence[Tensor], row: int, vocab: int) -> None:
+    """Raises when the target is what makes a row's loss NaN."""
+    ids, log_p, log_tail, mass = (x[row] for x in targets)
+    if bool((ids >= vocab).any()):
+        raise ValueError(f"targets: row {row} lists id {int(ids.max())}, expected ids < {vocab} (the targets' vocab_size)")
+    if bool((log_p.isnan() & (ids >= 0)).any() | log_tail.isnan().any()):
+        raise ValueError(f"targets: row {row} holds NaN, expected log-probabilities <= 0 and weights >= 0")
+    if bool(mass.isnan().any()):
+        raise ValueError(f"targets: row {row} has no entries, expected at least one with tail 'renormalize'")
+
+
+def label_logprobs(targets: TopKTargets, labels: Tensor) -> Tensor:
+    """The teacher's log-probability of each label at T = 1, from its entry or its even share of the bucket.
+
+    Args:
+        targets: captured at T = 1 among others.
+        labels: `[...]` like the targets' leading dimensions; negative labels give the bucket's share.
+    """
+    share = targets.log_tail[..., targets.column(1.0)] - _unlisted(targets).log()
+    hit = targets.ids == labels.clamp(min=0)[..., None]
+    found = torch.where(hit, targets.logprobs, -torch.inf).amax(-1)
+    return torch.where(hit.any(-1), found, share)
+
+
+def _unlisted(targets: TopKTargets) -> Tensor:
+    """How many ids share the bucket of each row, at least 1."""
+    return (targets.vocab_size - (targets.ids >= 0).sum(-1)).clamp(min=1)
+
+
+def _teacher_metrics(targets: TopKTargets, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(teacher_nll, teacher_entropy) of each row at T = 1; NaN when T = 1 was not captured."""
+    unknown = torch.full(targets.ids.shape[:-1], torch.nan, dtype=torch.float32, device=targets.ids.device).reshape(-1)
+    if not any(abs(t - 1) <= 1e-6 for t in targets.temperatures):
+        return unknown, unknown
+    tail = targets.log_tail[..., targets.column(1.0)]
+    share = tail - _unlisted(targets).log()
+    entropy = torch.special.entr(targets.logprobs.exp()).sum(-1) - torch.where(tail.isneginf(), 0, tail.exp() * share)
+    nll = torch.zeros_like(unknown) if labels is None else -label_logprobs(targets, labels.view(tail.shape)).reshape(-1)
+    return nll, entropy.reshape(-1)
+
+
+def with_teacher_metrics(
+    parts: Tensor, targets: Sequence[TopKTargets], labels: Tensor | None, scale: Tensor, weights: Sequence[float]
+) -> Tensor:
+    """The kernel's parts with teacher_nll and teacher_entropy, weighted means over the targets, in rows that count."""
+    metrics = [_teacher_metrics(t, labels) for t in targets]
+    parts = parts.clone()
+    for i, name in enumerate(("teacher_nll", "teacher_entropy")):
+        mean = sum(w * m[i] for w, m in zip(weights, metrics, strict=True))
+        parts[:, PARTS.index(name)] = torch.where(scale != 0, mean, 0)
+    return parts
