@@ -11,6 +11,7 @@ from kdfast.ops.attention_map import attention_map_mse
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.linear_logit_mse import linear_logit_mse
+from kdfast.ops.linear_topk import linear_topk_kd_loss, linear_topk_targets
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.rows import Part, Parts, debug_checks
 from kdfast.ops.targets import TopKTargets
@@ -33,6 +34,8 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "linear_logit_mse",
+    "linear_topk_kd_loss",
+    "linear_topk_targets",
     "topk_kd_loss",
     "topk_targets",
     "use_backend",

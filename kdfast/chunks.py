@@ -6,7 +6,7 @@ of rows at once. What differs between devices is passed in: the row kernel and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,12 +165,14 @@ def linear_rows(
     chunking: Chunking,
     need_parts: bool,
     needs: Needs,
+    row_inputs: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, parts and the gradients of hidden, weight and bias, chunk by chunk.
 
     Args:
-        kernel: `forward` of the `logits` kernel on this device.
+        kernel: `forward` of the `logits` kernel on this device, or of one that compares with other things than logits.
         gemms: the products on this device.
+        row_inputs: tensors `[N, ...]` whose rows the kernel gets after the teachers' logits.
     """
     n, device, index = student.hidden.shape[0], student.hidden.device, chunking.row_index
     computed = n if index is None else index.numel()
@@ -195,7 +197,8 @@ def linear_rows(
             gemms.logits(teacher.hidden[rows], teacher.weight, teacher.bias, z)
         grad = room.grads[waiting : waiting + end - begin] if needs.any else None
         part_labels = None if labels is None else labels[rows]
-        loss[rows], _, part = kernel(z_s, z_t, part_labels, scale[rows], options, need_parts, grad)
+        compared = [*z_t, *(x[rows] for x in row_inputs)]
+        loss[rows], _, part = kernel(z_s, compared, part_labels, scale[rows], options, need_parts, grad)
         if need_parts:
             parts[rows] = part
         if grad is None:
@@ -213,6 +216,24 @@ def linear_rows(
                 grad_bias.add_(sums) if accumulate else grad_bias.copy_(sums)
             waiting = 0
     return loss, parts, grad_hidden, grad_weight, grad_bias
+
+
+def logit_chunks(
+    product: Callable[[Side, Tensor], None], side: Side, workspace_mb: float | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of some rows after the other, each in the place of those before: (rows, logits).
+
+    Args:
+        product: of the `linear` kernel on this device.
+    """
+    n, device = side.hidden.shape[0], side.hidden.device
+    rows = rows_per_chunk(n, side.vocab * dtype.itemsize, workspace_bytes(workspace_mb, device.type))
+    room = memory.empty((rows, side.vocab), dtype=dtype, device=device)
+    for begin in range(0, n, rows):
+        some = slice(begin, min(begin + rows, n))
+        out = room[: some.stop - begin]
+        product(Side(side.hidden[some], side.weight, side.bias), out)
+        yield some, out
 
 
 def _grad_hidden(gemms: Gemms, grad: Tensor, student: Side, out: Tensor, rows: slice | Tensor) -> None:

@@ -13,6 +13,7 @@ from kdfast.ops.attention_map import attention_map_mse
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.linear_logit_mse import linear_logit_mse
+from kdfast.ops.linear_topk import linear_topk_kd_loss
 from kdfast.ops.logits import kd_loss
 from kdfast.ops.topk import topk_kd_loss
 
@@ -51,6 +52,13 @@ class TopKKDLoss(_Loss):
     """`TopKKDLoss(**options)(student_logits, targets, labels)` equals `topk_kd_loss(..., **options)`."""
 
     function = staticmethod(topk_kd_loss)
+
+
+class LinearTopKKDLoss(_Loss):
+    """`LinearTopKKDLoss(**options)(student_hidden, student_weight, targets, labels)` equals
+    `linear_topk_kd_loss(..., **options)`."""
+
+    function = staticmethod(linear_topk_kd_loss)
 
 
 class AttentionMSELoss(_Loss):

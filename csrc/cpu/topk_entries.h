@@ -134,7 +134,7 @@ class Term {
         for (int64_t i = 0; i < padded(e_.size()); i += W) {
             const vec log_p = load(log_p_ + i);
             const Pair x = pair_of(max(set(kLowest), log_p), load(&e_.log_q[size_t(i)]));
-            const ivec listed = spread_ ? log_p == log_p : log_p > set(-kInf);
+            const ivec listed = spread_ ? set(0.0f) == set(0.0f) : log_p != set(-kInf);
             const vec h = listed ? D::slope(x, c_) : vec{};
             value += listed ? D::value(x, c_) : vec{};
             slope += h;

@@ -16,21 +16,26 @@ from kdfast.ops.shards import Shards, is_dtensor
 from kdfast.options import Head
 
 
-def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:
-    rows.check_float(f"{side}_hidden", hidden, like=like, like_name="student_hidden")
-    rows.check_float(f"{side}_weight", weight, like=like, like_name="student_hidden")
+def check_side(
+    side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor, like_name: str = "student_hidden"
+) -> None:
+    """Raises unless hidden, weight and bias fit each other and the device of `like`; `side` is what precedes their names."""
+    """Raises unless hidden, weight and bias of a side fit each other and the device of `like`."""
+    rows.check_float(f"{side}hidden", hidden, like=like, like_name=like_name)
+    rows.check_float(f"{side}weight", weight, like=like, like_name=like_name)
     if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(f"{side}_weight: expected shape [V, D] with V, D >= 1, got {list(weight.shape)}")
+        raise ValueError(f"{side}weight: expected shape [V, D] with V, D >= 1, got {list(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{side}_hidden: expected shape [..., {weight.shape[1]}] to match {side}_weight {list(weight.shape)},"
+            f"{side}hidden: expected shape [..., {weight.shape[1]}] to match {side}weight {list(weight.shape)},"
             f" got {list(hidden.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{side}_bias: expected shape [{weight.shape[0]}] to match {side}_weight, got {list(bias.shape)}")
+        raise ValueError(f"{side}bias: expected shape [{weight.shape[0]}] to match {side}weight, got {list(bias.shape)}")
 
 
-def _check_row_index(row_index: Tensor | None, like: Tensor, n: int) -> None:
+def check_row_index(row_index: Tensor | None, like: Tensor, n: int) -> None:
+    """Raises unless it is a list of row positions."""
     if row_index is None:
         return
     if row_index.ndim != 1 or row_index.dtype != torch.int64 or row_index.device != like.device or row_index.numel() > n:
@@ -40,7 +45,15 @@ def _check_row_index(row_index: Tensor | None, like: Tensor, n: int) -> None:
         )
 
 
-def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+def check_chunking(workspace_mb: float | None, logits_dtype: torch.dtype) -> None:
+    """Raises when the workspace is no workspace."""
+    if workspace_mb is not None and workspace_mb <= 0:
+        raise ValueError(f"workspace_mb: expected a number above 0, got {workspace_mb}")
+    if logits_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"logits_dtype: expected torch.float32 or torch.bfloat16, got {logits_dtype}")
+
+
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype in which autocast wants products, or None: every head in its own."""
     device = weight.device.type
     if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -48,7 +61,8 @@ def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _main_grad(weight: Tensor) -> Tensor | None:
+def main_grad_of(weight: Tensor) -> Tensor | None:
+    """The float32 sum to which the gradient of a weight is added in place of being returned, if there is one."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         return None
@@ -148,7 +162,7 @@ def linear_kd_loss(
         label_smoothing=label_smoothing, z_loss=z_loss, student_head=student_head, teacher_head=teacher_head,
         teachers=len(weights), teacher_weights=teacher_weights, teacher_mix=teacher_mix,
     )  # fmt: skip
-    main_grad = _main_grad(student_weight)
+    main_grad = main_grad_of(student_weight)
     shards = Shards(tp_group)
     student_weight = shards.slice("student_weight", student_weight, 0)
     student_bias = None if student_bias is None else shards.slice("student_bias", student_bias, 0)
@@ -159,21 +173,18 @@ def linear_kd_loss(
     summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
     student_hidden = shards.whole("student_hidden", student_hidden, partial_grad=summed_by_dtensor)
     labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)
-    _check_side("student", student_hidden, student_weight, student_bias, student_hidden)
+    check_side("student_", student_hidden, student_weight, student_bias, student_hidden)
     lead = student_hidden.shape[:-1]
     for i, side in enumerate(zip(hiddens, weights, biases, strict=True)):
-        _check_side(rows.member("teacher", i, len(weights)), *side, student_hidden)
+        check_side(rows.member("teacher", i, len(weights)) + "_", *side, student_hidden)
         rows.check_lead(rows.member("teacher_hidden", i, len(weights)), side[0].shape[:-1], lead, "student_hidden")
-    if workspace_mb is not None and workspace_mb <= 0:
-        raise ValueError(f"workspace_mb: expected a number above 0, got {workspace_mb}")
-    if logits_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"logits_dtype: expected torch.float32 or torch.bfloat16, got {logits_dtype}")
+    check_chunking(workspace_mb, logits_dtype)
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
     student = rows.as_rows(student_hidden)
-    _check_row_index(row_index, student, student.shape[0])
+    check_row_index(row_index, student, student.shape[0])
     reduces = reduce_hidden_grad and not summed_by_dtensor
-    heads_dtype = _autocast_dtype(student_weight)
+    heads_dtype = autocast_dtype(student_weight)
     backend = dispatch.choose("linear", student.device, heads_dtype or student_weight.dtype)
     call = LinearCall(
         student=(student, student_weight, student_bias),
@@ -185,7 +196,7 @@ def linear_kd_loss(
         scale=scale,
         row_index=row_index,
         main_grad=main_grad,
-        scalars=(*options.values, workspace_mb, logits_dtype, heads_dtype, shards.group, reduces, backend),
+        scalars=(*options.values, workspace_mb, logits_dtype, heads_dtype, shards.group, reduces, 0, False, backend),
         need_parts=return_parts,
     )
     loss, parts = call.run(per_row=reduction == "none")

@@ -1,4 +1,8 @@
-"""The torch op behind `linear_kd_loss`: schema, fake, kernel entry, and autograd in both gradient modes."""
+"""The torch op behind `linear_kd_loss` and `linear_topk_kd_loss`: schema, fake, kernel entry, autograd in both gradient modes.
+
+The student's logits are compared with those of teachers' heads, or with sparse targets: then there are `targets`, the tables of
+`tails.kernel_rows`, and no teachers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from kdfast import dispatch
 from kdfast.chunks import Chunking, Needs, Side, grad_buffers
-from kdfast.ops import parallel, rows
+from kdfast.ops import parallel, rows, tails
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
 
@@ -19,13 +23,13 @@ _lib = torch.library.Library("kdfast", "FRAGMENT")
 _lib.define(
     "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor[] teacher_hidden,"
     " Tensor[] teacher_weight, Tensor?[] teacher_bias, Tensor? labels, Tensor scale, Tensor? row_index,"
-    f" {RowOptions.schema()}, float? workspace_mb, ScalarType logits_dtype, ScalarType? heads_dtype, str group,"
-    " bool reduce_hidden, str backend, bool check, bool need_parts, bool need_hidden, bool need_weight, bool need_bias)"
+    f" Tensor[] targets, {RowOptions.schema()}, float? workspace_mb, ScalarType logits_dtype, ScalarType? heads_dtype,"
+    " str group, bool reduce_hidden, int vocab_size, bool spread, str backend, bool check, bool need_parts, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Side:
+def side_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Side:
     """Hidden states in the dtype of their head, and both in `dtype` where autocast asks for one."""
     dtype = dtype or weight.dtype
     return Side(hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype))
@@ -33,24 +37,42 @@ def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
 
 @torch.library.impl(_lib, "linear", "CompositeExplicitAutograd")
 def _linear(*args: Any) -> tuple[Tensor, ...]:
-    h_s, w_s, b_s, h_t, w_t, b_t, labels, scale, row_index, *scalars = args
-    *values, workspace_mb, dtype, heads_dtype, group, reduce_hidden, backend, check, need_parts, n_h, n_w, n_b = scalars
+    h_s, w_s, b_s, h_t, w_t, b_t, labels, scale, row_index, targets, *scalars = args
+    *scalars, check, need_parts, n_h, n_w, n_b = scalars
+    *values, workspace_mb, dtype, heads_dtype, group, reduce_hidden, vocab_size, spread, backend = scalars
     options, needs = RowOptions(*values), Needs(n_h, n_w, n_b)
     row_index = _counting_rows(scale, row_index)
+    kernel = {}
+    if targets:
+        kernel = {"kernel": _sparse(backend, vocab_size, spread), "row_inputs": targets}
+    elif group:
+        kernel = {"kernel": parallel.row_kernel(group, h_s)}
     # Autocast is over: what it wants is in heads_dtype, and sums kept in float32 must not be rounded behind our back.
     with torch.autocast(h_s.device.type, enabled=False):
-        student = _side(h_s, w_s, b_s, heads_dtype)
-        teachers = [_side(*side, heads_dtype) for side in zip(h_t, w_t, b_t, strict=True)]
+        student = side_of(h_s, w_s, b_s, heads_dtype)
+        teachers = [side_of(*side, heads_dtype) for side in zip(h_t, w_t, b_t, strict=True)]
         outputs = dispatch.kernel("linear", backend).forward(
-            student, teachers, labels, scale, options, Chunking(workspace_mb, dtype, row_index), need_parts, needs,
-            *([parallel.row_kernel(group, h_s)] if group else []),
+            student, teachers, labels, scale, options, Chunking(workspace_mb, dtype, row_index), need_parts, needs, **kernel,
         )  # fmt: skip
     if group and reduce_hidden and needs.hidden:
         parallel.all_reduce(outputs[2], group)
     if check:
         vocab = w_s.shape[0] * parallel.size(group) if group else w_s.shape[0]
+        bad = rows.first_bad(outputs[0]) if targets else None
+        if bad is not None:
+            tails.check_ids(targets, bad, vocab_size)
         rows.check_rows(outputs[0], None, [], labels, vocab, options)
     return tuple(outputs)
+
+
+def _sparse(backend: str, vocab_size: int, spread: bool) -> Any:
+    """`forward` of `topk` with the arguments of that of `logits`."""
+    forward = dispatch.kernel("topk", backend).forward
+
+    def kernel(student: Tensor, targets: Any, labels: Any, scale: Tensor, options: RowOptions, *rest: Any) -> Any:
+        return forward(student, targets, labels, scale, options, vocab_size, spread, *rest)
+
+    return kernel
 
 
 def _counting_rows(scale: Tensor, row_index: Tensor | None) -> Tensor | None:
@@ -73,9 +95,9 @@ def _counting_rows(scale: Tensor, row_index: Tensor | None) -> Tensor | None:
 
 @torch.library.register_fake("kdfast::linear", lib=_lib)
 def _linear_fake(*args: Any) -> tuple[Tensor, ...]:
-    heads_dtype = args[-9]
+    heads_dtype = args[-11]
     need_parts, *needs = args[-4:]
-    student = _side(args[0], args[1], args[2], heads_dtype)
+    student = side_of(args[0], args[1], args[2], heads_dtype)
     n = student.hidden.shape[0]
     loss = student.hidden.new_empty(n, dtype=torch.float64 if student.weight.dtype == torch.float64 else torch.float32)
     return loss, loss.new_empty((n, len(PARTS)) if need_parts else (0,)), *grad_buffers(student, Needs(*needs), torch.empty)
@@ -86,7 +108,7 @@ class LinearCall:
     """One checked call on N rows.
 
     Args:
-        student: hidden, weight, bias; teachers likewise.
+        student: hidden, weight, bias; teachers likewise, none where there are targets.
         main_grad: float32 sum to which the weight's gradient is added in place of being returned.
         scalars: the options and everything that follows them in the schema, up to the backend.
     """
@@ -99,6 +121,7 @@ class LinearCall:
     main_grad: Tensor | None
     scalars: tuple[Any, ...]
     need_parts: bool
+    targets: tuple[Tensor, ...] = ()
 
     def run(self, per_row: bool) -> tuple[Tensor, Tensor]:
         """(loss, parts): the loss of every row, or their sum."""
@@ -106,8 +129,8 @@ class LinearCall:
         # Autograd sees tensors among arguments, not inside lists.
         by_kind = zip(*self.teachers, strict=True)
         inputs = (
-            len(self.teachers), *self.student, self.labels, self.scale, self.row_index, self.main_grad,
-            *(x for kind in by_kind for x in kind), *self.scalars, self.need_parts, *needs,
+            len(self.teachers), len(self.targets), *self.student, self.labels, self.scale, self.row_index, self.main_grad,
+            *(x for kind in by_kind for x in kind), *self.targets, *self.scalars, self.need_parts, *needs,
         )  # fmt: skip
         if per_row:
             return _InBackward.apply(*inputs)
@@ -117,19 +140,20 @@ class LinearCall:
 
 def _op(inputs: Sequence[Any], check: bool) -> Any:
     """The torch op on what an autograd function gets (see `LinearCall.run`)."""
-    n_teachers, hidden, weight, bias, labels, scale, row_index, _, *rest = inputs
+    n_teachers, n_targets, hidden, weight, bias, labels, scale, row_index, _, *rest = inputs
     sides = [list(rest[i * n_teachers : (i + 1) * n_teachers]) for i in range(3)]
-    *scalars, need_parts, need_hidden, need_weight, need_bias = rest[3 * n_teachers :]
+    targets, rest = rest[3 * n_teachers :][:n_targets], rest[3 * n_teachers + n_targets :]
+    *scalars, need_parts, need_hidden, need_weight, need_bias = rest
     flags = (check, need_parts, need_hidden, need_weight, need_bias)
-    return torch.ops.kdfast.linear(hidden, weight, bias, *sides, labels, scale, row_index, *scalars, *flags)
+    return torch.ops.kdfast.linear(hidden, weight, bias, *sides, labels, scale, row_index, targets, *scalars, *flags)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.needs = inputs[-3:]
-    ctx.dtypes = [torch.float32 if x is None else x.dtype for x in inputs[1:4]]
+    ctx.dtypes = [torch.float32 if x is None else x.dtype for x in inputs[2:5]]
     # Not saved for backward: other layers and other batches add to it meanwhile, which autograd would take for misuse.
-    ctx.main_grad = inputs[7]
+    ctx.main_grad = inputs[8]
 
 
 def _to_student(ctx: Any, grads: Sequence[Tensor], upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -141,7 +165,7 @@ def _to_student(ctx: Any, grads: Sequence[Tensor], upstream: Tensor | None) -> t
             need = False
         scaled = grad if upstream is None or not need else scale_grad(grad, upstream, ctx.backend)
         out.append(scaled.to(dtype) if need else None)
-    return None, *out, *(None,) * (len(ctx.needs_input_grad) - 4)
+    return None, None, *out, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
 class _InForward(torch.autograd.Function):
@@ -179,9 +203,10 @@ class _InBackward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(output[1])
         _remember(ctx, inputs)
-        n_teachers = inputs[0]
-        ctx.n_teachers, ctx.scalars = n_teachers, inputs[8 + 3 * n_teachers : -4]
-        ctx.save_for_backward(*inputs[1:7], *inputs[8 : 8 + 3 * n_teachers])
+        ctx.counts = inputs[:2]
+        first_scalar = 9 + 3 * inputs[0] + inputs[1]
+        ctx.scalars = inputs[first_scalar:-4]
+        ctx.save_for_backward(*inputs[2:8], *inputs[9:first_scalar])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -189,5 +214,5 @@ class _InBackward(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         *student, labels, scale, row_index = ctx.saved_tensors[:6]
         tensors = (*student, labels, scale * upstream, row_index, None, *ctx.saved_tensors[6:])
-        _, _, *grads = _op((ctx.n_teachers, *tensors, *ctx.scalars, False, *ctx.needs), check=False)
+        _, _, *grads = _op((*ctx.counts, *tensors, *ctx.scalars, False, *ctx.needs), check=False)
         return _to_student(ctx, grads, None)

@@ -42,15 +42,20 @@ def _capture(
     return tuple(outputs)
 
 
+def capture_outputs(n: int, like: Tensor, k: int, n_temperatures: int, draws: Tensor | None) -> tuple[Tensor, ...]:
+    """Empty ids, logprobs, log_z, log_tail and weights of a capture of n rows, on the device of `like`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    slots = k + (0 if draws is None else draws.shape[1])
+    new = functools.partial(torch.empty, device=like.device)
+    sizes = [(n, slots), (n, n_temperatures), (n, n_temperatures), (0,) if draws is None else (n, slots)]
+    return new(n, slots, dtype=torch.int32), *(new(size, dtype=dtype) for size in sizes)
+
+
 @torch.library.register_fake("kdfast::topk_capture", lib=_lib)
 def _capture_fake(
     logits: Tensor, k: int, temperatures: Sequence[float], draws: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    n, n_t, slots = logits.shape[0], len(temperatures), k + (0 if draws is None else draws.shape[1])
-    new = functools.partial(torch.empty, device=logits.device)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    sizes = [(n, slots), (n, n_t), (n, n_t), (0,) if draws is None else (n, slots)]
-    return new(n, slots, dtype=torch.int32), *(new(size, dtype=dtype) for size in sizes)
+    return capture_outputs(logits.shape[0], logits, k, len(temperatures), draws)
 
 
 def check_capture(

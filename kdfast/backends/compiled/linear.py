@@ -51,6 +51,10 @@ class _Gemms:
         mm(grad.t(), hidden, out, add=accumulate)
 
 
+def product(side: Side, out: Tensor) -> None:
+    _Gemms().logits(side.hidden, side.weight, side.bias, out)
+
+
 def forward(
     student: Side,
     teachers: Sequence[Side],
@@ -61,6 +65,7 @@ def forward(
     need_parts: bool,
     needs: Needs,
     kernel: RowKernel = logits.forward,
+    row_inputs: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gemms = _Gemms()
-    return linear_rows(kernel, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs)
+    return linear_rows(kernel, gemms, student, teachers, labels, scale, options, chunking, need_parts, needs, row_inputs)

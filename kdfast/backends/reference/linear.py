@@ -19,6 +19,10 @@ def _logits(side: Side, dtype: torch.dtype) -> Tensor:
     return z if z.dtype == torch.float64 else z.to(dtype)
 
 
+def product(side: Side, out: Tensor) -> None:
+    out.copy_(_logits(side, out.dtype))
+
+
 def forward(
     student: Side,
     teachers: Sequence[Side],
@@ -29,12 +33,13 @@ def forward(
     need_parts: bool,
     needs: Needs,
     kernel: RowKernel = logits.forward,
+    row_inputs: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if chunking.row_index is not None:
         scale = torch.zeros_like(scale).index_copy(0, chunking.row_index, scale[chunking.row_index])
     z = _logits(student, chunking.dtype)
     z_t = [_logits(teacher, chunking.dtype) for teacher in teachers]
-    loss, _, parts = kernel(z, z_t, labels, scale, options, need_parts, z if needs.any else None)
+    loss, _, parts = kernel(z, [*z_t, *row_inputs], labels, scale, options, need_parts, z if needs.any else None)
     hidden, weight, bias = grad_buffers(student, needs)
     if needs.hidden:
         hidden.copy_(wide(z) @ wide(student.weight))

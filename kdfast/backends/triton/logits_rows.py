@@ -46,12 +46,12 @@ NO_COLUMN = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _load_student(s_ptr, columns, width, o, F: tl.constexpr, policy: tl.constexpr):
+def load_student(s_ptr, columns, width, o, F: tl.constexpr, policy: tl.constexpr):
     return load_head(s_ptr, columns, width, o.student_cap, o.student_scale, tl.constexpr(F.student_head), policy)
 
 
 @triton.jit
-def _load_label(label_ptr, width, F: tl.constexpr):
+def load_label(label_ptr, width, F: tl.constexpr):
     """The label, -1 when there is none inside the vocabulary."""
     label = -1
     if F.labels:
@@ -73,7 +73,7 @@ def _sums(s_ptr, t_ptrs, common, o, weights, F: tl.constexpr, LANES: tl.constexp
     plain = tl.zeros([LANES], tl.float32)
     for start in range(0, common, LANES * VEC):
         columns = tile_columns(start, LANES, VEC, RAGGED)
-        s = _load_student(s_ptr, columns, common, o, F, "evict_last")
+        s = load_student(s_ptr, columns, common, o, F, "evict_last")
         if not F.mixed:
             t = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_last")[0]
         m = raised(m_s, s)
@@ -109,7 +109,7 @@ def _sums(s_ptr, t_ptrs, common, o, weights, F: tl.constexpr, LANES: tl.constexp
 
 
 @triton.jit
-def _weights_at_1(scale, lse, width, o, F: tl.constexpr):
+def weights_at_1_of(scale, lse, width, o, F: tl.constexpr):
     """What `grad_at_1` multiplies: q, the label's column, every column."""
     of_q = scale * o.hard_weight
     if not F.hard:
@@ -144,21 +144,21 @@ def _gradient_row(
     F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     soft_weight = scale * o.soft_scale * o.inv_t
-    weights_1 = _weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
+    weights_1 = weights_at_1_of(scale, m_h + LN2 * l_h, width, o, F)
     for start in range(0, common, LANES * VEC):
         columns = tile_columns(start, LANES, VEC, RAGGED)
-        s = _load_student(s_ptr, columns, common, o, F, "evict_first")
+        s = load_student(s_ptr, columns, common, o, F, "evict_first")
         tiles = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_first")
         log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, o.inv_t, F)
         q = tl.exp2(log2_q)
         _, h = divergence(tl.exp2(log2_p), q, log2_p, log2_q, d, o.a, o.b, tl.constexpr(F.kind))
         _store_grad(g_ptr, s, q, h, h_sum, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F)
     if F.extra:
-        _extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
+        grad_beyond(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
 
 
 @triton.jit
-def _extra_grad(
+def grad_beyond(
     s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o,
     F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -195,10 +195,10 @@ def _forward_row(
     s_ptr, t_ptrs, g_ptr, label_ptr, loss_ptr, stats_ptr, parts_ptr, scale, width, common, o, weights,
     F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    label = _load_label(label_ptr, width, F)
+    label = load_label(label_ptr, width, F)
     inside = label >= 0
     # Read before the second pass, whose gradient may take the place of the student.
-    s_label = _load_student(s_ptr, tl.maximum(label, 0), tl.where(inside, width, 0), o, F, "")
+    s_label = load_student(s_ptr, tl.maximum(label, 0), tl.where(inside, width, 0), o, F, "")
     m_s, l_s, l_s1, plain, m_t, l_t, l_t1 = _sums(s_ptr, t_ptrs, common, o, weights, F, LANES, VEC, RAGGED)
     m_h = m_s
     l_h = l_s1
@@ -254,7 +254,7 @@ def _value_pass(
 ):  # fmt: skip
     """(divergence, sum of h, KL at 1, teacher's entropy, whether the argmaxes agree); writes the gradient of forward KL."""
     soft_weight = scale * o.soft_scale * o.inv_t
-    weights_1 = _weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
+    weights_1 = weights_at_1_of(scale, m_h + LN2 * l_h, width, o, F)
     soft = tl.zeros([LANES], tl.float32)
     h_sum = tl.zeros([LANES], tl.float32)
     kl_1 = tl.zeros([LANES], tl.float32)
@@ -265,7 +265,7 @@ def _value_pass(
     tiles_in_row = tl.cdiv(common, LANES * VEC)
     for i in range(0, tiles_in_row):
         columns = tile_columns((tiles_in_row - 1 - i) * (LANES * VEC), LANES, VEC, RAGGED)
-        s = _load_student(s_ptr, columns, common, o, F, "evict_first")
+        s = load_student(s_ptr, columns, common, o, F, "evict_first")
         tiles = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_first")
         log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, o.inv_t, F)
         p = tl.exp2(log2_p)
@@ -295,7 +295,7 @@ def _value_pass(
         best_t = tl.where(top_t == tl.max(top_t, 0), best_t, NO_COLUMN)
     agree = tl.where(tl.min(best_s, 0) == tl.min(best_t, 0), 1.0, 0.0)
     if F.extra_in_value_pass:
-        _extra_grad(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
+        grad_beyond(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
     return tl.sum(soft, 0), tl.sum(h_sum, 0), tl.sum(kl_1, 0), tl.sum(entropy, 0), agree
 
 
@@ -341,6 +341,6 @@ def backward_kernel(
                     l_t = appended(l_t, l)
             _gradient_row(
                 student_ptr + at * student_stride, at_row(teacher_ptrs, teacher_strides, at, F), g_ptr,
-                _load_label(labels_ptr + at, width, F), scale, width, common, o, weights,
+                load_label(labels_ptr + at, width, F), scale, width, common, o, weights,
                 m_s, l_s, m_h, l_h, tl.load(stats_at + 2).to(tl.float32), m_t, l_t, F, LANES, VEC, RAGGED,
             )  # fmt: skip

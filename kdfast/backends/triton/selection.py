@@ -1,8 +1,7 @@
-"""Capture of the k most likely ids of a row: exact, ties to the lower id.
+"""Capture of a row: its k most likely ids, exact, ties to the lower id; and ids drawn from the others.
 
-Selects by radix: histograms of 8-bit digits of an order-preserving integer narrow down the k-th largest logit, then one
-pass in id order collects what is above it and the first of its ties. A row is read 2 (bfloat16), 3 (float16) or 4
-(float32) times to select, once to collect, once for every temperature; torch sorts the N x k values that are left.
+A row is read 2 (bfloat16), 3 (float16) or 4 (float32, or behind a head) times to select by radix, once to collect, once for
+every temperature; draws take two reads, and one more for every temperature. torch sorts the N x k values that are left.
 """
 
 from __future__ import annotations
@@ -10,144 +9,100 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kdfast.backends.triton import tiles
-from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST, load_tile, tile_columns
+from kdfast.backends.triton import drawing, tiles
+from kdfast.backends.triton.selection_rows import select_kernel, sums_kernel
+from kdfast.options import Head
 
 #: 8-bit digits that tell the values of a dtype apart once they are float32.
 DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 SELECT_BLOCK, SELECT_WARPS = 2048, 8
 
 
-@triton.jit
-def _ordered(x, DIGITS: tl.constexpr):
-    """float32 as uint32 in the same order; -0 equals +0; only the first DIGITS bytes are kept."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) == 1, ~bits, bits | 0x80000000)
-    return (key >> (32 - 8 * DIGITS)) << (32 - 8 * DIGITS)
-
-
-@triton.jit
-def _narrow(row_ptr, width, found, need, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    """One more digit of the threshold; `need` keys with the digits in `found` belong to the k largest."""
-    bins = tl.arange(0, 512)
-    counts = tl.zeros([512], tl.int32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + columns, mask=columns < width, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        key = _ordered(x, DIGITS)
-        in_race = columns < width
-        if SHIFT < 24:
-            in_race = in_race & ((key >> (SHIFT + 8)) == (found >> (SHIFT + 8)))
-        # Keys that left the race, and columns that are not there, go to the bins above 255.
-        counts += tl.histogram(tl.where(in_race, ((key >> SHIFT) & 255).to(tl.int32), 256), 512)
-    counts = tl.where(bins < 256, counts, 0)
-    at_least = tl.cumsum(counts, 0, reverse=True)
-    chosen = tl.max(tl.where(at_least >= need, bins, 0), 0)
-    need -= tl.sum(tl.where(bins > chosen, counts, 0), 0)
-    return found | (chosen.to(tl.uint32) << SHIFT), need
-
-
-@triton.jit
-def _threshold(row_ptr, width, k, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    """(the k-th largest key of a row, how many of those that equal it belong to the k largest)."""
-    found = tl.full([], 0, tl.uint32)
-    need = k
-    for digit in tl.static_range(DIGITS):
-        found, need = _narrow(row_ptr, width, found, need, 24 - 8 * digit, DIGITS, BLOCK)
-    return found, need
-
-
-@triton.jit
-def select_kernel(
-    logits_ptr, ids_ptr, values_ptr, kept_ptr, tops_ptr, width, stride, k, DIGITS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Ids and values of the k largest in id order; the threshold and its last id taken; maxima of all and of the rest."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
-    threshold, need = _threshold(row_ptr, width, k, DIGITS, BLOCK)
-    taken = tl.full([], 0, tl.int32)
-    ties = tl.full([], 0, tl.int32)
-    last_tie = tl.full([], -1, tl.int32)
-    top = tl.full([BLOCK], LOWEST, tl.float32)
-    top_rest = tl.full([BLOCK], LOWEST, tl.float32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        x = tl.load(row_ptr + columns, mask=inside, other=-INF).to(tl.float32)
-        key = _ordered(x, DIGITS)
-        tie = inside & (key == threshold)
-        tie_rank = ties + tl.cumsum(tie.to(tl.int32), 0)
-        take_tie = tie & (tie_rank <= need)
-        take = (inside & (key > threshold)) | take_tie
-        slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(ids_ptr + row * k + slot, columns, mask=take)
-        tl.store(values_ptr + row * k + slot, x, mask=take)
-        ties += tl.sum(tie.to(tl.int32), 0)
-        taken += tl.sum(take.to(tl.int32), 0)
-        last_tie = tl.maximum(last_tie, tl.max(tl.where(take_tie, columns, -1), 0))
-        top = tl.maximum(top, x)
-        top_rest = tl.maximum(top_rest, tl.where(take, -INF, x))
-    tl.store(kept_ptr + row * 2, threshold.to(tl.int32, bitcast=True))
-    tl.store(kept_ptr + row * 2 + 1, last_tie)
-    tl.store(tops_ptr + row * 2, tl.max(top, 0))
-    tl.store(tops_ptr + row * 2 + 1, tl.max(top_rest, 0))
-
-
-@triton.jit
-def sums_kernel(
-    logits_ptr, kept_ptr, tops_ptr, log_sum_ptr, log_tail_ptr, width, stride, inv_t,
-    DIGITS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """log of sum exp((x - max) / T), and the log mass of the unselected columns at T."""
-    row = tl.program_id(0).to(tl.int64)
-    threshold = tl.load(kept_ptr + row * 2).to(tl.uint32, bitcast=True)
-    last_tie = tl.load(kept_ptr + row * 2 + 1)
-    top = tl.load(tops_ptr + row * 2)
-    top_rest = tl.load(tops_ptr + row * 2 + 1)
-    c = inv_t * LOG2E
-    total = tl.zeros([LANES], tl.float32)
-    rest = tl.zeros([LANES], tl.float32)
-    for start in range(0, width, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC, RAGGED)
-        x = load_tile(logits_ptr + row * stride, columns, width, "evict_last")
-        key = _ordered(x, DIGITS)
-        taken = (key > threshold) | ((key == threshold) & (columns <= last_tie))
-        total += tl.sum(tl.exp2((x - top) * c), 1)
-        rest += tl.sum(tl.where(taken, 0.0, tl.exp2((x - top_rest) * c)), 1)
-    log_sum = LN2 * tl.log2(tl.sum(total, 0))
-    tl.store(log_sum_ptr + row, log_sum)
-    tl.store(log_tail_ptr + row, (top_rest - top) * inv_t + LN2 * tl.log2(tl.sum(rest, 0)) - log_sum)
-
-
-def capture(logits: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, width = logits.shape
-    new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
-    values = new(rows, k)
-    kept = torch.empty(rows, 2, dtype=torch.int32, device=logits.device)
-    tops = new(rows, 2)
+def capture(
+    logits: Tensor,
+    k: int,
+    temperatures: tuple[float, ...],
+    draws: Tensor | None = None,
+    sample_temperature: float = 1.0,
+    head: Head = Head(),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids, values, kept, tops = _select(logits, k, head)
     at = dict.fromkeys((1.0, *temperatures))
-    log_sums = {t: new(rows) for t in at}
-    log_tails = {t: new(rows) for t in at}
-    if rows and k:
-        digits = DIGITS[logits.dtype]
-        size = tiles.launch_for(width, logits)
-        with tiles.on(logits):
-            select_kernel[(rows,)](
-                logits, ids, values, kept, tops, width, logits.stride(0), k,
-                DIGITS=digits, BLOCK=SELECT_BLOCK, num_warps=SELECT_WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
-            for t in at:
-                sums_kernel[(rows,)](
-                    logits, kept, tops, log_sums[t], log_tails[t], width, logits.stride(0), 1 / t,
-                    DIGITS=digits, **size.shape, **size.options,
-                )  # fmt: skip
+    log_sums, log_tails = _sums(logits, kept, tops, tuple(at), head)
     # The kernel leaves id order, so a stable sort by value gives ties to the lower id.
     order = values.sort(dim=-1, descending=True, stable=True).indices
+    base = tops[:, :1] + log_sums[1.0][:, None]
     logprobs = (values - tops[:, :1] - log_sums[1.0][:, None]).gather(1, order)
     log_z = torch.stack([log_sums[t] - log_sums[1.0] / t for t in temperatures], -1)
-    return ids.gather(1, order), logprobs, log_z, torch.stack([log_tails[t] for t in temperatures], -1)
+    ids = ids.gather(1, order)
+    if draws is None:
+        return ids, logprobs, log_z, torch.stack([log_tails[t] for t in temperatures], -1), base.new_empty(0)
+    drawn, log_left = drawing.draw(logits, kept, tops, draws, sample_temperature, head, _digits(logits, head))
+    drawn, counts = _distinct(drawn)
+    z = _through(logits.gather(1, drawn.clamp(min=0).long()).float(), head)
+    found = drawn >= 0
+    logp = torch.where(found, z - tops[:, :1] - log_sums[1.0][:, None], -torch.inf)
+    log_r = (z - tops[:, 1:]).double() / sample_temperature - log_left[:, None]
+    log_weight = (counts / draws.shape[1]).log() + logp - log_r
+    weights = torch.cat([logprobs.exp(), torch.where(found, log_weight.exp(), 0).float()], 1)
+    ids, logprobs = torch.cat([ids, drawn], 1), torch.cat([logprobs, logp], 1)
+    logprobs = torch.where(base.isfinite(), logprobs, torch.nan)  # a bad row, also where it has no entries
+    log_tail = torch.stack(
+        [(drawing.unlisted(logits, ids, t, head) - tops[:, 0].double() / t - log_sums[t]).float() for t in temperatures], -1
+    )
+    return ids, logprobs, log_z, log_tail, weights
+
+
+def _through(z: Tensor, head: Head) -> Tensor:
+    z = z * head.scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def _digits(logits: Tensor, head: Head) -> int:
+    return DIGITS[logits.dtype] if drawing.head_flag(head) == 0 else DIGITS[torch.float32]
+
+
+def _select(logits: Tensor, k: int, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids and values of the k largest in id order; what tells them apart (key, last tie); maxima of all and of the rest."""
+    rows, width = logits.shape
+    new = functools.partial(torch.empty, device=logits.device)
+    ids, values = new(rows, k, dtype=torch.int32), new(rows, k, dtype=torch.float32)
+    if k == 0:  # no key is above all bits set
+        top = _through(logits.amax(-1).float(), head).clamp(min=torch.finfo(torch.float32).min)
+        return ids, values, new(rows, 2, dtype=torch.int32).fill_(-1), torch.stack([top, top], -1)
+    kept, tops = new(rows, 2, dtype=torch.int32), new(rows, 2, dtype=torch.float32)
+    if rows:
+        with tiles.on(logits):
+            select_kernel[(rows,)](
+                logits, ids, values, kept, tops, width, logits.stride(0), k, head.softcap or 0.0, head.scale,
+                HEAD=drawing.head_flag(head), DIGITS=_digits(logits, head), BLOCK=SELECT_BLOCK,
+                num_warps=SELECT_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    return ids, values, kept, tops
+
+
+def _sums(
+    logits: Tensor, kept: Tensor, tops: Tensor, temperatures: tuple[float, ...], head: Head
+) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
+    """At each T: log of sum exp((x - max) / T), and the log mass of what is not selected."""
+    rows, width = logits.shape
+    size = tiles.launch_for(width, logits)
+    log_sums, log_tails = ({t: torch.empty(rows, device=logits.device) for t in temperatures} for _ in range(2))
+    for t in temperatures if rows else ():
+        with tiles.on(logits):
+            sums_kernel[(rows,)](
+                logits, kept, tops, log_sums[t], log_tails[t], width, logits.stride(0), 1 / t, head.softcap or 0.0, head.scale,
+                HEAD=drawing.head_flag(head), DIGITS=_digits(logits, head), **size.shape, **size.options,
+            )  # fmt: skip
+    return log_sums, log_tails
+
+
+def _distinct(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending columns without repetition, -1 in the places left over, and how often each was drawn."""
+    first = torch.cat([torch.ones_like(drawn[:, :1], dtype=torch.bool), drawn[:, 1:] != drawn[:, :-1]], 1)
+    place = first.cumsum(1) - 1
+    ids = torch.full_like(drawn, -1).scatter_(1, place, drawn)
+    counts = torch.zeros(drawn.shape, dtype=torch.float64, device=drawn.device)
+    return ids, counts.scatter_add_(1, place, torch.ones_like(counts))
