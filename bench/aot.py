@@ -29,9 +29,10 @@ from kdfast.options import DIVERGENCES
 GATED = ("sm_80", "sm_90")
 TARGETS = (*GATED, "sm_100", "gfx942")
 _POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_FLOATS = ("inv_t", "soft_scale", "hard_weight", "temperature", "scale_s", "scale_t")
+_FLOATS = ("inv_t", "cap", "scale", "scale_s", "scale_t")
 #: What the row kernels' other pointers point to, by argument name.
 _FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32",
+          "drawn_ptr": "*i32", "points_ptr": "*fp64", "total_ptr": "*fp64", "log_mass_ptr": "*fp64",
           "query_mask_ptr": "*i1", "key_mask_ptr": "*i1", "mask_ptr": "*i1"}  # fmt: skip
 #: One for each launch size, the widest and tightest first, and one whose rows are not aligned.
 _VOCABS = (151936, 57344, 16384, 1024, 50257)
@@ -99,22 +100,19 @@ def cases() -> Iterator[Case]:
     yield from _topk_cases()
     yield from _attention_cases()
     yield from _hidden_cases()
-    from kdfast.backends.triton import scale, selection
+    from kdfast.backends.triton import drawing, scale, selection, selection_rows
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         options = {"num_warps": scale.WARPS, "enable_fp_fusion": True}
         yield Case(scale.scale_kernel, name, {"grad": dtype}, {"BLOCK": scale.BLOCK}, options)
         options = {"num_warps": selection.SELECT_WARPS, "enable_fp_fusion": True}
-        flags = {"DIGITS": selection.DIGITS[dtype], "BLOCK": selection.SELECT_BLOCK}
-        yield Case(selection.select_kernel, name, {"logits": dtype}, flags, options)
-
-
-_SOFT = {"UNIT_T": False, "LABELS": False, "HARD": False, "PARTS": False, "GRAD": True, "EXTRA": False}
-_HARD = {**_SOFT, "LABELS": True, "HARD": True}
-#: Flags of the top-k loss: the usual ones, and those that hold the most registers.
-_FORWARD = {"soft": _SOFT, "hard": _HARD, "hard T=1 parts": {**_HARD, "UNIT_T": True, "PARTS": True},
-            "hard parts extra": {**_HARD, "PARTS": True, "EXTRA": True}}  # fmt: skip
-_BACKWARD = {"hard": {"HARD": True, "EXTRA": False}, "hard extra": {"HARD": True, "EXTRA": True}}
+        for head, digits in ((0, selection.DIGITS[dtype]), (2, 4)):
+            flags = {"HEAD": head, "DIGITS": digits, "BLOCK": selection.SELECT_BLOCK}
+            yield Case(selection_rows.select_kernel, f"{name} head={head}", {"logits": dtype}, flags, options)
+            options = {"num_warps": drawing.WARPS, "enable_fp_fusion": True}
+            yield Case(
+                drawing.draw_kernel, f"{name} head={head}", {"logits": dtype}, {**flags, "BLOCK": drawing.BLOCK}, options
+            )
 
 
 def _logits_cases() -> Iterator[Case]:
@@ -165,17 +163,45 @@ def _logits_case(kernel: Any, label: str, dtypes: tuple[torch.dtype, ...], flags
 
 
 def _topk_cases() -> Iterator[Case]:
-    from kdfast.backends.triton import selection, tiles, topk
+    """The usual losses at every size, the rest where registers are tightest; capture, and draws."""
+    from kdfast.backends.triton import drawing, selection, selection_rows, tiles, topk_rows
+    from kdfast.backends.triton.logits import Flags
 
+    variants = _topk_variants()
     for vocab, (name, dtype) in itertools.product(_VOCABS, (("bf16", torch.bfloat16), ("fp32", torch.float32))):
-        pointers = {"student": dtype, "grad": dtype, "logits": dtype}
-        for flag, flags in _FORWARD.items():
-            size = tiles.launch(vocab, dtype, heavy=flags["PARTS"], ragged=vocab % 16 != 0)
-            yield _row_case(topk.forward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
-        size = tiles.launch(vocab, dtype, ragged=vocab % 16 != 0)
-        for flag, flags in _BACKWARD.items():
-            yield _row_case(topk.backward_kernel, f"{name} V={vocab} k=64 {flag}", pointers, {**flags, "K": 64}, size)
-        yield _row_case(selection.sums_kernel, f"{name} V={vocab}", pointers, {"DIGITS": selection.DIGITS[dtype]}, size)
+        ragged = vocab % 16 != 0
+        for flag, flags in variants.items():
+            if not (flag in ("soft", "hard") or vocab in (151936, 50257)):
+                continue
+            size = tiles.launch(vocab, dtype, heavy=flags.heavy, ragged=ragged)
+            pointers = {"student": dtype, "grad": dtype, "teachers": (torch.float32,) * flags.teachers}
+            for kernel, own in ((topk_rows.forward_kernel, flags), (topk_rows.backward_kernel, _in_backward(flags))):
+                yield _row_case(kernel, f"{name} V={vocab} k=64 {flag}", pointers, {"F": own, "K": 64}, size)
+        size = tiles.launch(vocab, dtype, ragged=ragged)
+        for head, digits in ((0, selection.DIGITS[dtype]), (2, 4)):
+            flags = {"HEAD": head, "DIGITS": digits}
+            yield _row_case(selection_rows.sums_kernel, f"{name} V={vocab} head={head}", {"logits": dtype}, flags, size)
+        yield _row_case(drawing.unlisted_kernel, f"{name} V={vocab} k=64", {"logits": dtype}, {"F": Flags(), "K": 64}, size)
+
+
+def _in_backward(flags: Any) -> Any:
+    return dataclasses.replace(flags, parts=False, grad=True)
+
+
+def _topk_variants() -> dict[str, Any]:
+    """The usual flags, each tail's divergences, and those that hold the most registers."""
+    from kdfast.backends.triton import divergence
+    from kdfast.backends.triton.topk import Flags
+
+    hard, reverse, jsd = Flags(labels=True, hard=True), divergence.REVERSE_KL.value, divergence.JSD.value
+    every = dataclasses.replace(hard, student_head=2, smooth=True, z=True, parts=True, extra=True)
+    return {
+        "soft": Flags(), "hard": hard, "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
+        "reverse": dataclasses.replace(hard, kind=reverse), "jsd": dataclasses.replace(hard, kind=jsd),
+        "uniform": dataclasses.replace(hard, spread=True), "uniform jsd": dataclasses.replace(hard, spread=True, kind=jsd),
+        "all options": every,
+        "3 targets, all options, uniform jsd": dataclasses.replace(every, spread=True, kind=jsd, teachers=3),
+    }  # fmt: skip
 
 
 def _attention_cases() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Capture of top-k targets, and the loss from them, against PyTorch and against the dense loss."""
+"""Capture of top-k targets, and the loss from them, against PyTorch and the dense loss; and both through a linear head."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import torch
 
 import kdfast
+from bench import linear_topk
 from bench.cases import CaptureCase, LogitsCase, TopKCase
 from bench.contest import Contest, contest, measure_limits, parser, positive, report, settings_of
 from bench.peers import Peer, capture_peers, topk_peers
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     p = parser("topk", __doc__ or "", ["--quick", "--rows 256 --k 128", "--json"])
     p.add_argument("--rows", type=positive, metavar="N", help="rows (default 64, quick 16)")
     p.add_argument("--vocab", type=positive, metavar="V", help=f"vocabulary (default {QWEN3.vocab}, quick 32000)")
+    p.add_argument("--dim", type=positive, default=1024, metavar="D", help="hidden size of the linear forms (default 1024)")
+    p.add_argument("--linear-rows", type=positive, metavar="N", help="their rows (default 256, quick 64)")
     p.add_argument("--k", type=positive, default=64, help="entries a row (default 64)")
     p.add_argument("--dtype", action="append", choices=tuple(_DTYPES), help="may be repeated (default float32)")
     args = p.parse_args(argv)
@@ -63,4 +66,7 @@ def main(argv: list[str]) -> int:
         rows.append(contest(capture_contestants(n, vocab, args.k, dtype, args.device), limits, settings))
         peers = topk_peers(compiled=not args.quick)
         rows.append(contest(contestants(n, vocab, args.k, dtype, args.device, peers), limits, settings))
+        through_head = args.linear_rows or (64 if args.quick else 256), vocab, args.dim, args.k, dtype, args.device
+        rows.append(contest(linear_topk.capture_contestants(*through_head), limits, settings))
+        rows.append(contest(linear_topk.contestants(*through_head), limits, settings))
     return report(rows, limits, args)

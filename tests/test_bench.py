@@ -267,9 +267,14 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_command_line_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.csv"
-    assert bench_main.main(["topk", "--quick", "--rows", "3", "--vocab", "200", "--k", "4", "--csv", str(path), "--json"]) == 0
+    assert (
+        bench_main.main(
+            ["topk", "--quick", "--rows", "3", "--vocab", "200", "--k", "4", "--dim", "8", "--csv", str(path), "--json"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.startswith("[")
-    assert {r.op for r in read_csv(path)} == {"topk_capture", "topk"}
+    assert {r.op for r in read_csv(path)} == {"topk_capture", "topk", "linear_topk_capture", "linear_topk"}
 
 
 @pytest.mark.parametrize("argv", [["logits", "--rows", "0"], ["linear", "--dtype", "int8"]], ids=["no-rows", "dtype"])

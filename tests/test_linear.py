@@ -225,7 +225,7 @@ def test_opcheck(index: Tensor | None, backend: str) -> None:
     labels[0, :4] = -100
     options = RowOptions(temperature=2.0, soft_weight=0.7, hard_weight=0.3)
     rows = [h.flatten(0, 1), w, b, [ht.flatten(0, 1)], [wt], [bt], labels.flatten(), (labels != -100).float().flatten(), index]
-    scalars = (*options.values, 0.1, torch.float32, None, "", False, backend, True, True, True, True, True)
+    scalars = ([], *options.values, 0.1, torch.float32, None, "", False, 0, False, backend, True, True, True, True, True)
     torch.library.opcheck(torch.ops.kdfast.linear.default, (*rows, *scalars))
 
 

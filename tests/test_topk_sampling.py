@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from test_topk import dense_truth
 from torch import Tensor
 
 from kdfast import Head, TopKTargets, kd_loss, topk_kd_loss, topk_targets, use_backend
@@ -124,9 +123,10 @@ def test_draws_from_saturated_rows(scale: float, backend: str) -> None:
     with use_backend(backend):
         got = topk_targets(logits, 3, samples=20)
     assert (logits.gather(1, got.ids.clamp(min=0).long())[got.ids >= 0] == scale).all()
-    _, log_z, log_tail = dense_truth(logits[:, :], got.ids.clamp(min=0), 1.0)
-    assert got.log_z.abs().max() < 1e-4 and log_z.abs().max() < 1e-4
-    assert (got.log_tail <= 0).all() and log_tail.isfinite().all()
+    p = logits.double().softmax(-1)
+    listed = torch.zeros_like(p).scatter_add_(1, got.ids.clamp(min=0).long(), (got.ids >= 0).double()) > 0
+    assert got.log_z.abs().max() < 1e-4
+    assert torch.allclose(got.log_tail[:, 0].double(), p.masked_fill(listed, 0).sum(-1).log(), atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,7 +139,8 @@ def test_the_same_generator_draws_the_same_ids(backend: str) -> None:
                 found.append(topk_targets(logits, 4, samples=16, generator=torch.Generator().manual_seed(seed)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0].ids, found[1].ids) and torch.equal(found[0].weights, found[1].weights)
+    assert torch.equal(found[0].ids, found[1].ids)
+    assert torch.equal(found[0].weights, found[1].weights)
     assert not torch.equal(found[0].ids, found[2].ids)
 
 
@@ -158,7 +159,7 @@ def test_an_impossible_id_is_never_drawn(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_rows_and_generators(backend: str) -> None:
+def test_a_bad_row_is_named(backend: str) -> None:
     logits = torch.randn(4, 100)
     logits[2, 50] = torch.nan
     with use_backend(backend), pytest.raises(ValueError, match="row 2 holds NaN or"):

@@ -24,8 +24,8 @@ _lib.define(
     "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor[] teacher_hidden,"
     " Tensor[] teacher_weight, Tensor?[] teacher_bias, Tensor? labels, Tensor scale, Tensor? row_index,"
     f" Tensor[] targets, {RowOptions.schema()}, float? workspace_mb, ScalarType logits_dtype, ScalarType? heads_dtype,"
-    " str group, bool reduce_hidden, int vocab_size, bool spread, str backend, bool check, bool need_parts, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " str group, bool reduce_hidden, int vocab_size, bool spread, str backend, bool check, bool need_parts,"
+    " bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 

@@ -40,7 +40,9 @@ def _capture(
         dtype = torch.float64 if weight.dtype == torch.float64 else logits_dtype
         for some, logits in logit_chunks(dispatch.kernel("linear", backend).product, side, workspace_mb, dtype):
             part = None if draws is None else draws[some]
-            for out, found in zip(outputs, capture(logits, k, tuple(temperatures), part, sample_temperature, head), strict=True):
+            for out, found in zip(
+                outputs, capture(logits, k, tuple(temperatures), part, sample_temperature, head), strict=True
+            ):
                 if out.ndim > 1:
                     out[some] = found
     bad = rows.first_bad(outputs[2].sum(-1))
@@ -154,7 +156,7 @@ def linear_topk_kd_loss(
     check_side("student_", student_hidden, student_weight, student_bias, student_hidden)
     check_chunking(workspace_mb, logits_dtype)
     lead = student_hidden.shape[:-1]
-    tails.check_row_inputs(several, lead, student_hidden.device, "student_weight", student_weight.shape[0])
+    tails.check_row_inputs(several, lead, student_hidden.device, "student_hidden", student_weight.shape[0], "student_weight")
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
     student = rows.as_rows(student_hidden)

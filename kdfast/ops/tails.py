@@ -49,8 +49,8 @@ def check(targets: Sequence[TopKTargets], tail: str, options: RowOptions) -> Non
     rows.check_choice("divergence", options.divergence, DIVERGENCES)
     if tail == "renormalize" and options.kind == "reverse_kl":
         raise ValueError(
-            f"divergence: {options.divergence} (beta {options.beta:g}) with tail 'renormalize' is infinite: the student has mass"
-            " where a renormalized teacher has none; use tail 'ghost' or 'uniform'"
+            f"divergence: {options.divergence} (beta {options.beta:g}) with tail 'renormalize' is infinite: the student has"
+            " mass where a renormalized teacher has none; use tail 'ghost' or 'uniform'"
         )
     if tail == "none" and options.kind != "forward_kl":
         raise ValueError(
@@ -65,16 +65,21 @@ def check(targets: Sequence[TopKTargets], tail: str, options: RowOptions) -> Non
 
 
 def check_row_inputs(
-    targets: Sequence[TopKTargets], lead: torch.Size, device: torch.device, student: str, vocab: int
+    targets: Sequence[TopKTargets], lead: torch.Size, device: torch.device, student: str, vocab: int, head: str | None = None
 ) -> None:
-    """Raises unless the targets have a row for each of the student's and its vocabulary holds all their ids."""
+    """Raises unless the targets have a row for each of the student's and its vocabulary holds all their ids.
+
+    `head` is the argument that says how large the vocabulary is, where that is not `student`.
+    """
     for i, t in enumerate(targets):
         name = rows.member("targets", i, len(targets))
         rows.check_lead(name, t.ids.shape[:-1], lead, student)
         if t.ids.device != device:
             raise ValueError(f"{name}: expected device {device} like {student}, got {t.ids.device}")
     if vocab < targets[0].vocab_size:
-        raise ValueError(f"{student}: expected a vocabulary of at least {targets[0].vocab_size} like the targets', got {vocab}")
+        raise ValueError(
+            f"{head or student}: expected a vocabulary of at least {targets[0].vocab_size} like the targets', got {vocab}"
+        )
 
 
 def kernel_rows(targets: Sequence[TopKTargets], tail: str, options: RowOptions) -> tuple[Tensor, ...]:

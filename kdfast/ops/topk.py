@@ -84,9 +84,7 @@ def uniform_draws(n: int, samples: int, generator: torch.Generator | None, devic
     return torch.rand(n, samples, dtype=torch.float64, device=device, generator=generator)
 
 
-def as_targets(
-    outputs: Sequence[Tensor], lead: torch.Size, temperatures: tuple[float, ...], vocab: int
-) -> TopKTargets:
+def as_targets(outputs: Sequence[Tensor], lead: torch.Size, temperatures: tuple[float, ...], vocab: int) -> TopKTargets:
     """What a capture returns on N rows, with leading dimensions."""
     ids, logprobs, log_z, log_tail, weights = outputs
     slots = ids.shape[1]

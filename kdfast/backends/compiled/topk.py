@@ -31,9 +31,16 @@ def capture(
     weights = torch.empty(0) if draws is None else torch.empty(n, slots)
     _C.topk_capture(
         n, matrix(logits), head.softcap or 0.0, head.scale, k, address(at), n_t, address(draws), n_draws, sample_temperature,
-        address(ids), address(logprobs), address(log_z), address(log_tail), address(None if draws is None else weights), threads(),
+        address(ids), address(logprobs), address(log_z), address(log_tail), address(None if draws is None else weights),
+        threads(),
     )  # fmt: skip
     return ids, logprobs, log_z, log_tail, weights
+
+
+def _tables(targets: Sequence[Tensor]) -> tuple[int, int, int, int, int]:
+    """Where the tables of the targets are, and the slots of a row."""
+    ids, log_p, log_tail, mass = targets
+    return address(ids), address(log_p), address(log_tail), address(mass), ids.shape[1]
 
 
 def forward(
@@ -52,7 +59,7 @@ def forward(
     stats = torch.empty(n, _STATS, dtype=torch.float64)
     parts = torch.empty((n, len(PARTS)) if need_parts else (0,))
     _C.topk(
-        True, n, matrix(student), matrix(grad), *map(address, targets), targets[0].shape[1], vocab_size, spread,
+        True, n, matrix(student), matrix(grad), *_tables(targets), vocab_size, spread,
         options.teacher_weights, address(labels), address(scale), address(loss), address(stats),
         address(parts if need_parts else None), row_options(options), threads(),
     )  # fmt: skip
@@ -71,6 +78,6 @@ def backward(
     grad: Tensor,
 ) -> None:
     _C.topk(
-        False, student.shape[0], matrix(student), matrix(grad), *map(address, targets), targets[0].shape[1], vocab_size, spread,
+        False, student.shape[0], matrix(student), matrix(grad), *_tables(targets), vocab_size, spread,
         options.teacher_weights, address(labels), address(scale), 0, address(stats), 0, row_options(options), threads(),
     )  # fmt: skip

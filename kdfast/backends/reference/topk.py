@@ -42,7 +42,9 @@ def _with_drawn(logp: Tensor, ids: Tensor, log_r: Tensor, draws: Tensor) -> tupl
     sums = log_r.double().exp().cumsum(-1)
     drawn = torch.searchsorted(sums, draws * sums[:, -1:], right=True)
     # Rounding must not push the last draw past the last id that can be drawn.
-    drawn = drawn.minimum((log_r > -torch.inf).long().mul(torch.arange(logp.shape[1], device=logp.device)).amax(-1, keepdim=True))
+    drawn = drawn.minimum(
+        (log_r > -torch.inf).long().mul(torch.arange(logp.shape[1], device=logp.device)).amax(-1, keepdim=True)
+    )
     counts = torch.zeros_like(sums).scatter_add_(1, drawn, torch.ones_like(draws))
     counts = torch.where(log_r.isnan(), 0, counts)  # nothing is left to draw from
     order = counts.sign().sort(dim=-1, descending=True, stable=True).indices[:, :n]
@@ -117,9 +119,11 @@ def forward(
     loss = torch.where(counts, scale * (options.soft_scale * soft + row), 0)
     parts = loss.new_zeros(0)
     if need_parts:
-        mixed = sum(w * mass[:, m, None] * (t / options.temperature).softmax(-1) for m, (w, t) in _weighted(options, teachers))
         ids = targets[0].long().clamp(0, vocab_size - 1)
-        best = ids.gather(1, torch.where(targets[0] >= 0, mixed.gather(1, ids), -1).argmax(-1, keepdim=True))[:, 0]
+        mixed = torch.zeros_like(ids, dtype=soft.dtype)
+        for weight, teacher in zip(options.teacher_weights, teachers, strict=True):
+            mixed += weight * (teacher / options.temperature).softmax(-1).gather(1, ids)
+        best = ids.gather(1, torch.where(targets[0] >= 0, mixed, -1).argmax(-1, keepdim=True))[:, 0]
         z = through_head(wide(student), options.student_softcap, options.student_scale)
         columns = dict(zip(PARTS, at_1.unbind(-1), strict=True))
         kl_at_1 = soft if options.temperature == 1 and options.kind == "forward_kl" else torch.full_like(soft, torch.nan)

@@ -15,14 +15,27 @@ from kdfast.backends.triton import tiles
 from kdfast.backends.triton.logits import Flags, Scalars
 from kdfast.backends.triton.selection_rows import ordered
 from kdfast.backends.triton.tiles import LN2, LOG2E, load_head
-from kdfast.backends.triton.topk_rows import mark, rest_sums, unmark
+from kdfast.backends.triton.topk_entries import mark, rest_sums, unmark
 from kdfast.options import Head, RowOptions
 
 BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
-def _left(row_ptr, start, width, top, threshold, last_tie, c, cap, scale, HEAD: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
+def _left(
+    row_ptr,
+    start,
+    width,
+    top,
+    threshold,
+    last_tie,
+    c,
+    cap,
+    scale,
+    HEAD: tl.constexpr,
+    DIGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """exp((x - top) / T) of the columns that are not among the k."""
     columns = start + tl.arange(0, BLOCK)
     x = load_head(row_ptr, columns, width, cap, scale, HEAD, "evict_last")

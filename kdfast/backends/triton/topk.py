@@ -33,6 +33,10 @@ class Flags(logits.Flags):
 
     spread: bool = False
 
+    @property
+    def heavy(self) -> int:
+        return 2 if self.spread and self.teachers > 1 else super().heavy
+
     @classmethod
     def of_targets(cls, options: RowOptions, labels: bool, parts: bool, grad: bool, extra: bool, spread: bool) -> Flags:
         dense = logits.Flags.of(options, labels, parts, grad, extra)

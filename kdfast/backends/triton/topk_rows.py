@@ -1,9 +1,8 @@
 """The kernels of the loss from sparse targets: one program walks whole rows.
 
-The ids that stand in a slot are marked in a bitmap of one bit a column, so that both passes know any other column without
-comparing it with k ids. On those others the soft term's gradient is one factor times the student's softmax, or with an
-even tail (`F.spread`) that of a constant teacher; the listed ones are worked on by themselves, and written last. `F` are the
-constants of `topk.Flags`, `o` the numbers of `logits.Scalars`, `weights` one for each target.
+On the columns that stand in no slot the soft term's gradient is one factor times the student's softmax, or with an even tail
+(`F.spread`) that of a constant teacher; those that do are worked on by themselves, and written last. `F` are the constants of
+`topk.Flags`, `o` the numbers of `logits.Scalars`, `weights` one for each target.
 """
 
 from __future__ import annotations
@@ -13,169 +12,21 @@ import triton.language as tl
 
 from kdfast.backends.triton.divergence import FORWARD_KL, divergence
 from kdfast.backends.triton.logits_rows import NO_COLUMN, grad_beyond, load_label, load_student, weights_at_1_of
-from kdfast.backends.triton.teachers import appended
 from kdfast.backends.triton.tiles import (
     INF,
     LN2,
     LOG2E,
-    LOWEST,
     N_PARTS,
-    add_exp2,
     back_through_head,
-    closed,
     grad_at_1,
     joined,
-    raised,
     split,
     tile_columns,
     with_extra,
     zero_outputs,
     zero_row,
 )
-
-
-@triton.jit
-def marked(bits_ptr, start, columns, width, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
-    """Which columns of a tile are marked; `.cg` reads from L2, where the atomics that set the bits took place."""
-    if RAGGED:
-        words = tl.load(bits_ptr + columns // 32, mask=columns < width, other=0, cache_modifier=".cg")
-    else:
-        first = start + tl.arange(0, LANES) * VEC  # VEC neighbours share a word
-        words = tl.load(bits_ptr + first // 32, mask=first < width, other=0, cache_modifier=".cg")[:, None]
-    return ((words >> (columns % 32)) & 1) == 1
-
-
-@triton.jit
-def mark(bits_ptr, ids_ptr, k, vocab, K: tl.constexpr):
-    """(ids, which are inside the vocabulary, which of those stand there for the first time) of a row, now marked."""
-    slots = tl.arange(0, K)
-    ids = tl.load(ids_ptr + slots, mask=slots < k, other=-1)
-    inside = (ids >= 0) & (ids < vocab)
-    before = tl.atomic_or(bits_ptr + ids // 32, 1 << (ids % 32), mask=inside)
-    tl.debug_barrier()
-    return ids, inside, inside & (((before >> (ids % 32)) & 1) == 0)
-
-
-@triton.jit
-def unmark(bits_ptr, ids, inside):
-    tl.debug_barrier()
-    tl.store(bits_ptr + ids // 32, 0, mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
-def rest_sums(
-    s_ptr, bits_ptr, vocab, o, F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr
-):  # fmt: skip
-    """(maximum, log2 sum at T, log2 sum at 1, first column of the maximum) of the unmarked columns, plain sum of all."""
-    c = o.inv_t * LOG2E
-    m = tl.full([LANES], LOWEST, tl.float32)
-    a = tl.zeros([LANES], tl.float32)
-    b = tl.zeros([LANES], tl.float32)
-    plain = tl.zeros([LANES], tl.float32)
-    best = tl.full([LANES], NO_COLUMN, tl.int32)
-    for start in range(0, vocab, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC, RAGGED)
-        x = load_student(s_ptr, columns, vocab, o, F, "evict_last")
-        if F.smooth:
-            plain += tl.sum(tl.where(columns < vocab, x, 0.0), 1)
-        x = tl.where(marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED), -INF, x)
-        m_new = raised(m, x)
-        a = add_exp2(a, m, m_new, x, c)
-        if F.student_at_1:
-            b = add_exp2(b, m, m_new, x, LOG2E)
-        if F.parts:
-            here = tl.min(tl.where(x == m_new[:, None], columns, NO_COLUMN), 1)
-            best = tl.where(m_new > m, here, best)
-        m = m_new
-    top = tl.max(m, 0)
-    l = closed(m, a, top, c)
-    l_1 = l
-    if F.student_at_1:
-        l_1 = closed(m, b, top, LOG2E)
-    return top, l, l_1, tl.min(tl.where(m == top, best, NO_COLUMN), 0), tl.sum(plain, 0)
-
-
-@triton.jit
-def _log_p(ids_ptr, log_p_ptr, ids, first, repeated, k, K: tl.constexpr):
-    """A target's log-probabilities where ids stand for the first time; those of repeated ids added up."""
-    log_p = tl.load(log_p_ptr + tl.arange(0, K), mask=first, other=-INF)
-    if repeated:
-        p = tl.zeros([K], tl.float32)
-        for j in range(0, k):
-            p += tl.where(ids == tl.load(ids_ptr + j), tl.exp2(tl.load(log_p_ptr + j) * LOG2E), 0.0)
-        log_p = tl.where(first, LN2 * tl.log2(p), -INF)
-    return log_p
-
-
-@triton.jit
-def _log_add(log_x, logs):
-    """log of exp(log_x) + sum of exp(logs)."""
-    top = tl.maximum(log_x, tl.max(logs, 0))
-    top = tl.where(top == -INF, 0.0, top)
-    return top + LN2 * tl.log2(tl.exp2((log_x - top) * LOG2E) + tl.sum(tl.exp2((logs - top) * LOG2E), 0))
-
-
-@triton.jit
-def _one_target(log_p, log_tail, weight, log_q, q, first, log_q_out, vocab, o, F: tl.constexpr):
-    """(value, h of the marked columns, sum of h, h of all other columns together, log p of each of them) of one target."""
-    listed = first & (log_p != -INF)
-    others = vocab - tl.sum(listed.to(tl.int32), 0)
-    even = tl.where(others == 0, -INF, log_tail - LN2 * tl.log2(others.to(tl.float32)))
-    if F.spread:
-        log_p = tl.where(first & (log_p == -INF), even, log_p)
-        listed = first
-    p = tl.exp2(log_p * LOG2E)
-    term, h = divergence(p, q, log_p * LOG2E, log_q * LOG2E, log_p - log_q, o.a, o.b, tl.constexpr(F.kind))
-    h = tl.where(listed, weight * h, 0.0)
-    value = weight * tl.sum(tl.where(listed, term, 0.0), 0)
-    h_sum = tl.sum(h, 0)
-    rest = 0.0
-    if not F.spread:
-        unlisted = tl.where(first & (listed == 0), log_q, -INF)
-        log_q_rest = _log_add(log_q_out, unlisted)
-        term, h_rest = divergence(
-            tl.exp2(log_tail * LOG2E), tl.exp2(log_q_rest * LOG2E), log_tail * LOG2E, log_q_rest * LOG2E,
-            log_tail - log_q_rest, o.a, o.b, tl.constexpr(F.kind),
-        )  # fmt: skip
-        h_rest = weight * h_rest
-        value += weight * term
-        h_sum += h_rest
-        base = tl.where(log_q_rest == -INF, 0.0, log_q_rest)
-        rest = h_rest * tl.exp2((log_q_out - base) * LOG2E)
-        h += tl.where(unlisted == -INF, 0.0, h_rest * tl.exp2((unlisted - base) * LOG2E))
-    return value, h, h_sum, rest, even
-
-
-@triton.jit
-def _all_targets(
-    ids_ptr, log_p_ptr, tail_ptr, mass_ptr, ids, inside, first, k, log_q, log_q_out, vocab, o, weights,
-    F: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    """As `_one_target`, weighted and summed; with the weight of each, and the slots' mean probability."""
-    repeated = tl.sum((inside & (first == 0)).to(tl.int32), 0) > 0
-    q = tl.where(first, tl.exp2(log_q * LOG2E), 0.0)
-    log_q = tl.where(first, log_q, -INF)
-    value = 0.0
-    h = tl.zeros([K], tl.float32)
-    h_sum = 0.0
-    rest = 0.0
-    mean_p = tl.zeros([K], tl.float32)
-    evens = ()
-    masses = ()
-    for m in tl.static_range(tl.constexpr(F.teachers)):
-        log_p = _log_p(ids_ptr, log_p_ptr + m * k, ids, first, repeated, k, K)
-        mass = tl.load(mass_ptr + m)
-        weight = weights[m] * mass
-        one = _one_target(log_p, tl.load(tail_ptr + m), weight, log_q, q, first, log_q_out, vocab, o, F)
-        value += one[0] + tl.where(mass > 0, weight * LN2 * tl.log2(mass), 0.0)
-        h += one[1]
-        h_sum += one[2]
-        rest += one[3]
-        mean_p += weights[m] * tl.exp2(log_p * LOG2E)
-        evens = appended(evens, one[4])
-        masses = appended(masses, weight)
-    return value, h, h_sum, rest, q, evens, masses, mean_p
+from kdfast.backends.triton.topk_entries import all_targets, mark, marked, rest_sums, unmark
 
 
 @triton.jit
@@ -207,9 +58,9 @@ def _even_sums(
         columns = tile_columns(start, LANES, VEC, RAGGED)
         x = load_student(s_ptr, columns, vocab, o, F, "evict_last")
         here = (columns < vocab) & (marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED) == 0)
-        terms, h, _ = _even_tile(x, here, top, l, evens, masses, o, F)
-        value += tl.sum(terms, 1)
-        h_sum += tl.sum(h, 1)
+        even = _even_tile(x, here, top, l, evens, masses, o, F)
+        value += tl.sum(even[0], 1)
+        h_sum += tl.sum(even[1], 1)
     return tl.sum(value, 0), tl.sum(h_sum, 0)
 
 
@@ -218,8 +69,10 @@ def _write_grad(
     s_ptr, g_ptr, bits_ptr, width, vocab, ids, first, z, told, scale, label, top, l, m_u, l_u, m_h, l_h, h_sum, o,
     F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row; `told` is what `_all_targets` found, `z` the student's logits there, read before any write."""
-    _, h, _, rest, q, evens, masses, _ = told
+    """The gradient of a row; `told` is what `all_targets` found, `z` the student's logits there, read before any write."""
+    h = told[1]
+    rest = told[3]
+    q = told[4]
     soft_weight = scale * o.soft_scale * o.inv_t
     weights_1 = weights_at_1_of(scale, m_h + LN2 * l_h, width, o, F)
     c = o.inv_t * LOG2E
@@ -235,8 +88,8 @@ def _write_grad(
         x = load_student(s_ptr, columns, vocab, o, F, "evict_first")
         taken = marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED)
         if F.spread:
-            _, slope, q_here = _even_tile(x, (columns < vocab) & (taken == 0), top, l, evens, masses, o, F)
-            g = soft_weight * (slope - q_here * h_sum)
+            even = _even_tile(x, (columns < vocab) & (taken == 0), top, l, told[5], told[6], o, F)
+            g = soft_weight * (even[1] - even[2] * h_sum)
         else:
             g = tl.where(taken, 0.0, rest * tl.exp2((x - m_u) * c - l_u))
         if F.grad_at_1:
@@ -302,7 +155,7 @@ def _forward_row(
         )
         plain += more
     log_q_out = (m_u - top) * o.inv_t + LN2 * (l_u - l)
-    told = _all_targets(
+    told = all_targets(
         ids_ptr, log_p_ptr, tail_ptr, mass_ptr, ids, inside, first, k, (z - top) * o.inv_t - LN2 * l, log_q_out, vocab, o,
         weights, F, K,
     )  # fmt: skip
@@ -377,7 +230,7 @@ def backward_kernel(
             l_h = 0.0
             if F.at_1:
                 m_h, l_h = split(tl.load(stats_ptr + at * 4 + 2), 1.0)
-            told = _all_targets(
+            told = all_targets(
                 ids_ptr + at * k, log_p_ptr + at * F.teachers * k, log_tail_ptr + at * F.teachers, mass_ptr + at * F.teachers,
                 ids, inside, first, k, (z - top) * o.inv_t - LN2 * l, (lse_u - lse).to(tl.float32), vocab, o, weights, F, K,
             )  # fmt: skip
