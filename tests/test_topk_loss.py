@@ -302,6 +302,14 @@ def test_threads_do_not_change_a_bit(how: dict[str, object]) -> None:
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_of_a_float64_teacher(backend: str) -> None:
+    teacher, student = torch.randn(4, 100, dtype=torch.float64), torch.randn(4, 100)
+    wide, narrow = topk_targets(teacher, 5), topk_targets(teacher.float(), 5)
+    with use_backend(backend):
+        assert torch.allclose(topk_kd_loss(student, wide), topk_kd_loss(student, narrow), rtol=1e-5)
+
+
 def shifted(targets: TopKTargets, value: int) -> TopKTargets:
     ids = targets.ids.clone()
     ids[1, 0] = value

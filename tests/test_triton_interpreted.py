@@ -20,6 +20,7 @@ MODULES = [
     "check_logits.py",
     "check_divergences.py",
     "check_topk.py",
+    "check_linear_topk.py",
     "check_linear.py",
     "check_hidden.py",
     "check_linear_logit_mse.py",

@@ -19,21 +19,30 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
 `linear`
     forward(student: Side, teachers: [Side, ...], labels, scale, options, chunking: Chunking, need_parts, needs: Needs)
         -> loss [N], parts, grad_hidden, grad_weight (float32), grad_bias (float32); what is not needed has size 0
+    product(side: Side, out [N,V]) -> None: out = hidden @ weight.T + bias in the dtype of out
     `Side`, `Needs` and `Chunking` are those of `kdfast.chunks`, whose `linear_rows` is the loop over chunks. It asks the row
-    kernel (a last argument, by default `forward` of `logits`) to write gradients in another dtype than the logits have.
+    kernel (argument `kernel`, by default `forward` of `logits`) to write gradients in another dtype than the logits have, and
+    gives it the rows of `row_inputs` (a last argument) after the teachers' logits.
 
 `parallel`
     log_sums, row_sums, gradient: a slice of the vocabulary before, between and after the exchanges of `ops.parallel`;
     see `reference.parallel`, the only one.
 
 `topk`
-    capture(logits [N,V], k, temperatures) -> ids [N,k] int32, logprobs [N,k], log_z [N,n_T], log_tail [N,n_T]
-    forward(student [N,V], targets, labels, scale, options, vocab_size, need_parts, grad | None)
-        -> loss [N], stats [N,3], parts
-    backward(student, targets, labels, scale, stats, options, vocab_size, grad) -> None
-    `targets` are ids [N,k], logprobs [N,k], log_z [N], log_tail [N]; of the options only those of forward KL count.
-    `log_z` and `log_tail` are those of options.temperature. The soft term is over ids < vocab_size; `stats` are the
-    log-sum-exps of student/T over the unselected ids, of student/T over all ids < vocab_size, of student over Vs.
+    capture(logits [N,V], k, temperatures, draws [N,n] float64 | None, sample_temperature, head)
+        -> ids [N,k+n] int32, logprobs [N,k+n], log_z [N,n_T], log_tail [N,n_T], weights [N,k+n] (of size 0 without draws)
+    forward(student [N,V], targets, labels, scale, options, vocab_size, spread, need_parts, grad | None)
+        -> loss [N], stats [N,4], parts
+    backward(student, targets, labels, scale, stats, options, vocab_size, spread, grad) -> None
+    Capture: the k largest, then distinct ids drawn from the others in id order, then empty slots (id -1, log-probability -inf,
+    weight 0). A draw u in [0, 1) takes the first id at which the running sum of softmax(logits / sample_temperature) over
+    the others exceeds u. A bad row has NaN in log_z and logprobs.
+    Loss: `targets` are M = len(options.teacher_weights) of them, as ids [N,K], log_p [N,M,K], log_tail [N,M], mass [N,M]: the
+    log-probabilities at options.temperature of the ids in K slots (-inf: not an entry of that target; an id in two slots counts
+    with the sum; id -1: no slot) and of all other ids < vocab_size together, which lies on them evenly (spread) or as the
+    student's own. Both sum to 1. The soft term is the sum over m of teacher_weights[m] * (mass * D + mass * log(mass)) over ids
+    < vocab_size, D forward KL, reverse KL or JSD. NaN in a table, or an id >= vocab_size, makes the row's loss NaN. Of the parts
+    teacher_nll and teacher_entropy are left 0. `stats` as for `logits`.
 
 `attention`
     forward(q_s [B,H,Lq,ds], k_s [B,Hs,Lk,ds], q_t [B,H,Lq,dt], k_t [B,Ht,Lk,dt], query_mask [B,Lq] | None,

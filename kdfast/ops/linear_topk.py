@@ -167,7 +167,7 @@ def linear_topk_kd_loss(
     call = LinearCall(
         student=(student, student_weight, student_bias),
         teachers=[],
-        targets=tails.kernel_rows(several, tail, options),
+        targets=tails.kernel_rows(several, tail, options, student_weight.dtype),
         labels=labels,
         scale=scale,
         row_index=row_index,

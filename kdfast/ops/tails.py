@@ -82,23 +82,25 @@ def check_row_inputs(
         )
 
 
-def kernel_rows(targets: Sequence[TopKTargets], tail: str, options: RowOptions) -> tuple[Tensor, ...]:
+def kernel_rows(
+    targets: Sequence[TopKTargets], tail: str, options: RowOptions, student: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
     """(ids [N, K], log_p [N, M, K], log_tail [N, M], mass [N, M]) of M targets, as `kdfast.backends` describes them.
 
-    Several targets stand side by side in one list of K slots; a slot is -inf in the targets it does not belong to.
+    Several targets stand side by side in one list of K slots; a slot is -inf in the targets it does not belong to. All but ids
+    are float32, or float64 beside a float64 student.
     """
+    dtype = torch.float64 if student == torch.float64 else torch.float32
     parts = [_resolved(t, tail, options.temperature) for t in targets]
-    if len(parts) == 1:
-        ids, log_p, log_tail, mass = parts[0]
-        return ids.contiguous(), log_p[:, None].contiguous(), log_tail[:, None].contiguous(), mass[:, None].contiguous()
     ids = torch.cat([part[0] for part in parts], 1)
-    log_p = torch.full((ids.shape[0], len(parts), ids.shape[1]), -torch.inf, dtype=parts[0][1].dtype, device=ids.device)
+    log_p = torch.full((ids.shape[0], len(parts), ids.shape[1]), -torch.inf, dtype=dtype, device=ids.device)
     begin = 0
     for m, part in enumerate(parts):
         end = begin + part[0].shape[1]
         log_p[:, m, begin:end] = part[1]
         begin = end
-    return ids, log_p, torch.stack([part[2] for part in parts], 1), torch.stack([part[3] for part in parts], 1)
+    log_tail, mass = (torch.stack([part[i] for part in parts], 1).to(dtype) for i in (2, 3))
+    return ids, log_p, log_tail, mass
 
 
 def _resolved(t: TopKTargets, tail: str, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

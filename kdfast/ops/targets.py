@@ -1,4 +1,4 @@
-"""`TopKTargets`: what a teacher said, kept to its k most likely ids."""
+"""`TopKTargets`: what a teacher said, kept to its k most likely ids, or to some that were drawn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class TopKTargets:
         log_tail: `[..., n_T]` float32; -inf when nothing is left over.
         temperatures: the n_T captured temperatures, in the order of the last dimension of log_z and log_tail.
         vocab_size: the teacher's V.
-        weights: `[..., k]` float32 importance weights of drawn entries, or None when every entry is exact.
+        weights: `[..., k]` float32, or None when every entry is exact. Where entries were drawn: a weight for each, such that
+            weights * p_T / p, with p = exp(logprobs) and p_T the probability at T, has the teacher's distribution at T as its
+            mean over draws. An entry that was not left to chance has weight p; 0 in an empty slot.
     """
 
     ids: Tensor

@@ -239,7 +239,7 @@ def topk_kd_loss(
     backend = dispatch.choose("topk", student.device, student.dtype)
     call = RowCall(
         student,
-        targets=tails.kernel_rows(several, tail, options),
+        targets=tails.kernel_rows(several, tail, options, student.dtype),
         labels=labels,
         scale=scale,
         scalars=(*options.values, several[0].vocab_size, tail == "uniform", backend, return_parts),
