@@ -240,6 +240,8 @@ def check_errors() -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case by name; each rank runs them in this order."""
+    import parallel_topk_ranks  # which imports this module
+
     found: dict[str, Callable[[], None]] = {}
     for dtype in (torch.float64, torch.float32):
         short = {torch.float64: "fp64", torch.float32: "fp32"}[dtype]
@@ -268,7 +270,7 @@ def cases() -> dict[str, Callable[[], None]]:
     for placement in ("plain", "replicated", "rows-sharded"):
         found[f"dtensor-heads-hidden-{placement}"] = lambda p=placement: check_dtensor_heads(p)
     found["errors"] = check_errors
-    return found
+    return found | parallel_topk_ranks.cases()
 
 
 def main(rank: int, world: int, folder: Path) -> None:

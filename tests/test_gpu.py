@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_divergences import CASES, ROW_OPTIONS
+from topk_plain import COMBINATIONS, topk_rows
 from torch import Tensor
 
 import kdfast
@@ -321,6 +322,39 @@ def test_topk_loss(vocab: int, k: int, dtype: torch.dtype) -> None:
     plain.assert_as_good(got[1], same[1], truth[1], dtype, "gradient")
 
 
+@pytest.mark.parametrize("how", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("vocab", [1008, 50257], ids=["V1008", "V50257-odd"])
+@pytest.mark.usefixtures("backend")
+def test_topk_tails(vocab: int, how: dict[str, Any]) -> None:
+    student, teacher, labels = batch(9, vocab, vocab)
+    targets = [kdfast.topk_targets(t, k, temperatures=(2.0,)) for t, k in ((teacher, 30), (teacher + student, 64))]
+
+    def dense(x: Tensor) -> Tensor:
+        options = {"temperature": 2.0, "soft": 0.7, "hard": 0.3} | how
+        rows = [topk_rows(x.cpu(), t.to("cpu"), labels.cpu().clamp(min=0), **options) for t in targets]
+        return plain.mean((rows[0] + rows[1]) / 2, labels.cpu())
+
+    truth = plain.gradient(dense, student, torch.float64)
+    got = plain.gradient(lambda x: kdfast.topk_kd_loss(x, targets, labels, **OPTIONS, **how), student, torch.float32)
+    assert plain.error(got[0].cpu(), truth[0]) <= 1e-5
+    assert plain.error(got[1], truth[1]) <= 6e-6
+
+
+@pytest.mark.parametrize("k", [0, 16])
+@pytest.mark.usefixtures("backend")
+def test_topk_draws(k: int) -> None:
+    logits, n = torch.randn(9, 50257, device=DEVICE) * 3, 40
+    found = [kdfast.topk_targets(logits, k, samples=n, generator=torch.Generator(DEVICE).manual_seed(1)) for _ in range(2)]
+    assert torch.equal(found[0].ids, found[1].ids)
+    targets, p = found[0], logits.double().softmax(-1)
+    ids = targets.ids.long()
+    rest = p.scatter(-1, ids[:, :k], 0)
+    at = torch.where(ids >= 0, p.gather(-1, ids.clamp(min=0)), 1)
+    counts = targets.weights.double() / at * rest.gather(-1, ids.clamp(min=0)) / rest.sum(-1, keepdim=True) * n
+    torch.testing.assert_close(counts[:, k:], counts[:, k:].round(), rtol=0, atol=1e-2)
+    assert (counts[:, k:].round().sum(-1) == n).all()
+
+
 def _losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     """Each op as a loss of one tensor, and that tensor."""
     student, teacher, labels = batch(64, 4099, 4099)
@@ -334,12 +368,13 @@ def _losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
         ),
         "overwrite": (lambda x: kdfast.kd_loss(x, teacher, labels, overwrite_logits=True, **OPTIONS), student),
         "topk": (lambda x: kdfast.topk_kd_loss(x, targets, labels, **OPTIONS), student),
+        "linear-topk": (lambda x: kdfast.linear_topk_kd_loss(x, weight, targets, labels, **OPTIONS), hidden * 0.5),
         "linear": (lambda x: kdfast.linear_kd_loss(x, weight, hidden, weight, labels, **OPTIONS), hidden * 0.5),
     }
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="synchronisation is a CUDA matter")
-@pytest.mark.parametrize("op", ["logits", "several", "overwrite", "topk", "linear"])
+@pytest.mark.parametrize("op", ["logits", "several", "overwrite", "topk", "linear-topk", "linear"])
 def test_no_host_synchronisation(op: str) -> None:
     """Forward and backward, with an incoming gradient other than 1, enqueue work and ask the device nothing."""
     with kdfast.use_backend("triton"):
@@ -355,7 +390,7 @@ def test_no_host_synchronisation(op: str) -> None:
             torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("op", ["logits", "several", "topk", "linear"])
+@pytest.mark.parametrize("op", ["logits", "several", "topk", "linear-topk", "linear"])
 @pytest.mark.usefixtures("backend")
 def test_compiles_as_one_graph(op: str) -> None:
     loss, at = _losses()[op]

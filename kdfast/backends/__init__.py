@@ -34,15 +34,15 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     forward(student [N,V], targets, labels, scale, options, vocab_size, spread, need_parts, grad | None)
         -> loss [N], stats [N,4], parts
     backward(student, targets, labels, scale, stats, options, vocab_size, spread, grad) -> None
-    Capture: the k largest, then distinct ids drawn from the others in id order, then empty slots (id -1, log-probability -inf,
-    weight 0). A draw u in [0, 1) takes the first id at which the running sum of softmax(logits / sample_temperature) over
+    Capture: the k largest, then distinct ids drawn from the others in id order, then empty slots (id -1, log-probability
+    -inf, weight 0). A draw u in [0, 1) takes the first id at which the running sum of softmax(logits / sample_temperature) over
     the others exceeds u. A bad row has NaN in log_z and logprobs.
     Loss: `targets` are M = len(options.teacher_weights) of them, as ids [N,K], log_p [N,M,K], log_tail [N,M], mass [N,M]: the
     log-probabilities at options.temperature of the ids in K slots (-inf: not an entry of that target; an id in two slots counts
     with the sum; id -1: no slot) and of all other ids < vocab_size together, which lies on them evenly (spread) or as the
     student's own. Both sum to 1. The soft term is the sum over m of teacher_weights[m] * (mass * D + mass * log(mass)) over ids
-    < vocab_size, D forward KL, reverse KL or JSD. NaN in a table, or an id >= vocab_size, makes the row's loss NaN. Of the parts
-    teacher_nll and teacher_entropy are left 0. `stats` as for `logits`.
+    < vocab_size, D forward KL, reverse KL or JSD. NaN in a table, or an id >= vocab_size, makes the row's loss NaN. Of the
+    parts teacher_nll and teacher_entropy are left 0. `stats` as for `logits`.
 
 `attention`
     forward(q_s [B,H,Lq,ds], k_s [B,Hs,Lk,ds], q_t [B,H,Lq,dt], k_t [B,Ht,Lk,dt], query_mask [B,Lq] | None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdfast import dispatch
 from kdfast.chunks import Chunking, Needs, Side, grad_buffers
-from kdfast.ops import parallel, rows, tails
+from kdfast.ops import parallel, parallel_topk, rows, tails
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
 
@@ -44,7 +44,12 @@ def _linear(*args: Any) -> tuple[Tensor, ...]:
     row_index = _counting_rows(scale, row_index)
     kernel = {}
     if targets:
-        kernel = {"kernel": _sparse(backend, vocab_size, spread), "row_inputs": targets}
+        sparse = (
+            parallel_topk.row_kernel(group, dispatch.choose("parallel", h_s.device, h_s.dtype), vocab_size, spread)
+            if group
+            else None
+        )
+        kernel = {"kernel": sparse or _sparse(backend, vocab_size, spread), "row_inputs": targets}
     elif group:
         kernel = {"kernel": parallel.row_kernel(group, h_s)}
     # Autocast is over: what it wants is in heads_dtype, and sums kept in float32 must not be rounded behind our back.

@@ -14,6 +14,7 @@ from kdfast.ops import rows, tails
 from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side, main_grad_of
 from kdfast.ops.linear_op import LinearCall, side_of
 from kdfast.ops.row_options import head_fields, row_options
+from kdfast.ops.shards import Shards, is_dtensor
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import as_targets, capture_outputs, check_capture, uniform_draws
 from kdfast.options import Head
@@ -129,6 +130,8 @@ def linear_topk_kd_loss(
     teacher_weights: Sequence[float] | None = None,
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
+    tp_group: Any = None,
+    reduce_hidden_grad: bool = True,
     return_parts: bool = False,
 ) -> Any:
     """Knowledge distillation from sparse targets to a student's last hidden states and head.
@@ -140,7 +143,8 @@ def linear_topk_kd_loss(
     but the logits exist for a chunk of rows at a time, and the head's gradients are formed with them.
 
     Args:
-        student_hidden, student_weight, student_bias, logits_dtype, workspace_mb, row_index: as in `linear_kd_loss`.
+        student_hidden, student_weight, student_bias, logits_dtype, workspace_mb, row_index, tp_group, reduce_hidden_grad: as
+            in `linear_kd_loss`.
         targets, tail ... return_parts: as in `topk_kd_loss`. With reduction "none" backward runs the chunks again.
 
     Raises:
@@ -153,16 +157,26 @@ def linear_topk_kd_loss(
         student_head=student_head, teachers=len(several), teacher_weights=teacher_weights,
     )  # fmt: skip
     tails.check(several, tail, options)
+    main_grad = main_grad_of(student_weight)
+    shards = Shards(tp_group)
+    student_weight = shards.slice("student_weight", student_weight, 0)
+    student_bias = None if student_bias is None else shards.slice("student_bias", student_bias, 0)
+    summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
+    student_hidden = shards.whole("student_hidden", student_hidden, partial_grad=summed_by_dtensor)
+    labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)
     check_side("student_", student_hidden, student_weight, student_bias, student_hidden)
     check_chunking(workspace_mb, logits_dtype)
     lead = student_hidden.shape[:-1]
-    tails.check_row_inputs(several, lead, student_hidden.device, "student_hidden", student_weight.shape[0], "student_weight")
+    # Whether all slices together hold the targets' vocabulary shows when the ranks talk.
+    vocab = several[0].vocab_size if shards.group else student_weight.shape[0]
+    tails.check_row_inputs(several, lead, student_hidden.device, "student_hidden", vocab, "student_weight")
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
     student = rows.as_rows(student_hidden)
     check_row_index(row_index, student, student.shape[0])
     heads_dtype = autocast_dtype(student_weight)
     backend = dispatch.choose("linear", student.device, heads_dtype or student_weight.dtype)
+    reduces = reduce_hidden_grad and not summed_by_dtensor
     sparse = (several[0].vocab_size, tail == "uniform")
     call = LinearCall(
         student=(student, student_weight, student_bias),
@@ -171,8 +185,8 @@ def linear_topk_kd_loss(
         labels=labels,
         scale=scale,
         row_index=row_index,
-        main_grad=main_grad_of(student_weight),
-        scalars=(*options.values, workspace_mb, logits_dtype, heads_dtype, "", False, *sparse, backend),
+        main_grad=main_grad,
+        scalars=(*options.values, workspace_mb, logits_dtype, heads_dtype, shards.group, reduces, *sparse, backend),
         need_parts=return_parts,
     )
     loss, parts = call.run(per_row=reduction == "none")

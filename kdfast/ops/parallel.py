@@ -39,21 +39,22 @@ def name_of(group: Any) -> str:
     return group.group_name
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of a name."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def size(group: str) -> int:
     """Ranks of a group."""
-    return dist.get_world_size(_group(group))
+    return dist.get_world_size(group_of(group))
 
 
 def all_reduce(tensor: Tensor, group: str) -> None:
     """tensor = its sum over the ranks, in place."""
-    dist.all_reduce(tensor, group=_group(group))
+    dist.all_reduce(tensor, group=group_of(group))
 
 
-def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`[...]` of every rank as `[ranks, ...]`."""
     flat = tensor.contiguous().view(-1)
     out = flat.new_empty(dist.get_world_size(group) * flat.numel())
@@ -74,13 +75,13 @@ class Slices:
         self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, scale: Tensor, options: RowOptions,
         group: str, need_parts: bool, grad: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        ranks = _group(group)
+        ranks = group_of(group)
         lses, lengths = self._log_sums(student, teachers, options, need_parts, ranks)
         offset = dist.get_rank(ranks) * lengths[0].max()
         vocab = lengths[:, 0].sum()
         local = None if labels is None else labels - offset.long()
         names = (*self.kernel.SUMS, *self.kernel.PART_SUMS, *self.kernel.BESTS) if need_parts else self.kernel.SUMS
-        gathered = _gather(self.kernel.row_sums(student, teachers, local, lses, options, need_parts), ranks)
+        gathered = gather(self.kernel.row_sums(student, teachers, local, lses, options, need_parts), ranks)
         sums = dict(zip(names, gathered.sum(0).unbind(-1), strict=True))
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         counts = scale != 0
@@ -118,7 +119,7 @@ class Slices:
         own = self.kernel.log_sums(student, teachers, options, need_parts)
         widths = [x.shape[1] for x in (student, *teachers)]
         lengths = torch.cat([own.new_full((1,), w) for w in widths])
-        packed = _gather(torch.cat([own.flatten(), lengths]), ranks)
+        packed = gather(torch.cat([own.flatten(), lengths]), ranks)
         lengths = packed[:, own.numel() :]
         lses = packed[:, : own.numel()].view(-1, *own.shape).logsumexp(0)
         full = lengths[0].max()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops import rows, tails
+from kdfast.ops import parallel, parallel_topk, rows, tails
 from kdfast.ops.row_op import RowCall, RowOp
 from kdfast.ops.row_options import head_fields, row_options
+from kdfast.ops.shards import Shards
 from kdfast.ops.tails import label_logprobs
 from kdfast.ops.targets import TopKTargets
 from kdfast.options import Head, RowOptions
@@ -27,6 +28,13 @@ _lib.define(
 )
 _op = RowOp(
     "topk", extra="int vocab_size, bool spread", stats=lambda _: 4,
+    check_targets=lambda targets, row, extra: tails.check_ids(targets, row, extra[0]),
+)  # fmt: skip
+
+
+_parallel_op = RowOp(
+    "topk_parallel", extra="int vocab_size, bool spread, str group", stats=lambda _: 4, kernel=parallel_topk.slices,
+    vocab=lambda student, extra: student.shape[1] * parallel.size(extra[2]),
     check_targets=lambda targets, row, extra: tails.check_ids(targets, row, extra[0]),
 )  # fmt: skip
 
@@ -109,6 +117,7 @@ def topk_targets(
     sample_temperature: float = 1.0,
     generator: torch.Generator | None = None,
     head: Head = Head(),
+    tp_group: Any = None,
 ) -> TopKTargets:
     """A teacher's logits as their k most likely ids, ids drawn from the others, and one bucket for the rest, in one pass.
 
@@ -136,6 +145,8 @@ def topk_targets(
         sample_temperature: above 1 draws reach further into the tail, each with a smaller weight.
         generator: of the draws, on the device of `logits`; the same state gives the same ids with any number of threads.
         head: what lies between the logits given and the softmax.
+        tp_group: `logits` are a slice of the vocabulary, as in `kd_loss`; every rank gets the targets of the whole one. Not
+            with samples.
 
     Returns:
         `TopKTargets` with float32 values and leading dimensions as `logits`, the k entries sorted from likely to unlikely;
@@ -146,15 +157,24 @@ def topk_targets(
 
     Source: random-sampling knowledge distillation, arXiv 2503.16870.
     """
+    shards = Shards(tp_group)
+    logits = shards.slice("logits", logits, -1)
     rows.check_float("logits", logits)
     rows.check_vocab("logits", logits)
+    if shards.group and samples:
+        raise ValueError(
+            f"samples: expected 0 where the vocabulary is sliced over ranks, got {samples}; gather the logits first"
+        )
     vocab, lead = logits.shape[-1], logits.shape[:-1]
-    at = check_capture(vocab, k, temperatures, samples, sample_temperature)
+    own = min(k, vocab) if shards.group else k
+    at = check_capture(vocab, own, temperatures, samples, sample_temperature)
     softcap, scale = head_fields("", head).values()
     backend = dispatch.choose("topk", logits.device, logits.dtype)
     flat = rows.as_rows(logits)
     draws = uniform_draws(flat.shape[0], samples, generator, logits.device)
-    outputs = torch.ops.kdfast.topk_capture(flat, k, at, draws, float(sample_temperature), softcap, scale, backend)
+    outputs = torch.ops.kdfast.topk_capture(flat, own, at, draws, float(sample_temperature), softcap, scale, backend)
+    if shards.group:
+        outputs, vocab = parallel_topk.merged_capture(flat, outputs, k, at, head, shards.group)
     return as_targets(outputs, lead, at, vocab)
 
 
@@ -178,6 +198,7 @@ def topk_kd_loss(
     teacher_weights: Sequence[float] | None = None,
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
+    tp_group: Any = None,
     overwrite_logits: bool = False,
     return_parts: bool = False,
 ) -> Any:
@@ -208,6 +229,7 @@ def topk_kd_loss(
         tail: as above. Drawn entries (`targets.weights`) take "none", or "renormalize", which is not unbiased.
         divergence: "forward_kl", "reverse_kl" (not with "renormalize": infinite) or "jsd"; with "none" only "forward_kl".
         temperature: one of `targets.temperatures`.
+        tp_group: as in `kd_loss`, the targets being whole on all ranks; a rank forms its slice of the dense teacher.
         labels, soft_weight, hard_weight, beta, scale_by_t2, ignore_index, token_weight, label_smoothing, z_loss,
             student_head, teacher_weights, reduction, num_items, overwrite_logits, return_parts: as in `kd_loss`. Of the
             parts, `teacher_nll` and `teacher_entropy` spread the tail evenly over the unselected ids (several teachers: means
@@ -227,28 +249,34 @@ def topk_kd_loss(
         student_head=student_head, teachers=len(several), teacher_weights=teacher_weights,
     )  # fmt: skip
     tails.check(several, tail, options)
+    shards = Shards(tp_group)
+    student_logits = shards.slice("student_logits", student_logits, -1)
+    labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)
     rows.check_float("student_logits", student_logits)
     rows.check_vocab("student_logits", student_logits)
     lead = student_logits.shape[:-1]
-    tails.check_row_inputs(several, lead, student_logits.device, "student_logits", student_logits.shape[-1])
+    # Whether all slices together hold the targets' vocabulary shows when the ranks talk.
+    vocab = several[0].vocab_size if shards.group else student_logits.shape[-1]
+    tails.check_row_inputs(several, lead, student_logits.device, "student_logits", vocab)
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
     if overwrite_logits:
         rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)
-    backend = dispatch.choose("topk", student.device, student.dtype)
+    backend = dispatch.choose("parallel" if shards.group else "topk", student.device, student.dtype)
+    group = [shards.group] if shards.group else []
     call = RowCall(
         student,
         targets=tails.kernel_rows(several, tail, options, student.dtype),
         labels=labels,
         scale=scale,
-        scalars=(*options.values, several[0].vocab_size, tail == "uniform", backend, return_parts),
+        scalars=(*options.values, several[0].vocab_size, tail == "uniform", *group, backend, return_parts),
         lead=lead,
         reduction=reduction,
         needs_grad=student_logits.requires_grad and torch.is_grad_enabled(),
         overwrite=overwrite_logits,
     )
-    loss, parts = _op(call)
+    loss, parts = (_parallel_op if group else _op)(call)
     if not return_parts:
         return loss
     parts = tails.with_teacher_metrics(parts, several, labels, scale, options.teacher_weights)

@@ -1,0 +1,150 @@
+"""Sparse targets over a vocabulary that is sliced over the ranks of a process group (`kdfast.ops.parallel` says how).
+
+Targets list ids of the whole vocabulary and are the same on all ranks. For the loss a rank forms its slice of the dense
+teacher that they stand for and the slices go the way of dense ones; capture merges what the ranks captured of theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdfast.ops import parallel
+from kdfast.options import PARTS, Head, RowOptions
+
+
+def _offset(width: int, like: Tensor, ranks: dist.ProcessGroup) -> tuple[int, int]:
+    """(first id of this rank's slice, ids of all ranks)."""
+    widths = parallel.gather(torch.tensor([width], device=like.device), ranks)[:, 0]
+    return dist.get_rank(ranks) * int(widths[0].max()), int(widths.sum())
+
+
+class SparseSlices:
+    """`forward` and `backward` of the `topk` contract on slices of the vocabulary; labels and ids are of the whole one."""
+
+    def __init__(self, dense: parallel.Slices) -> None:
+        self.dense = dense
+
+    def forward(
+        self, student: Tensor, targets: Sequence[Tensor], labels: Tensor | None, scale: Tensor, options: RowOptions,
+        vocab_size: int, spread: bool, group: str, need_parts: bool, grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ranks, mass = parallel.group_of(group), targets[3]
+        begin, vocab = _offset(student.shape[1], student, ranks)
+        if vocab < vocab_size:
+            raise ValueError(f"tp_group: expected slices of at least {vocab_size} ids like the targets', got {vocab}")
+        teachers = _teachers(student, targets, options, vocab_size, begin, spread, ranks)
+        plain = dataclasses.replace(options, teacher_weights=(1.0,), teacher_softcap=0.0, teacher_scale=1.0)
+        of_student = dataclasses.replace(plain, soft_weight=0.0)
+        soft_only = dataclasses.replace(plain, hard_weight=0.0, z_loss=0.0)
+        total, part = (None if grad is None else torch.empty_like(student, dtype=scale.dtype) for _ in range(2))
+        loss, _, parts = self.dense.forward(student, teachers[:1], labels, scale, of_student, group, need_parts, total)
+        soft = torch.zeros_like(loss)
+        for m, (weight, teacher) in enumerate(zip(options.teacher_weights, teachers, strict=True)):
+            share = scale * weight * mass[:, m]
+            value, _, found = self.dense.forward(student, [teacher], None, share, soft_only, group, need_parts, part)
+            constant = torch.where(share == 0, 0, mass[:, m].log())
+            loss = loss + value + share * options.soft_scale * constant
+            if need_parts:
+                soft += torch.where(share == 0, 0, weight * mass[:, m] * (found[:, PARTS.index("soft")] + constant))
+            if total is not None and part is not None:
+                total += part
+        counts = scale != 0
+        if need_parts:
+            is_kl_at_1 = options.temperature == 1 and options.kind == "forward_kl"
+            columns = dict(zip(PARTS, parts.unbind(-1), strict=True))
+            columns |= {"soft": soft, "kl_at_1": soft if is_kl_at_1 else torch.full_like(soft, torch.nan)}
+            parts = torch.where(counts[:, None], torch.stack([columns[name] for name in PARTS], -1), 0)
+        if grad is not None and total is not None:
+            grad.copy_(total)
+        return loss, loss.new_zeros(len(loss), 4, dtype=torch.float64), parts
+
+    def backward(
+        self, student: Tensor, targets: Sequence[Tensor], labels: Tensor | None, scale: Tensor, stats: Tensor,
+        options: RowOptions, vocab_size: int, spread: bool, group: str, grad: Tensor,
+    ) -> None:  # fmt: skip
+        self.forward(student, targets, labels, scale, options, vocab_size, spread, group, False, grad)
+
+
+def _teachers(
+    student: Tensor, targets: Sequence[Tensor], options: RowOptions, vocab_size: int, begin: int, spread: bool,
+    ranks: dist.ProcessGroup,
+) -> list[Tensor]:  # fmt: skip
+    """This rank's slice of every target's dense teacher, as logits."""
+    ids, log_p, log_tail, _ = targets
+    width = max(0, min(student.shape[1], vocab_size - begin))
+    z = _through(student[:, :width].to(log_p.dtype), options) / options.temperature
+    local = ids.long() - begin
+    here = (ids >= 0) & (local >= 0) & (local < width)
+    # One column more takes what belongs to other ranks.
+    at = torch.where(here, local, width)
+    p = log_p.new_zeros(*log_tail.shape, width + 1)
+    p = p.scatter_add_(2, at[:, None].expand_as(log_p), torch.where(here[:, None], log_p.exp(), 0))[..., :width]
+    listed = p > 0
+    rest = torch.where(listed, -torch.inf, z[:, None]).double().logsumexp(-1)
+    gathered = parallel.gather(torch.stack([rest, (~listed).sum(-1).double()]), ranks)
+    rest, log_others = gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0).log()
+    outside = (ids >= vocab_size).any(-1)
+    teachers = []
+    for m in range(log_tail.shape[1]):
+        even = -log_others[:, m, None].to(z.dtype).expand_as(z)
+        within = even if spread else torch.where(rest[:, m, None].isneginf(), even, z - rest[:, m, None].to(z.dtype))
+        dense = torch.where(listed[:, m], p[:, m].log(), log_tail[:, m, None] + within)
+        teachers.append(torch.where(outside[:, None], torch.nan, options.temperature * dense))
+    return teachers
+
+
+def _through(z: Tensor, options: RowOptions) -> Tensor:
+    z = z * options.student_scale
+    return z if options.student_softcap == 0 else options.student_softcap * torch.tanh(z / options.student_softcap)
+
+
+def slices(backend: str) -> SparseSlices:
+    """The sparse kernels over those of the op `parallel` in a backend."""
+    return SparseSlices(parallel.slices(backend))
+
+
+def merged_capture(
+    logits: Tensor, captured: Sequence[Tensor], k: int, temperatures: Sequence[float], head: Head, group: str
+) -> tuple[tuple[Tensor, ...], int]:
+    """(capture of the whole vocabulary from each rank's own, which may hold fewer than k entries; ids in the vocabulary)."""
+    ids, logprobs, log_z, log_tail, weights = captured
+    ranks = parallel.group_of(group)
+    begin, vocab = _offset(logits.shape[1], logits, ranks)
+    if k > vocab:
+        raise ValueError(f"k: expected 0 < k <= {vocab} (the vocabulary of all ranks), got {k}")
+    options = RowOptions(student_softcap=head.softcap or 0.0, student_scale=head.scale)
+    z = _through(logits.gather(1, ids.long()).to(logprobs.dtype), options).double()
+    lse_1 = z[:, :1] - logprobs[:, :1].double()
+    at = logits.new_tensor(temperatures, dtype=torch.float64)
+    lse = log_z.double() + lse_1 / at
+    pad = (0, k - ids.shape[1])
+    z = torch.nn.functional.pad(z, pad, value=-math.inf)
+    ids = torch.nn.functional.pad(ids.double() + begin, pad, value=vocab)
+    packed = parallel.gather(torch.cat([z, ids, lse_1, lse, lse + log_tail.double()], -1), ranks)
+    sizes = [k, k, 1, len(temperatures), len(temperatures)]
+    z, ids, lse_1, lse, tail = (x.transpose(0, 1) for x in packed.split(sizes, -1))
+    z, ids = z.flatten(1), ids.flatten(1)
+    # Ranks come in id order and each puts ties in id order: a stable sort keeps it.
+    order = z.sort(dim=-1, descending=True, stable=True).indices
+    kept, dropped = order[:, :k], order[:, k:]
+    lse_1, lse, tail = lse_1.logsumexp(1), lse.logsumexp(1), tail.logsumexp(1)
+    left = (z.gather(1, dropped)[..., None] / at).logsumexp(1) if dropped.shape[1] else torch.full_like(tail, -math.inf)
+    values = (z.gather(1, kept) - lse_1, lse - lse_1 / at, tail.logaddexp(left) - lse)
+    return (ids.gather(1, kept).int(), *(v.to(logprobs.dtype) for v in values), weights), vocab
+
+
+def row_kernel(group: str, backend: str, vocab_size: int, spread: bool) -> Any:
+    """`forward` over the slices of `group` with the arguments of that of `logits`."""
+    kernel = slices(backend)
+
+    def forward(student: Tensor, targets: Any, labels: Any, scale: Tensor, options: RowOptions, *rest: Any) -> Any:
+        return kernel.forward(student, targets, labels, scale, options, vocab_size, spread, group, *rest)
+
+    return forward
