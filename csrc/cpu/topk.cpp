@@ -105,7 +105,7 @@ void even_pass(const TopKArgs& a, Source s, Sink g, const RowSums& sums, Soft& s
             here += counts ? set(1.0f) : vec{};
             for (const Even& even : room.entries.even) {
                 const Pair pair = pair_of(counts ? max(set(kLowest), set(even.log_p)) : set(kLowest), uq);
-                value += even.weight * D::value(pair, c);
+                if (!kGrad || D::kSumsToZero) value += even.weight * D::value(pair, c);
                 h += even.weight * D::slope(pair, c);
             }
             slope += h;

@@ -167,8 +167,21 @@ class Draws {
         const double factor = std::exp((double(block.top) - anchor_) * inverse_t_);
         int64_t end = n;
         while (buffer.data[end - 1] == 0) --end;
-        for (int64_t i = 0; i < end && first < last; ++i) {
-            if (buffer.data[i] == 0) continue;
+        for (int64_t i = 0; i < end && first < last; i += W) {
+            const double mass = factor * reduce_add(load(buffer.data + i));
+            const bool final = i + W >= end;
+            const size_t start = first;
+            while (first < last && (final || points_[first] * total_ < before + mass)) ++first;
+            if (first > start) scan_vector(row, begin, i, std::min(i + W, end), before, factor, start, first, buffer);
+            before += mass;
+        }
+    }
+
+    // The same in one vector of a block, [i, end) of it.
+    void scan_vector(const Source& row, int64_t begin, int64_t i, int64_t end, double before, double factor, size_t first, size_t last,
+                     const Buffer& buffer) {
+        while (buffer.data[end - 1] == 0) --end;
+        for (; i < end && first < last; ++i) {
             before += factor * buffer.data[i];
             const size_t start = first;
             while (first < last && (points_[first] * total_ < before || i + 1 == end)) ++first;

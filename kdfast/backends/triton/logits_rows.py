@@ -109,7 +109,7 @@ def _sums(s_ptr, t_ptrs, common, o, weights, F: tl.constexpr, LANES: tl.constexp
 
 
 @triton.jit
-def weights_at_1_of(scale, lse, width, o, F: tl.constexpr):
+def weights_at_1(scale, lse, width, o, F: tl.constexpr):
     """What `grad_at_1` multiplies: q, the label's column, every column."""
     of_q = scale * o.hard_weight
     if not F.hard:
@@ -144,7 +144,7 @@ def _gradient_row(
     F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     soft_weight = scale * o.soft_scale * o.inv_t
-    weights_1 = weights_at_1_of(scale, m_h + LN2 * l_h, width, o, F)
+    weights_1 = weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
     for start in range(0, common, LANES * VEC):
         columns = tile_columns(start, LANES, VEC, RAGGED)
         s = load_student(s_ptr, columns, common, o, F, "evict_first")
@@ -254,7 +254,7 @@ def _value_pass(
 ):  # fmt: skip
     """(divergence, sum of h, KL at 1, teacher's entropy, whether the argmaxes agree); writes the gradient of forward KL."""
     soft_weight = scale * o.soft_scale * o.inv_t
-    weights_1 = weights_at_1_of(scale, m_h + LN2 * l_h, width, o, F)
+    weights_1 = weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
     soft = tl.zeros([LANES], tl.float32)
     h_sum = tl.zeros([LANES], tl.float32)
     kl_1 = tl.zeros([LANES], tl.float32)

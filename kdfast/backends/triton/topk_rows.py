@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kdfast.backends.triton.divergence import FORWARD_KL, divergence
-from kdfast.backends.triton.logits_rows import NO_COLUMN, grad_beyond, load_label, load_student, weights_at_1_of
+from kdfast.backends.triton.logits_rows import NO_COLUMN, grad_beyond, load_label, load_student, weights_at_1
 from kdfast.backends.triton.tiles import (
     INF,
     LN2,
@@ -74,7 +74,7 @@ def _write_grad(
     rest = told[3]
     q = told[4]
     soft_weight = scale * o.soft_scale * o.inv_t
-    weights_1 = weights_at_1_of(scale, m_h + LN2 * l_h, width, o, F)
+    weights_1 = weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
     c = o.inv_t * LOG2E
     if F.kind == FORWARD_KL:
         h_sum = h_sum * 0.0
