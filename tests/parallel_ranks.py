@@ -5,6 +5,7 @@ python parallel_ranks.py RANK WORLD FOLDER writes FOLDER/RANK.json: {case: "" or
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -286,6 +287,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         except Exception:  # whatever a case raises is its result; the other rank must not wait for this one
             results[name] = traceback.format_exc()[-3000:]
     (folder / f"{rank}.json").write_text(json.dumps(results))
+    gc.collect()  # tracebacks of expected errors hold the group, which must not outlive its end: its threads abort the process
     dist.destroy_process_group()
 
 
