@@ -181,11 +181,11 @@ BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t cou
             if (worst.status == kOk || i < worst.job) worst = {result.status, i, result.token};
         }
     };
-    std::vector<std::thread> helpers;
+    std::vector<std::thread> others;
     const std::int64_t wanted = std::min<std::int64_t>(threads, count) - 1;
-    for (std::int64_t i = 0; i < wanted; ++i) helpers.emplace_back(work);
+    for (std::int64_t i = 0; i < wanted; ++i) others.emplace_back(work);
     work();
-    for (auto& helper : helpers) helper.join();
+    for (auto& other : others) other.join();
     return worst;
 }
 
