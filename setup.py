@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -177,4 +177,10 @@ def wanted_extensions() -> list[Extension]:
     return [Extension(name, sources=[], optional=True) for name in names]
 
 
-setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": NinjaBuild})
+setup(
+    # The benchmarks are a folder of their own in a checkout and `kdfast.bench` in an installation: `kdfast bench` runs both.
+    packages=[*find_packages(include=["kdfast*"]), "kdfast.bench"],
+    package_dir={"kdfast.bench": "bench"},
+    ext_modules=wanted_extensions(),
+    cmdclass={"build_ext": NinjaBuild},
+)

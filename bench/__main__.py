@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         got = repr(argv[0]) if argv else "nothing"
         print(f"bench: COMMAND: expected one of {', '.join(COMMANDS)}, got {got}; see python -m bench --help", file=sys.stderr)
         return 2
-    return int(importlib.import_module(f"bench.{argv[0]}").main(argv[1:]))
+    return int(importlib.import_module(f"{__package__}.{argv[0]}").main(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ def _failed(report: Report) -> bool:
 
 def _cuda_targets(targets: Sequence[str], quick: bool, kernel: str) -> list[str]:
     """For which of the targets the CUDA sources are to be compiled."""
-    from bench import aot_cuda
+    from . import aot_cuda
 
     wanted = aot_cuda.TARGETS[:1] if quick else aot_cuda.TARGETS
     return [target for target in wanted if target in targets and kernel in "cuda.logits"]
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         print("aot: triton is not installed; expected it to compile the kernels; pip install triton", file=sys.stderr)
         return 2
-    from bench import aot_cuda
+    from . import aot_cuda
 
     targets = options.target or TARGETS
     chosen = [c for c in cases() if options.kernel in f"{_module(c.kernel)}.{c.kernel.__name__}"]

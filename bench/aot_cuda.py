@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.aot import Report
+from .aot import Report
 
 TARGETS = ("sm_90", "sm_100")
 _CSRC = Path(__file__).parent.parent / "csrc"

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from bench.cases import Outcome
-from bench.contest import Contest, contest, measure_limits, parser, positive, report, settings_of
-from bench.peers import Peer, trained
-from bench.plot import draw_scaling
-from bench.report import Model, read_csv
+
+from .cases import Outcome
+from .contest import Contest, contest, measure_limits, parser, positive, report, settings_of
+from .peers import Peer, trained
+from .plot import draw_scaling
+from .report import Model, read_csv
 
 KINDS = ("scores", "probs", "kl")
 _BATCH, _HEADS, _SIZE = 2, 4, 64

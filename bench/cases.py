@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.plain import from_logs
 from kdfast.ops.targets import TopKTargets
+
+from .plain import from_logs
 
 Outcome = tuple[Tensor, tuple[Tensor, ...]]
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.performance import RESULTS, read
-from bench.report import Row, read_csv
+from .performance import RESULTS, read
+from .report import Row, read_csv
 
 #: Two runs of the same code were seen this far apart.
 BAND = 1.25

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.cases import Outcome
-from bench.measure import (
+from .cases import Outcome
+from .measure import (
     Timing,
     Work,
     compare,
@@ -26,8 +26,8 @@ from bench.measure import (
     relative_error,
     release,
 )
-from bench.peers import Peer, agree, differs
-from bench.report import Limits, Model, Row, dtype_name, heading, stamp, table, timed, to_json, write_csv
+from .peers import Peer, agree, differs
+from .report import Limits, Model, Row, dtype_name, heading, stamp, table, timed, to_json, write_csv
 
 #: How far a measured loss or gradient may be from float64 before its time means nothing. The error itself is printed.
 _GATE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from bench.contest import positive
-from bench.logits import contestants
-from bench.measure import Work, compare, release
-from bench.peers import Peer, logits_peers
-from bench.report import Row, stamp
+from .contest import positive
+from .logits import contestants
+from .measure import Work, compare, release
+from .peers import Peer, logits_peers
+from .report import Row, stamp
 
 VOCABULARIES = tuple(1 << i for i in range(10, 19))
 ROWS = tuple(1 << i for i in range(0, 11, 2))

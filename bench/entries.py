@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import linear, logits, topk
-from bench.contest import Contest
-from bench.measure import release
-from bench.peers import Peer, linear_peers, logits_peers, topk_peers
-from bench.shapes import LLAMA3, QWEN3
+from . import linear, logits, topk
+from .contest import Contest
+from .measure import release
+from .peers import Peer, linear_peers, logits_peers, topk_peers
+from .shapes import LLAMA3, QWEN3
 
 _FULL = os.environ.get("KDFAST_BENCH") == "full"
 

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from bench import sweep
-from bench.contest import measure_limits, unmeasured
-from bench.measure import failures, reason
-from bench.plot import draw
-from bench.report import Limits, Row, device_name, dtype_name, heading, read_csv, stamp, table, write_csv
+from . import sweep
+from .contest import measure_limits, unmeasured
+from .measure import failures, reason
+from .plot import draw
+from .report import Limits, Row, device_name, dtype_name, heading, read_csv, stamp, table, write_csv
 
 _ROOT = Path(__file__).parent.parent
 #: Seconds the whole run may take, and what is kept back for the plot and the last files.
@@ -107,7 +107,7 @@ def run_op(op: str, size: str, device: str, limits: dict[torch.dtype, Limits], s
     """All cases of one op in a process of its own, stopped after `seconds`; every planned case has its rows."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
-        command = [sys.executable, "-m", "bench.sweep", op, size, device, f"{seconds - _RESERVE:.0f}", str(path)]
+        command = [sys.executable, "-m", f"{__package__}.sweep", op, size, device, f"{seconds - _RESERVE:.0f}", str(path)]
         command += [f"{dtype_name(d)}={limit.copy:.6g},{limit.gemm:.6g}" for d, limit in limits.items()]
         try:
             done = subprocess.run(command, cwd=_ROOT, timeout=seconds, stderr=subprocess.PIPE, text=True, errors="replace")

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from bench.cases import Outcome
-from bench.contest import Contest, contest, measure_limits, parser, positive, report, settings_of
-from bench.peers import Peer, trained
-from bench.report import Model
+
+from .cases import Outcome
+from .contest import Contest, contest, measure_limits, parser, positive, report, settings_of
+from .peers import Peer, trained
+from .report import Model
 
 KINDS = ("mse", "projected", "cosine")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -8,10 +8,10 @@ import math
 
 import torch
 
-from bench.cases import LinearCase
-from bench.contest import Contest, contest, measure_limits, parser, positive, report, settings_of
-from bench.peers import Peer, linear_peers
-from bench.report import Model, Row
+from .cases import LinearCase
+from .contest import Contest, contest, measure_limits, parser, positive, report, settings_of
+from .peers import Peer, linear_peers
+from .report import Model, Row
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from bench.cases import Outcome
-from bench.contest import Contest, contest, measure_limits, parser, positive, report, settings_of
-from bench.peers import Peer, trained
-from bench.report import Model
+
+from .cases import Outcome
+from .contest import Contest, contest, measure_limits, parser, positive, report, settings_of
+from .peers import Peer, trained
+from .report import Model
 
 #: Elements of float64 logits that the truth works on at a time.
 _CHUNK = 1 << 23

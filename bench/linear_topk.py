@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import kdfast
-from bench.cases import CaptureCase, LinearCase, Outcome, ghost_sum
-from bench.contest import Contest
-from bench.peers import Peer, capture_peers, trained
-from bench.report import Model
 from kdfast.ops.targets import TopKTargets
+
+from .cases import CaptureCase, LinearCase, Outcome, ghost_sum
+from .contest import Contest
+from .peers import Peer, capture_peers, trained
+from .report import Model
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import functools
 
 import torch
 
-from bench.cases import LogitsCase, Objective
-from bench.contest import Contest, contest, measure_limits, parser, positive, report, settings_of
-from bench.peers import Peer, divergence_peers, logits_peers
-from bench.report import Model
-from bench.shapes import LLAMA3
 from kdfast.options import DIVERGENCES
+
+from .cases import LogitsCase, Objective
+from .contest import Contest, contest, measure_limits, parser, positive, report, settings_of
+from .peers import Peer, divergence_peers, logits_peers
+from .report import Model
+from .shapes import LLAMA3
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

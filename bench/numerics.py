@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from bench.attention import KINDS, AttentionCase, attention_peers
-from bench.cases import LinearCase, LogitsCase, Objective
-from bench.measure import relative_error
-from bench.peers import Peer, divergence_peers, linear_peers, logits_peers
-from bench.report import between_marks, dtype_name
 from kdfast.options import DIVERGENCES
+
+from .attention import KINDS, AttentionCase, attention_peers
+from .cases import LinearCase, LogitsCase, Objective
+from .measure import relative_error
+from .peers import Peer, divergence_peers, linear_peers, logits_peers
+from .report import between_marks, dtype_name
 
 OVERLAPS = (0.88, 0.95, 0.98, 0.999, 0.9999)
 DISTANCES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from bench.cases import CaptureCase, LinearCase, LogitsCase, Objective, Outcome, TopKCase, ghost_sum
-from bench.measure import relative_error
-from bench.plain import from_logs, from_probs
+
+from .cases import CaptureCase, LinearCase, LogitsCase, Objective, Outcome, TopKCase, ghost_sum
+from .measure import relative_error
+from .plain import from_logs, from_probs
 
 Run = Callable[[Any], Outcome]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import Row, between_marks, read_csv
+from .report import Row, between_marks, read_csv
 
 RESULTS = Path(__file__).parent / "results"
 MARKS = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -65,11 +65,12 @@ def share(rows: Sequence[Row]) -> float:
     return next((r.limit_share for r in rows if r.contestant == "kdfast"), math.nan)
 
 
-def _marks() -> list[Mark]:
-    marks, overwrite = [], "kdfast overwrite_logits"
+def marks() -> list[Mark]:
+    """What is to be reached, in the order of the page."""
+    found, overwrite = list[Mark](), "kdfast overwrite_logits"
     for dtype in ("float32", "bfloat16"):
         work, case = f"`kd_loss`, KL + CE, 256 x 128256, {dtype}", ("logits", dtype, "N=256 V=128256")
-        marks += [
+        found += [
             Mark(work, "PyTorch eager, the faster spelling", case, 15, slower("eager")),
             Mark(work, "torch.compile, the faster spelling", case, 5, slower("compile")),
             Mark(f"{work}, overwrite_logits", "PyTorch eager", case, 20, slower("eager", than=overwrite)),
@@ -77,11 +78,11 @@ def _marks() -> list[Mark]:
         ]
     for divergence in ("reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta"):
         case = ("logits", "float32", f"N=256 V=128256 {divergence}")
-        marks.append(Mark(f"`kd_loss`, {divergence}, 256 x 128256, float32", "PyTorch eager", case, 6, slower("eager")))
+        found.append(Mark(f"`kd_loss`, {divergence}, 256 x 128256, float32", "PyTorch eager", case, 6, slower("eager")))
     linear = "N=1024 V=32000 Ds=512 Dt=1024"
     liger = "Liger FusedLinearJSD compiled"
     half = slower("Liger FusedLinearJSD compiled", than="kdfast bfloat16 logits")
-    marks += [
+    found += [
         Mark("`linear_kd_loss`, 1024 x 32000, 512 and 1024 wide, float32", "its four matrix products alone, by torch",
              ("linear", "float32", linear), 1.10, times_of("four GEMMs alone"), at_most=True),
         Mark("the same", liger, ("linear", "float32", linear), 1, slower(liger)),
@@ -101,14 +102,14 @@ def _marks() -> list[Mark]:
     ]  # fmt: skip
     for vocab, wanted in ((32000, 0.80), (50257, 0.80), (128256, 0.60), (151936, 0.60), (262208, 0.60)):
         case = ("logits", "bfloat16", f"N=4096 V={vocab}")
-        marks.append(
+        found.append(
             Mark(f"`kd_loss`, bfloat16, 4096 x {vocab}, GPU", "copy bandwidth", case, wanted, share, unit="", device="gpu")
         )
     for dims, wanted in (("Ds=2048 Dt=4096", 0.75), ("Ds=4096 Dt=4096", 0.80)):
         case = ("linear", "bfloat16", f"N=8192 V=128256 {dims}")
-        marks.append(Mark(f"`linear_kd_loss`, bfloat16, 8192 x 128256, {dims}, GPU", "matrix product rate", case, wanted, share,
+        found.append(Mark(f"`linear_kd_loss`, bfloat16, 8192 x 128256, {dims}, GPU", "matrix product rate", case, wanted, share,
                           unit="", device="gpu"))  # fmt: skip
-    return marks
+    return found
 
 
 def read(folder: Path = RESULTS) -> list[Row]:
@@ -130,7 +131,7 @@ def of_case(rows: Sequence[Row], mark: Mark) -> list[Row]:
 def page(rows: Sequence[Row]) -> str:
     """The table of marks, and every case that was measured."""
     lines = ["", "| work | against | mark | measured | on, at |", "|---|---|---|---|---|"]
-    for mark in _marks():
+    for mark in marks():
         device = [
             r for r in rows if r.device and (mark.device == "gpu") == ("NVIDIA" in r.device or "AMD Instinct" in r.device)
         ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import Row
+from .report import Row
 
 
 def draw(rows: Sequence[Row], path: str | Path) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Timing
+from .measure import Timing
 
 
 @dataclass(frozen=True)

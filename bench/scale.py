@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Outcome
-from bench.contest import Contest
-from bench.peers import Peer
-from bench.report import Model
 from kdfast import dispatch
+
+from .cases import Outcome
+from .contest import Contest
+from .peers import Peer
+from .report import Model
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdfast
-from bench.contest import positive
 from kdfast.cache import CacheReader, CacheWriter
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
 from kdfast.cli.quickstart_job import Corpus, Job, Plan
 from kdfast.train.models import build_student, load_folder
 from kdfast.train.recipe import Model
+
+from .contest import positive
 
 _BINS = 15
 

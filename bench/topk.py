@@ -7,12 +7,13 @@ import functools
 import torch
 
 import kdfast
-from bench import linear_topk
-from bench.cases import CaptureCase, LogitsCase, TopKCase
-from bench.contest import Contest, contest, measure_limits, parser, positive, report, settings_of
-from bench.peers import Peer, capture_peers, topk_peers
-from bench.report import Model
-from bench.shapes import QWEN3
+
+from . import linear_topk
+from .cases import CaptureCase, LogitsCase, TopKCase
+from .contest import Contest, contest, measure_limits, parser, positive, report, settings_of
+from .peers import Peer, capture_peers, topk_peers
+from .report import Model
+from .shapes import QWEN3
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TEMPERATURES = (1.0, 2.0)
