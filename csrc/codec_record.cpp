@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "checksum.h"
@@ -173,9 +175,15 @@ BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t cou
     std::mutex mutex;
     BatchResult worst;
     const auto work = [&] {
-        auto scratch = scratch_for(layout);
+        std::vector<std::uint32_t> scratch;
         for (std::int64_t i; (i = taken.fetch_add(1)) < count;) {
-            const Result result = decode_job(layout, jobs[i], next, out, scratch);
+            Result result;
+            try {
+                if (scratch.empty()) scratch = scratch_for(layout);
+                result = decode_job(layout, jobs[i], next, out, scratch);
+            } catch (const std::bad_alloc&) {  // must not leave a thread
+                result = {kNoMemory, 0};
+            }
             if (result.status == kOk) continue;
             const std::lock_guard<std::mutex> lock(mutex);
             if (worst.status == kOk || i < worst.job) worst = {result.status, i, result.token};
@@ -183,7 +191,11 @@ BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t cou
     };
     std::vector<std::thread> others;
     const std::int64_t wanted = std::min<std::int64_t>(threads, count) - 1;
-    for (std::int64_t i = 0; i < wanted; ++i) others.emplace_back(work);
+    try {
+        for (std::int64_t i = 0; i < wanted; ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {
+        // The system has no more threads to give: those there are do the work.
+    }
     work();
     for (auto& other : others) other.join();
     return worst;

@@ -21,6 +21,7 @@ enum Status : int {
     kBadDraws = 7,     // draws that contradict the kind of the cache
     kBadHeader = 8,    // record: flags or widths no writer produces, or another length than the index says
     kBadChecksum = 9,  // record: not the bytes that were written
+    kNoMemory = 10,    // there is no memory to work in
     kInputId = 16,     // encode: an id outside [-1, V)
     kInputTwice = 17,  // encode: an id listed twice
     kInputValue = 18,  // encode: NaN, or a log-probability above 0

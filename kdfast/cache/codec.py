@@ -177,7 +177,7 @@ def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows,
         threads: how many work on it; none of them outlives the call.
 
     Raises:
-        CorruptCache: a record is not what was written; its `job` says which.
+        CorruptCache: a record is not what was written; its `job` says which. MemoryError: there is not enough.
     """
     room = 0 if out.context_ids is None else out.context_ids.shape[-1]
     if _native is None:
@@ -186,6 +186,8 @@ def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows,
         status, job, token = _native.codec_decode_batch(
             layout._native(), jobs.ctypes.data, len(jobs), next_label, _addresses(rows), _addresses(out), room, threads
         )
+    if status == Status.NO_MEMORY:
+        raise MemoryError(f"no memory to decode {len(jobs)} records of the cache with {threads} threads")
     if status:
         where = f" at token {token}" if status < Status.BAD_HEADER else ""
         error = CorruptCache(f"the record is corrupt{where}: {_FAULTS[Status(status)]}")

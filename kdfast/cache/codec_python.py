@@ -50,6 +50,7 @@ class Status(enum.IntEnum):
     BAD_DRAWS = 7
     BAD_HEADER = 8
     BAD_CHECKSUM = 9
+    NO_MEMORY = 10
     INPUT_ID = 16
     INPUT_TWICE = 17
     INPUT_VALUE = 18
