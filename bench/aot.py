@@ -201,7 +201,7 @@ def _topk_variants() -> dict[str, Any]:
         "reverse": dataclasses.replace(hard, kind=reverse), "jsd": dataclasses.replace(hard, kind=jsd),
         "uniform": dataclasses.replace(hard, spread=True), "uniform jsd": dataclasses.replace(hard, spread=True, kind=jsd),
         "all options": every,
-        "3 targets, all options, uniform jsd": dataclasses.replace(every, spread=True, kind=jsd, teachers=3),
+        "3 targets, uniform jsd parts": dataclasses.replace(hard, spread=True, kind=jsd, teachers=3, parts=True),
     }  # fmt: skip
 
 

@@ -161,6 +161,12 @@ def _forward_row(
     )  # fmt: skip
     soft = told[0]
     h_sum = told[2]
+    if F.parts:
+        best_z = tl.min(tl.where(first & (z == top), ids, NO_COLUMN), 0)
+        best_s = tl.minimum(best_z, tl.where(m_u == top, best_u, NO_COLUMN))
+        mean_p = tl.where(first, told[7], -1.0)
+        best_t = tl.min(tl.where(mean_p == tl.max(mean_p, 0), ids, NO_COLUMN), 0)
+        tl.store(parts_ptr + 6, tl.where(best_s == best_t, 1.0, 0.0))
     if F.spread:
         value, more = _even_sums(s_ptr, bits_ptr, vocab, top, l, told[5], told[6], o, F, LANES, VEC, RAGGED)
         soft += value
@@ -192,11 +198,6 @@ def _forward_row(
         tl.store(parts_ptr + 3, float("nan") if F.own_kl_at_1 else soft)
         tl.store(parts_ptr + 4, 0.0)
         tl.store(parts_ptr + 5, 0.0)
-        best_z = tl.min(tl.where(first & (z == top), ids, NO_COLUMN), 0)
-        best_s = tl.minimum(best_z, tl.where(m_u == top, best_u, NO_COLUMN))
-        mean_p = tl.where(first, told[7], -1.0)
-        best_t = tl.min(tl.where(mean_p == tl.max(mean_p, 0), ids, NO_COLUMN), 0)
-        tl.store(parts_ptr + 6, tl.where(best_s == best_t, 1.0, 0.0))
     if F.grad:
         _write_grad(
             s_ptr, g_ptr, bits_ptr, width, vocab, ids, first, z, told, scale, label, top, l, m_u, l_u, m_h, l_h, h_sum, o,
