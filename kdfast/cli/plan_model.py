@@ -68,7 +68,7 @@ def body_params(hidden: int) -> float:
 
 
 def token_bytes(vocab: int, k: int, temperatures: int = 1) -> float:
-    """Bytes of a cached token: ids by Elias-Fano, what levels take at the default max_kl, tails, its own id, a share of the index."""
+    """Bytes of a cached token: ids by Elias-Fano, levels at the default max_kl, tails, its own id, a share of the index."""
     k = min(k, vocab)
     ids = k * (2 + math.log2(vocab / k)) / 8
     return ids + k * _LEVEL_BITS / 8 + 2 * temperatures + math.ceil(math.log2(max(vocab, 2)) / 8) + 0.3
