@@ -9,6 +9,7 @@ COMMANDS = {
     "logits": "kd_loss from logits",
     "linear": "linear_kd_loss from hidden states",
     "topk": "capture of top-k targets, and the loss from them",
+    "cache": "the teacher cache: bytes, error, encoding, decoding, batches",
     "attention": "attention losses from queries and keys, by length",
     "hidden": "losses between hidden states",
     "linear_logit_mse": "logit matching through Gram matrices",

@@ -17,6 +17,8 @@ from pathlib import Path
 from .report import Row, between_marks, read_csv
 
 RESULTS = Path(__file__).parent / "results"
+#: Written by `bench curves` and `bench sparse_targets`.
+_OTHERS = ("cpu-curves.csv", "sparse-targets.csv")
 MARKS = "<!-- performance: begin -->", "<!-- performance: end -->"
 
 Value = Callable[[Sequence[Row]], float]
@@ -60,6 +62,11 @@ def times_of(name: str) -> Value:
     return lambda rows: 1 / other(rows)
 
 
+def million_tokens_a_second(contestant: str) -> Value:
+    """Of a row whose time is milliseconds a million tokens."""
+    return lambda rows: next((1e3 / r.median_ms for r in rows if r.contestant == contestant), math.nan)
+
+
 def share(rows: Sequence[Row]) -> float:
     """kdfast's attained rate over the limit measured in the same run."""
     return next((r.limit_share for r in rows if r.contestant == "kdfast"), math.nan)
@@ -100,6 +107,13 @@ def marks() -> list[Mark]:
         Mark("a TinyBERT step, pretrained encoder, 32 x 48", "its forwards and backward alone",
              ("tinybert", "float32", "B=32 L=48"), 1.25, times_of("forwards and backward"), at_most=True),
     ]  # fmt: skip
+    cache, codec = ("cache", "", "V=151936 k=64"), "one core, synthetic law"
+    found += [
+        Mark("cache: decode, codec alone", codec, cache, 8, million_tokens_a_second("decode, codec alone"), unit=" M tokens/s"),
+        Mark("cache: `reader.batch` with checksums", codec, cache, 3,
+             million_tokens_a_second("decode, reader.batch with checksums"), unit=" M tokens/s"),
+        Mark("cache: encode, codec alone", codec, cache, 1, million_tokens_a_second("encode, codec alone"), unit=" M tokens/s"),
+    ]  # fmt: skip
     for vocab, wanted in ((32000, 0.80), (50257, 0.80), (128256, 0.60), (151936, 0.60), (262208, 0.60)):
         case = ("logits", "bfloat16", f"N=4096 V={vocab}")
         found.append(
@@ -113,12 +127,8 @@ def marks() -> list[Mark]:
 
 
 def read(folder: Path = RESULTS) -> list[Row]:
-    """The rows of every results file of this kind in a folder; curves have their own columns and stay out."""
-    rows = []
-    for path in sorted(folder.glob("*.csv")):
-        if not path.name.endswith("curves.csv"):
-            rows += read_csv(path)
-    return rows
+    """The rows of every results file in a folder, but those with columns of their own."""
+    return [row for path in sorted(folder.glob("*.csv")) if path.name not in _OTHERS for row in read_csv(path)]
 
 
 def of_case(rows: Sequence[Row], mark: Mark) -> list[Row]:

@@ -70,6 +70,41 @@ def test_captured_targets_are_the_teacher_s(tmp_path: Path) -> None:
         assert float(record.targets.log_z[:, 0].abs().max()) == 0
 
 
+@pytest.mark.parametrize(("kind", "k", "samples"), [("sampled", 20, 20), ("mixed", 12, 6)])
+def test_drawn_targets_go_through_a_capture(kind: str, k: int, samples: int, tmp_path: Path) -> None:
+    docs, temperatures = documents(9), (1.0, 2.0)
+    teacher = Tiny().eval()
+    settings = {**SETTINGS, "k": k, "kind": kind, "samples": samples}
+    with CacheWriter(tmp_path / "whole", **settings) as writer:
+        capture(teacher, docs, writer, batch_size=BATCH)
+    reader = CacheReader(tmp_path / "whole")
+    with CacheWriter(tmp_path / "second-half", **settings) as writer:
+        capture(teacher, docs[BATCH:], writer, batch_size=BATCH)
+    for i, record in enumerate(CacheReader(tmp_path / "second-half")):
+        assert torch.equal(record.targets.ids, reader[BATCH + i].targets.ids)
+    for document, record in zip(docs, reader, strict=True):
+        targets = record.targets
+        logp = teacher(document[None])[0].detach().log_softmax(-1)
+        counts = targets.ids >= 0
+        assert counts.any(-1).all()
+        assert targets.weights is not None
+        exact = logp.gather(-1, targets.ids.clamp(min=0).long())
+        off = torch.where(counts, targets.logprobs - exact, 0)
+        assert (0.5 * exact.exp() * off.square()).sum(-1).max() < 2 * 5e-5  # KL of small errors, at the default max_kl
+        if kind == "sampled":  # drawn at T = 1 from the whole teacher: a weight is the share of draws
+            draws = targets.weights * samples
+            torch.testing.assert_close(draws, draws.round(), atol=1e-3, rtol=0)
+            torch.testing.assert_close(draws.sum(-1), torch.full((len(document),), float(samples)), atol=1e-3, rtol=0)
+        else:  # the likeliest are there whatever was drawn
+            first = logp.topk(k - samples).indices
+            assert (first[..., None] == targets.ids[:, None]).any(-1).all()
+    batch = reader.batch(range(len(docs)))
+    logits = torch.zeros(*batch.input_ids.shape, VOCAB, requires_grad=True)
+    for temperature in temperatures:
+        loss = kdfast.topk_kd_loss(logits, batch.targets, batch.labels, tail="none", temperature=temperature)
+        assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
 def test_a_teacher_keeps_its_mode_and_gets_a_mask_it_takes(tmp_path: Path) -> None:
     class Masked(Tiny):
         def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

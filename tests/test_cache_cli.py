@@ -42,6 +42,18 @@ def build(world: Path, out: Path, *more: str) -> int:
     return main([*words, "--sequence-length", "32", "--temperatures", "1", "2", "--device", "cpu", *more])
 
 
+@pytest.mark.parametrize(("k", "kind", "slots"), [("4", "mixed", 10), ("0", "sampled", 6)])
+def test_build_with_draws(
+    k: str, kind: str, slots: int, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(world, tmp_path / "cache", "--k", k, "--samples", "6", "--json") == 0
+    built = json.loads(capsys.readouterr().out)
+    assert (built["kind"], built["k"], built["samples"]) == (kind, slots, 6)
+    assert CacheReader(tmp_path / "cache")[0].targets.weights is not None
+    assert build(world, tmp_path / "other", "--samples", "6", "--top-p", "0.9") == 2
+    assert "--samples: expected it without --top-p" in capsys.readouterr().err
+
+
 def test_build_info_and_verify(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cache"
     assert build(world, out, "--dry-run", "--json") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -69,7 +70,7 @@ def capture(
         writer: killed and resumed with the same batch size, a capture gives the same records bit for bit. With alignment
             `same`, rows without a label are left empty.
         top_p: kind `topp`: the fewest of the k likeliest ids whose probabilities sum to at least this at T = 1.
-        seed: of the draws of the kinds `sampled` and `mixed`; each group has its own generator.
+        seed: of the draws of the kinds `sampled` and `mixed`; the same document gets the same draws on every rank.
         pad_id: id that fills shorter documents and contexts.
         progress: called as progress(tokens_done, tokens_total), resumed tokens included.
 
@@ -94,9 +95,9 @@ def capture(
     try:
         for start in range(len(writer), len(examples), batch_size):
             group = examples[start : start + batch_size]
-            sampling = _sampling(settings, seed, start, device)
             for example, logits in zip(group, run(group, settings.vocab_size), strict=True):
                 kept = settings.k - settings.samples if settings.kind == "mixed" else 0 if settings.samples else settings.k
+                sampling = _sampling(settings, seed, example, device)
                 targets = topk_targets(logits[: len(example.input_ids)], kept, temperatures=settings.temperatures, **sampling)
                 if top_p is not None:
                     targets = nucleus(targets, top_p)
@@ -141,10 +142,14 @@ def _only(targets: TopKTargets, rows: Tensor) -> TopKTargets:
     )
 
 
-def _sampling(settings: Settings, seed: int, start: int, device: torch.device | str) -> dict[str, Any]:
+def _sampling(settings: Settings, seed: int, example: Example, device: torch.device | str) -> dict[str, Any]:
     if not settings.samples:
         return {}
-    generator = torch.Generator(device).manual_seed((seed << 32) + start)
+    # Seeded by what the document says: the same draws in one process, on any rank of several, and when resumed.
+    text = hashlib.blake2b(
+        example.input_ids.cpu().numpy().tobytes(), digest_size=7, salt=seed.to_bytes(8, "little", signed=True)
+    )
+    generator = torch.Generator(device).manual_seed(int.from_bytes(text.digest(), "little"))
     return {"samples": settings.samples, "sample_temperature": settings.sample_temperature, "generator": generator}
 
 

@@ -28,6 +28,10 @@ def add_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument("--separator", default="<|endoftext|>", help="token after each file, if the tokenizer has it")
     build.add_argument("--k", type=int, default=64, help="ids kept a token (default %(default)s)")
     build.add_argument("--top-p", type=float, help="keep only the fewest of them that hold this mass")
+    build.add_argument(
+        "--samples", type=int, default=0, help="ids drawn from the rest a token; --k 0 draws from the whole teacher"
+    )
+    build.add_argument("--sample-temperature", type=float, default=1.0, help="of the draws, one of --temperatures (default 1)")
     build.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="1 among them (default 1)")
     build.add_argument("--max-kl", type=float, default=5e-5, help="KL error allowed a token, nats (default %(default)s)")
     build.add_argument("--batch-size", type=int, default=8, help="records in one call of the teacher (default %(default)s)")
@@ -35,7 +39,7 @@ def add_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument("--max-gb", type=float, help="stop at this size, with what fits")
     build.add_argument("--rank", type=int, default=0, help="which part of the documents (then: kdfast cache merge OUT)")
     build.add_argument("--world", type=int, default=1, help="of how many parts captured side by side")
-    build.add_argument("--seed", type=int, default=0, help="of the masks (default %(default)s)")
+    build.add_argument("--seed", type=int, default=0, help="of the masks and the draws (default %(default)s)")
     build.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU when there is one)")
     build.add_argument(
         "--dry-run", action="store_true", help="capture one batch, print size and time of the whole, keep nothing"
@@ -62,12 +66,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     teacher = load_teacher(args.teacher, task).to(device)
     documents = _documents(args, task, tokenizer, teacher.config)
     settings = {
-        "vocab_size": _vocab_size(teacher, documents[0], device), "k": args.k, "temperatures": tuple(args.temperatures),
+        "vocab_size": _vocab_size(teacher, documents[0], device), **_entries(args), "temperatures": tuple(args.temperatures),
         "max_kl": args.max_kl, "teacher": weights_hash(Path(args.teacher)), "tokenizer_hash": file_hash(tokenizer_file),
-        "alignment": "same" if task == "masked" else "next", "kind": "topk" if args.top_p is None else "topp",
+        "alignment": "same" if task == "masked" else "next",
     }  # fmt: skip
     pad_id = getattr(teacher.config, "pad_token_id", None) or 0
-    options = {"batch_size": args.batch_size, "device": device, "top_p": args.top_p, "pad_id": pad_id}
+    options = {"batch_size": args.batch_size, "device": device, "top_p": args.top_p, "seed": args.seed, "pad_id": pad_id}
     if args.dry_run:
         return _dry_run(args, teacher, documents, settings, options)
     documents = list(share_of(documents, args.batch_size, args.rank, args.world))
@@ -80,6 +84,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ):
         capture(teacher, documents, writer, progress=lambda done, _: shown.update(done), **options)
     return {"path": str(out), "stopped_at_max_gb": writer.full, **CacheReader(out).info.as_json()}
+
+
+def _entries(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that say which entries a token keeps; a cache counts its slots, drawn ones among them, as k."""
+    if args.samples < 0 or args.k < 0:
+        raise ValueError(f"--k, --samples: expected numbers >= 0, got {args.k} and {args.samples}")
+    if args.samples == 0:
+        return {"k": args.k, "kind": "topk" if args.top_p is None else "topp"}
+    if args.top_p is not None:
+        raise ValueError(
+            "--samples: expected it without --top-p (drawn entries come on top of a fixed number of likeliest ids)"
+        )
+    kind = "mixed" if args.k else "sampled"
+    return {"k": args.k + args.samples, "kind": kind, "samples": args.samples, "sample_temperature": args.sample_temperature}
 
 
 def task_of(folder: Path, asked: str) -> str:
