@@ -90,7 +90,7 @@ def measure(ops: Sequence[str], quick: bool, device: str) -> tuple[list[list[Row
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a device torch can see, got cuda (no GPU is visible); use --device cpu")
     jobs = [job for op in ops or OPS for job in OPS[op](quick, device)]
-    settings = Settings(repeats=9, warmup=1, budget_s=5.0 if quick else 30.0, device=device)
+    settings = Settings(repeats=61, warmup=3, budget_s=6.0 if quick else 30.0, device=device)
     cases = []
     with bar("bench", len(jobs), "cases") as progress:
         limits = measure_limits(device, copy=True, gemm=torch.float32)
