@@ -37,9 +37,13 @@ def run(args: argparse.Namespace) -> int:
 def _suite() -> ModuleType:
     """The benchmarks: `kdfast.bench` in an installation, the folder `bench` beside the package in a checkout."""
     for name in ("kdfast.bench", "bench"):
-        if importlib.util.find_spec(name) is not None:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
             return importlib.import_module(f"{name}.suite")
-    raise ImportError("bench: the benchmarks are not installed; pip install 'kdfast[bench]' or run in the source tree")
+        except ModuleNotFoundError as error:
+            raise ImportError(f"it needs {error.name}: pip install 'kdfast[bench]'") from None
+    raise ImportError("the benchmarks are not here: pip install 'kdfast[bench]', or run it in the source tree")
 
 
 def _positive(text: str) -> int:
