@@ -42,7 +42,7 @@ def _suite() -> ModuleType:
         try:
             return importlib.import_module(f"{name}.suite")
         except ModuleNotFoundError as error:
-            raise ImportError(f"it needs {error.name}: pip install 'kdfast[bench]'") from None
+            raise ImportError(f"it needs {(error.name or '?').partition('.')[0]}: pip install 'kdfast[bench]'") from None
     raise ImportError("the benchmarks are not here: pip install 'kdfast[bench]', or run it in the source tree")
 
 
