@@ -7,6 +7,7 @@ import pytest
 import torch
 from against_reference import DTYPES, DTYPES_AND_T, WEIGHTS, batch, compare, truth
 
+import kdfast
 from kdfast.backends.triton import logits, scale
 from kdfast.options import PARTS, RowOptions
 
@@ -197,3 +198,14 @@ def test_scale_of_a_strided_gradient(device: str) -> None:
     expected = wide[:, :7] * 3
     scale.scale_(wide[:, :7], torch.tensor(3.0, device=device))
     assert torch.equal(wide[:, :7], expected)
+
+
+def test_a_bad_row_is_named_when_values_are_checked(device: str) -> None:
+    student, teacher, labels, _ = batch(50, 50, torch.float32, device)
+    out_of_range, nan = labels.clone(), student.clone()
+    out_of_range[2], nan[1, 7] = 60, torch.nan
+    with kdfast.use_backend("triton"), kdfast.debug_checks():
+        with pytest.raises(ValueError, match="labels: row 2 has label 60, expected 0 <= label < 50"):
+            kdfast.kd_loss(student, teacher, out_of_range, hard_weight=0.5)
+        with pytest.raises(ValueError, match="student logits: row 1 holds NaN"):
+            kdfast.kd_loss(nan, teacher)
