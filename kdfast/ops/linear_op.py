@@ -62,11 +62,12 @@ def _linear(*args: Any) -> tuple[Tensor, ...]:
     if group and reduce_hidden and needs.hidden:
         parallel.all_reduce(outputs[2], group)
     if check:
-        vocab = w_s.shape[0] * parallel.size(group) if group else w_s.shape[0]
-        bad = rows.first_bad(outputs[0]) if targets else None
+        bad = rows.first_bad(outputs[0])
         if bad is not None:
-            tails.check_ids(targets, bad, vocab_size)
-        rows.check_rows(outputs[0], None, [], labels, vocab, options)
+            vocab = w_s.shape[0] * parallel.size(group) if group else w_s.shape[0]
+            if targets:
+                tails.check_ids(targets, bad, vocab_size)
+            rows.check_rows(outputs[0], None, [], labels, vocab, options)
     return tuple(outputs)
 
 

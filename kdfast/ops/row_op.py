@@ -83,7 +83,7 @@ class RowOp:
         bad = rows.first_bad(loss)
         if bad is not None:
             self.check_targets(targets, bad, extra)
-        rows.check_rows(loss, seen, targets if self.dense else [], labels, self.vocab(student, extra), options)
+            rows.check_rows(loss, seen, targets if self.dense else [], labels, self.vocab(student, extra), options)
         return loss, stats, parts
 
     def _forward(self, student: Tensor, targets: list[Tensor], labels: Any, scale: Tensor, *args: Any) -> tuple[Tensor, ...]:
