@@ -81,6 +81,21 @@ def check_capture(k: int, ties: bool) -> None:
         torch.testing.assert_close(getattr(split, name), getattr(whole, name), rtol=1e-5, atol=1e-5, msg=name)
 
 
+def check_drawn(k: int, samples: int, slices: int = 38) -> None:
+    logits, head = torch.randn(5, slices) * 3, Head(scale=0.5)
+    logits[0, 1:19] = -torch.inf  # a rank that has nearly nothing to draw
+    logits[0, 0] = -200
+    kw = {"temperatures": (1.0, 2.0), "samples": samples, "sample_temperature": 1.5, "head": head}
+    with use_backend("reference"):
+        whole = topk_targets(logits, k, generator=torch.Generator().manual_seed(5), **kw)
+    # Only the first rank's draws count.
+    own_seed = torch.Generator().manual_seed(5 + dist.get_rank())
+    split = topk_targets(own(logits), k, generator=own_seed, tp_group=dist.group.WORLD, **kw)
+    assert torch.equal(split.ids, whole.ids)
+    for name in ("logprobs", "log_z", "log_tail", "weights"):
+        torch.testing.assert_close(getattr(split, name), getattr(whole, name), rtol=1e-5, atol=1e-5, msg=name)
+
+
 def check_parts() -> None:
     student, teachers, labels = rows()
     targets = topk_targets(teachers[0], 5)
@@ -111,8 +126,6 @@ def check_errors() -> None:
     group, targets = dist.group.WORLD, topk_targets(torch.randn(4, 12), 3)
     with pytest.raises(ValueError, match=re.escape("tp_group: expected slices of at least 12 ids like the targets', got 10")):
         topk_kd_loss(torch.randn(4, 5), targets, tp_group=group)
-    with pytest.raises(ValueError, match="samples: expected 0 where the vocabulary is sliced"):
-        topk_targets(torch.randn(4, 5), 2, samples=3, tp_group=group)
     with pytest.raises(ValueError, match=re.escape("k: expected 0 < k <= 10 (the vocabulary of all ranks), got 11")):
         topk_targets(torch.randn(4, 5), 11, tp_group=group)
 
@@ -128,6 +141,8 @@ def cases() -> dict[str, Callable[[], None]]:
     found["topk-bf16"] = lambda: check_loss((38, 38), 1, torch.bfloat16, {})
     for k, ties in ((3, False), (9, True), (30, False), (38, False)):
         found[f"topk-capture-{k}"] = lambda k=k, ties=ties: check_capture(k, ties)
+    for k, samples in ((0, 6), (4, 12), (0, 50), (38, 3)):
+        found[f"topk-drawn-{k}-{samples}"] = lambda k=k, samples=samples: check_drawn(k, samples)
     found["topk-parts"] = check_parts
     found["topk-dtensor"] = check_dtensor
     found["topk-errors"] = check_errors

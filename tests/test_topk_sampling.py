@@ -63,6 +63,17 @@ def test_the_mean_gradient_is_the_full_gradient(k: int, sample_temperature: floa
     assert_unbiased(drawn, full_gradient(student, teacher, temperature))
 
 
+def test_stratified_draws_are_less_noisy_than_independent_ones() -> None:
+    """The same kernel with independent numbers in the place of one from each n-th."""
+    student, teacher = setting()
+    stratified = gradients(student, drawn_targets(teacher, 0, 12, 1.0), 1.0)
+    draws = torch.rand(DRAWS, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    outputs = torch.ops.kdfast.topk_capture(teacher.expand(DRAWS, -1), 0, (1.0, 2.0), draws, 1.0, 0.0, 1.0, "cpp")
+    independent = gradients(student, TopKTargets(*outputs[:4], (1.0, 2.0), VOCAB, outputs[4]), 1.0)
+    noise = [(g - g.mean(0)).square().sum().sqrt() for g in (stratified, independent)]
+    assert noise[0] < 0.9 * noise[1]
+
+
 def counts_as_targets(targets: TopKTargets, temperature: float) -> TopKTargets:
     """Targets c_i / n at every temperature, as if there were no weights to tempered probabilities."""
     p_t = (targets.logprobs / temperature - targets.log_z[..., [targets.column(temperature)]]).exp()

@@ -140,6 +140,70 @@ def merged_capture(
     return (ids.gather(1, kept).int(), *(v.to(logprobs.dtype) for v in values), weights), vocab
 
 
+def with_draws(
+    logits: Tensor, captured: Sequence[Tensor], k: int, temperatures: Sequence[float], draws: Tensor,
+    sample_temperature: float, head: Head, group: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The first k entries of a merged capture, and ids drawn from all others: the same as from the whole vocabulary.
+
+    Every rank draws with the first one's `draws` [N, n] and finds those that fall to its slice.
+    """
+    ids, logprobs, log_z, _, _ = captured
+    ids, dtype = ids[:, :k], logprobs.dtype
+    ranks = parallel.group_of(group)
+    begin, _ = _offset(logits.shape[1], logits, ranks)
+    draws = parallel.gather(draws, ranks)[0]
+    options = RowOptions(student_softcap=head.softcap or 0.0, student_scale=head.scale)
+    z = _through(logits.double(), options)
+    lse_1 = parallel.gather(z.logsumexp(-1), ranks).logsumexp(0)[:, None]
+    others = _without(z, ids, begin)
+    masses = parallel.gather((others / sample_temperature).logsumexp(-1), ranks)
+    total = masses.logsumexp(0)[:, None]
+    at, counts = _drawn_here(others / sample_temperature - total, masses.softmax(0), draws, dist.get_rank(ranks))
+    mine = torch.stack([at.double() + begin, counts, z.gather(1, at)])
+    drawn, counts, z_drawn = (x.transpose(0, 1).flatten(1) for x in parallel.gather(mine, ranks).unbind(1))
+    first = counts.sign().sort(dim=-1, descending=True, stable=True).indices[:, : draws.shape[1]]
+    drawn, counts, z_drawn = (x.gather(1, first) for x in (drawn, counts, z_drawn))
+    there = counts > 0
+    logp = torch.where(there, z_drawn - lse_1, -math.inf)
+    weights = counts / draws.shape[1] * (logp - torch.where(there, z_drawn / sample_temperature - total, 0)).exp()
+    all_ids = torch.cat([ids, torch.where(there, drawn, -1).int()], 1)
+    at_t = z.new_tensor(temperatures)
+    rest = torch.stack([(_without(z, all_ids, begin) / t).logsumexp(-1) for t in temperatures], -1)
+    tail = parallel.gather(rest, ranks).logsumexp(0) - (log_z.double() + lse_1 / at_t)
+    values = (
+        torch.cat([logprobs[:, :k].double(), logp], 1),
+        log_z,
+        tail,
+        torch.cat([logprobs[:, :k].double().exp(), weights], 1),
+    )
+    return all_ids, *(v.to(dtype) for v in values)
+
+
+def _without(z: Tensor, ids: Tensor, begin: int) -> Tensor:
+    """A slice of logits that starts at id `begin`, -inf at some ids of the whole vocabulary."""
+    local = ids.long() - begin
+    at = torch.where((ids >= 0) & (local >= 0) & (local < z.shape[1]), local, z.shape[1])
+    return torch.nn.functional.pad(z, (0, 1)).scatter(1, at, -math.inf)[:, :-1]
+
+
+def _drawn_here(log_r: Tensor, shares: Tensor, draws: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(n places of a slice, how often each was drawn), from its log-probabilities [N, W] and what ranks hold, [R, N]."""
+    ends = shares.cumsum(0)
+    begins, n = ends[rank] - shares[rank], draws.shape[1]
+    # Rounding must not push the last draw past the last rank, or the last id, that has any mass.
+    last = shares[rank + 1 :].sum(0) == 0
+    mine = (draws >= begins[:, None]) & ((draws < ends[rank][:, None]) | last[:, None]) & (shares[rank][:, None] > 0)
+    sums = log_r.exp().cumsum(-1)
+    place = torch.arange(log_r.shape[1], device=log_r.device)
+    end = torch.where(log_r > -math.inf, place, 0).amax(-1, keepdim=True)
+    drawn = torch.searchsorted(sums, draws - begins[:, None], right=True).minimum(end)
+    counts = torch.zeros_like(sums).scatter_add_(1, drawn, mine.double())
+    pad = (0, max(0, n - counts.shape[1]))
+    at = counts.sign().sort(dim=-1, descending=True, stable=True).indices[:, :n]
+    return torch.nn.functional.pad(at, pad), torch.nn.functional.pad(counts.gather(1, at), pad)
+
+
 def row_kernel(group: str, backend: str, vocab_size: int, spread: bool) -> Any:
     """`forward` over the slices of `group` with the arguments of that of `logits`."""
     kernel = slices(backend)

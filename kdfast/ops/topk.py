@@ -84,12 +84,18 @@ def check_capture(
 
 
 def uniform_draws(n: int, samples: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
-    """`[n, samples]` numbers from 0 to 1 that decide which ids are drawn; None without samples."""
+    """`[n, samples]` numbers in [0, 1) that decide which ids are drawn, ascending; None without samples.
+
+    One from each of `samples` equal parts: an id's draws have the mean of independent ones, any sum over ids a variance that is
+    no larger, and fewer draws meet in the same id.
+    """
     if samples == 0:
         return None
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device.type} like the logits, got {generator.device}")
-    return torch.rand(n, samples, dtype=torch.float64, device=device, generator=generator)
+    within = torch.rand(n, samples, dtype=torch.float64, device=device, generator=generator)
+    parts = torch.arange(samples, dtype=torch.float64, device=device)
+    return ((parts + within) / samples).clamp_(max=1 - 2.0**-53)
 
 
 def as_targets(outputs: Sequence[Tensor], lead: torch.Size, temperatures: tuple[float, ...], vocab: int) -> TopKTargets:
@@ -130,7 +136,8 @@ def topk_targets(
 
     and with samples = n > 0, of the distribution r that is 0 on the k and softmax(logits / sample_temperature) on the others:
 
-        drawn = torch.multinomial(r, n, replacement=True)
+        u = (torch.arange(n) + torch.rand(n)) / n           # one draw from each n-th of r: less noise than n independent ones
+        drawn = torch.searchsorted(r.cumsum(-1), u, right=True)
         ids += drawn.unique(), weights = count / n * p / r; weights of the k are p, their probability
 
     so that the targets weights * p_T / p (`topk_kd_loss(..., tail="none")`) have the teacher's tempered distribution as their
@@ -140,13 +147,13 @@ def topk_targets(
         logits: `[..., V]` float32, bfloat16, float16 (or float64, on the reference backend).
         k: entries to keep, 0 < k <= V; 0 is allowed where ids are drawn.
         temperatures: at which log_z and log_tail are captured; a loss can only use these.
-        samples: draws with replacement. Distinct ids take a slot each, in id order after the k; of the k + samples slots those
-            left over are empty (id -1).
+        samples: draws with replacement, stratified over r in id order. Distinct ids take a slot each, in id order after the k;
+            of the k + samples slots those left over are empty (id -1).
         sample_temperature: above 1 draws reach further into the tail, each with a smaller weight.
         generator: of the draws, on the device of `logits`; the same state gives the same ids with any number of threads.
         head: what lies between the logits given and the softmax.
-        tp_group: `logits` are a slice of the vocabulary, as in `kd_loss`; every rank gets the targets of the whole one. Not
-            with samples.
+        tp_group: `logits` are a slice of the vocabulary, as in `kd_loss`; every rank gets the targets of the whole one. Draws
+            are those of the group's first rank.
 
     Returns:
         `TopKTargets` with float32 values and leading dimensions as `logits`, the k entries sorted from likely to unlikely;
@@ -155,26 +162,29 @@ def topk_targets(
     Raises:
         ValueError: a shape, dtype or scalar is wrong, or (on a CPU, or under `debug_checks()`) a row holds NaN or +inf.
 
-    Source: random-sampling knowledge distillation, arXiv 2503.16870.
+    Source: random-sampling knowledge distillation, arXiv 2503.16870; its draws are independent.
     """
     shards = Shards(tp_group)
     logits = shards.slice("logits", logits, -1)
     rows.check_float("logits", logits)
     rows.check_vocab("logits", logits)
-    if shards.group and samples:
-        raise ValueError(
-            f"samples: expected 0 where the vocabulary is sliced over ranks, got {samples}; gather the logits first"
-        )
     vocab, lead = logits.shape[-1], logits.shape[:-1]
-    own = min(k, vocab) if shards.group else k
-    at = check_capture(vocab, own, temperatures, samples, sample_temperature)
+    at = check_capture(max(k, vocab) if shards.group else vocab, k, temperatures, samples, sample_temperature)
     softcap, scale = head_fields("", head).values()
     backend = dispatch.choose("topk", logits.device, logits.dtype)
     flat = rows.as_rows(logits)
     draws = uniform_draws(flat.shape[0], samples, generator, logits.device)
-    outputs = torch.ops.kdfast.topk_capture(flat, own, at, draws, float(sample_temperature), softcap, scale, backend)
-    if shards.group:
-        outputs, vocab = parallel_topk.merged_capture(flat, outputs, k, at, head, shards.group)
+
+    def capture(entries: int, draws: Tensor | None) -> tuple[Tensor, ...]:
+        options = float(sample_temperature), softcap, scale, backend
+        return torch.ops.kdfast.topk_capture(flat, entries, at, draws, *options)
+
+    if not shards.group:
+        return as_targets(capture(k, draws), lead, at, vocab)
+    most = max(k, 1)  # a rank's merged with the others', before anything is drawn
+    outputs, vocab = parallel_topk.merged_capture(flat, capture(min(most, vocab), None), most, at, head, shards.group)
+    if draws is not None:
+        outputs = parallel_topk.with_draws(flat, outputs, k, at, draws, float(sample_temperature), head, shards.group)
     return as_targets(outputs, lead, at, vocab)
 
 
