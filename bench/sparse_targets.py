@@ -2,9 +2,8 @@
 
     python -m bench sparse_targets --seeds 1,2,3 --csv bench/results/sparse-targets.csv --plot docs/figures/sparse-targets.png
 
-Text, tokenizer and teacher are the quickstart's with a larger vocabulary (Python's standard library, split by file). Every
-student sees the same sequences in the same order from the same initialisation, so a pair of students differs by its targets
-alone. Finished students are in the CSV; run again, it goes on with the others.
+Every kind of targets is captured once to a real cache, which the students of all seeds read. Finished students are in the CSV;
+run again, it goes on with the others, and several processes may share the work (`--seeds 1` beside `--seeds 2`).
 """
 
 from __future__ import annotations
@@ -12,61 +11,34 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import fcntl
 import math
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-import kdfast
-from kdfast.cache import CacheReader, CacheWriter
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
-from kdfast.cli.quickstart_job import Corpus, Job, Plan
-from kdfast.train.models import build_student, load_folder
-from kdfast.train.recipe import Model
 
 from .contest import positive
-
-_BINS = 15
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a student's targets come about: k likeliest ids, `samples` draws, and what stands for all others.
-
-    k = samples = 0: the whole teacher, or hard labels without a teacher.
-    """
-
-    name: str
-    k: int = 0
-    samples: int = 0
-    tail: str = "ghost"
-
-    @property
-    def sparse(self) -> bool:
-        return self.k + self.samples > 0
-
+from .sparse_study import HARD, WHOLE, Method, Study
 
 METHODS = (
-    Method("hard labels"),
-    Method("whole teacher"),
-    *(Method(f"top {k}", k) for k in (4, 12, 24, 50, 64, 300)),
+    WHOLE,
+    HARD,
+    Method("top 8 and 16 drawn", 8, 16, "none", max_kl=1e-3),
+    Method("top 24", 24),
+    *(Method(f"top {k}", k) for k in (4, 12, 50, 64, 300)),
     *(Method(f"top {k}, renormalised", k, tail="renormalize") for k in (12, 50)),
     *(Method(f"{n} drawn", 0, n, "none") for n in (12, 50)),
-    *(Method(f"top {k} and {n} drawn", k, n, "none") for k, n in ((8, 12), (12, 24))),
+    Method("top 12 and 50 drawn", 12, 50, "none"),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """One student. bytes: a token's in a cache, all in; ppl, ece on held-out files; steps of 8 x 128 tokens.
+    """One student. bytes: a token's in the cache, all in; ppl, ece on held-out files; tokens: what it was trained on.
 
     bias, noise: ||E[g] - g_full|| / ||g_full|| of the gradient of the last hidden states of a student that has learned from the
     whole teacher, and the same of one draw around its mean; NaN for the methods that have no targets.
@@ -75,6 +47,7 @@ class Result:
     method: str
     seed: int
     steps: int
+    tokens: int
     bytes: float = math.nan
     ppl: float = math.nan
     ece: float = math.nan
@@ -82,146 +55,26 @@ class Result:
     noise: float = math.nan
 
 
-@dataclass(frozen=True)
-class Side:
-    """A model that ends in a head without bias."""
-
-    body: nn.Module
-    weight: Tensor
-
-    @classmethod
-    def of(cls, model: Any) -> Side:
-        return cls(model.model, model.lm_head.weight)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        return self.body(input_ids=ids, use_cache=False).last_hidden_state
-
-
-class Study:
-    """The quickstart's data and teacher, and the teacher's last hidden states on what students see."""
-
-    def __init__(self, out: Path, steps: int, teacher_steps: int) -> None:
-        plan = dataclasses.replace(Plan(), vocab_size=16384, teacher_steps=teacher_steps, student_steps=steps)
-        self.plan, self.steps = plan, steps
-        self.job = Job(out, plan, [1], bar, lambda line: print(line, file=sys.stderr))
-        self.job.prepare(fresh=False)
-        self.corpus: Corpus = self.job.corpus()
-        self.teacher = Side.of(load_folder(self.job.teacher(self.corpus).model, "teacher").eval().requires_grad_(False))
-        self.ids = self.job.students_data(self.corpus, steps).ids.long()
-        self.states = self._states()
-
-    @torch.no_grad()
-    def _states(self) -> Tensor:
-        with bar("teacher", len(self.ids), "sequences") as shown:
-            parts = []
-            for begin in range(0, len(self.ids), 32):
-                parts.append(self.teacher.hidden(self.ids[begin : begin + 32]))
-                shown.update(begin + len(parts[-1]))
-        return torch.cat(parts)
-
-    def targets(self, method: Method, states: Tensor, seed: int) -> kdfast.TopKTargets:
-        draws = torch.Generator().manual_seed(seed)
-        return kdfast.linear_topk_targets(
-            states, self.teacher.weight, method.k, samples=method.samples, generator=draws if method.samples else None
-        )
-
-    def loss(self, method: Method, student: Side, hidden: Tensor, rows: slice, seed: int) -> Tensor:
-        states, ids = self.states[rows], self.ids[rows]
-        if method.sparse:
-            targets = self.targets(method, states, seed)
-            return kdfast.linear_topk_kd_loss(hidden, student.weight, targets, tail=method.tail)
-        if method.name == "whole teacher":
-            return kdfast.linear_kd_loss(hidden, student.weight, states, self.teacher.weight)
-        return F.cross_entropy((hidden[:, :-1] @ student.weight.T).flatten(0, 1), ids[:, 1:].flatten())
-
-    def train(self, method: Method, seed: int, advance: Callable[[int], None]) -> nn.Module:
-        """A student after all steps: AdamW, linear warm-up, cosine to a twentieth."""
-        torch.manual_seed(seed)
-        model = build_student(Model(model_type="llama", config=self.plan.student), self.plan.vocab_size)
-        student, size = Side.of(model), self.plan.batch_size
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.plan.student_lr, betas=(0.9, 0.95), weight_decay=0.01)
-        warm = max(self.steps // 15, 1)
-
-        def rate(step: int) -> float:
-            return min((step + 1) / warm, 0.05 + 0.95 * (1 + math.cos(math.pi * step / self.steps)) / 2)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        for step in range(self.steps):
-            rows = slice(step * size, (step + 1) * size)
-            optimizer.zero_grad(set_to_none=True)
-            self.loss(method, student, student.hidden(self.ids[rows]), rows, seed * 1_000_003 + step).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            advance(step + 1)
-        return model.eval()
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> tuple[float, float]:
-        """(perplexity, expected calibration error of the top-1 probability) on the held-out files."""
-        side, nll, count = Side.of(model), 0.0, 0
-        bins = torch.zeros(_BINS, 3, dtype=torch.float64)  # tokens, confidence, hits
-        for ids in self.corpus.test.ids.long().split(16):
-            logp = (side.hidden(ids)[:, :-1] @ side.weight.T).log_softmax(-1).flatten(0, 1)
-            labels = ids[:, 1:].flatten()
-            nll -= float(logp.gather(1, labels[:, None]).double().sum())
-            count += len(labels)
-            best, at = logp.max(-1)
-            confidence = best.exp().double()
-            index = (confidence * _BINS).long().clamp(max=_BINS - 1)
-            facts = torch.stack([torch.ones_like(confidence), confidence, (at == labels).double()], 1)
-            bins.index_add_(0, index, facts)
-        return math.exp(nll / count), float((bins[:, 1] - bins[:, 2]).abs().sum() / count)
-
-    def bias(self, method: Method, model: nn.Module, draws: int = 32) -> tuple[float, float]:
-        """(bias, noise) of the gradient at a student that has learned from the whole teacher."""
-        rows, side = slice(0, self.plan.batch_size), Side.of(model)
-
-        def gradient(which: Method, seed: int) -> Tensor:
-            hidden = side.hidden(self.ids[rows]).detach().requires_grad_()
-            return torch.autograd.grad(self.loss(which, side, hidden, rows, seed), hidden)[0].double()
-
-        full = gradient(METHODS[1], 0)
-        found = torch.stack([gradient(method, seed) for seed in range(draws if method.samples else 1)])
-        mean = found.mean(0)
-        return float((mean - full).norm() / full.norm()), float((found[0] - mean).norm() / full.norm())
-
-    def bytes_a_token(self, method: Method) -> float:
-        """Of a cache of 32 sequences with these targets, all in."""
-        with tempfile.TemporaryDirectory() as folder:
-            kind = "topk" if not method.samples else "mixed" if method.k else "sampled"
-            with CacheWriter(
-                Path(folder) / "cache", vocab_size=self.plan.vocab_size, k=method.k + method.samples, teacher="teacher",
-                tokenizer_hash="tokenizer", kind=kind, samples=method.samples,
-            ) as writer:  # fmt: skip
-                for i in range(32):
-                    writer.add(self.ids[i], self.targets(method, self.states[i], i))
-            return CacheReader(Path(folder) / "cache").info.bytes_per_token
-
-
 def run(study: Study, methods: Sequence[Method], seeds: Sequence[int], path: Path | None) -> list[Result]:
     """Every student that is not in the file yet; the file is rewritten after each."""
-    results = read(path) if path is not None and path.exists() else []
+    study.capture(methods)
+    results = read(path) if path is not None else []
     done = {(r.method, r.seed) for r in results if r.steps == study.steps}
-    learned: nn.Module | None = None  # from the whole teacher: where biases are measured
     for seed in seeds:
         for method in methods:
-            if (method.name, seed) in done and not (method.name == METHODS[1].name and learned is None):
+            if (method.name, seed) in done:
                 continue
             with bar(f"{method.name}, seed {seed}", study.steps, "steps") as shown:
                 model = study.train(method, seed, shown.update)
-            if method.name == METHODS[1].name and learned is None:
-                learned = model
-            if (method.name, seed) in done:
-                continue
-            result = Result(method.name, seed, study.steps, math.nan, *study.evaluate(model))
+            if method == WHOLE and seed == seeds[0]:
+                study.keep(model)
+            result = Result(method.name, seed, study.steps, study.ids.numel(), math.nan, *study.evaluate(model))
             if method.sparse:
-                bias = study.bias(method, learned if learned is not None else model)
-                result = dataclasses.replace(result, bytes=study.bytes_a_token(method), bias=bias[0], noise=bias[1])
-            results.append(result)
+                bias, noise = study.bias(method)
+                size = study.reader(method).info.bytes_per_token
+                result = dataclasses.replace(result, bytes=size, bias=bias, noise=noise)
             print(line(result), flush=True)
-            if path is not None:
-                write(results, path)
+            results = record(result, path) if path is not None else [*results, result]
     return results
 
 
@@ -232,25 +85,60 @@ def line(r: Result) -> str:
     )
 
 
-def write(results: Sequence[Result], path: Path) -> None:
-    """As CSV, by way of a temporary name."""
+def record(result: Result, path: Path) -> list[Result]:
+    """The file's results with one more, of several processes one at a time; written by way of a temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Result)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(r) for r in results)
-    part.replace(path)
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = [*read(path), result]
+        part = path.with_name(path.name + ".part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Result)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(dataclasses.asdict(r) for r in results)
+        part.replace(path)
+    return results
 
 
 def read(path: Path) -> list[Result]:
-    """What `write` wrote."""
+    """What `record` wrote; nothing where there is no file."""
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return [
-            Result(row["method"], int(row["seed"]), int(row["steps"]),
+            Result(row["method"], *(int(row[name]) for name in ("seed", "steps", "tokens")),
                    *(float(row[name]) for name in ("bytes", "ppl", "ece", "bias", "noise")))
             for row in csv.DictReader(file)
         ]  # fmt: skip
+
+
+def table(results: Sequence[Result]) -> str:
+    """Means and spreads over the seeds, as Markdown; perplexities against the whole teacher's students of the same seeds."""
+    lines = ["| targets | bytes a token | seeds | perplexity | of the whole teacher's | ECE | bias | noise |", "|---" * 8 + "|"]
+    whole = {r.seed: r.ppl for r in results if r.method == WHOLE.name}
+    for method in METHODS:
+        mine = [r for r in results if r.method == method.name]
+        if not mine:
+            continue
+        ppl, ece = [r.ppl for r in mine], statistics.fmean(r.ece for r in mine)
+        paired = [r.ppl / whole[r.seed] - 1 for r in mine if r.seed in whole]
+        first = mine[0]
+        cells = (
+            method.name,
+            _cell(first.bytes, ".1f"),
+            len(mine),
+            f"{statistics.fmean(ppl):.2f} ({min(ppl):.2f} to {max(ppl):.2f})",
+            f"{statistics.fmean(paired):+.2%}" if paired else "",
+            f"{ece:.2%}",
+            _cell(first.bias, ".2f"),
+            _cell(first.noise, ".2f"),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(x: float, form: str) -> str:
+    return "" if math.isnan(x) else format(x, form)
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -271,7 +159,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 continue
             mean, spread = sum(values) / len(values), (min(values), max(values))
             if not method.sparse:
-                colour = "#333333" if method == METHODS[1] else "#b9b9b9"
+                colour = "#333333" if method == WHOLE else "#b9b9b9"
                 axis.axhspan(*spread, color=colour, alpha=0.15)
                 axis.axhline(mean, color=colour, linewidth=1, label=method.name)
                 continue
@@ -297,15 +185,18 @@ def main(argv: list[str]) -> int:
     p.add_argument(
         "--out", type=Path, default=Path("runs/sparse-targets"), help="tokenizer, text and teacher (default %(default)s)"
     )
-    p.add_argument("--steps", type=positive, default=300, help="steps of a student (default 300)")
-    p.add_argument("--teacher-steps", type=positive, default=450, help="steps of the teacher (default 450)")
+    p.add_argument("--steps", type=positive, default=800, help="steps of a student (default 800)")
+    p.add_argument("--batch-size", type=positive, default=16, help="sequences of 128 tokens a step (default 16)")
+    p.add_argument("--teacher-steps", type=positive, default=1800, help="steps of the teacher (default 1800)")
     p.add_argument("--seeds", type=read_seeds, default=[1], help="comma-separated (default 1)")
     p.add_argument("--method", action="append", choices=[m.name for m in METHODS], help="may be repeated (default all)")
     p.add_argument("--csv", metavar="FILE", type=Path, help="write every student to FILE; students in it are not trained again")
     p.add_argument("--plot", metavar="FILE", type=Path, help="draw what there is (PNG)")
     args = p.parse_args(argv)
     methods = [m for m in METHODS if args.method is None or m.name in args.method]
-    results = run(Study(args.out, args.steps, args.teacher_steps), methods, args.seeds, args.csv)
+    study = Study(args.out, args.steps, args.batch_size, args.teacher_steps)
+    results = run(study, methods, args.seeds, args.csv)
+    print(table(results))
     if args.plot:
         draw(results, args.plot)
     return 0
