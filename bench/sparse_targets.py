@@ -27,7 +27,7 @@ from .sparse_study import HARD, WHOLE, Method, Study
 METHODS = (
     WHOLE,
     HARD,
-    Method("top 8 and 16 drawn", 8, 16, "none", max_kl=1e-3),
+    Method("top 4 and 22 drawn", 4, 22, "none", max_kl=1e-3),
     Method("top 24", 24),
     *(Method(f"top {k}", k) for k in (4, 12, 50, 64, 300)),
     *(Method(f"top {k}, renormalised", k, tail="renormalize") for k in (12, 50)),

@@ -11,7 +11,7 @@ using codec::Status;
 
 constexpr double kMassSlack = 1e-2;  // how far entries and tail may be from 1: half-precision teachers, not mistakes
 constexpr int kTrials = 4;           // steps of the search that aim at max_kl; the ones after it only refine
-constexpr double kDrawnLevel = 8;    // level of the least likely drawn entry, at least
+constexpr double kDrawnLevel = 8;    // level of the least likely drawn entry, at least, where its p matters
 constexpr std::int64_t kSortByRank = 160;
 
 typedef std::uint8_t* Bytes;
@@ -257,12 +257,13 @@ double RowEncoder::kl_at(const RowsIn& row, float levels_per_unit, float cap) {
     return worst;
 }
 
-// Weights of drawn entries are made of ratios of p, which take a relative precision whatever p is.
+// At a temperature other than that of the draws a drawn entry's target is a power of its p, which takes a relative precision
+// whatever p is. Drawn at 1 and used at 1, p cancels from its weight.
 double RowEncoder::coarsest() const {
     double rarest = 1;
     for (std::int64_t i = 0; i < n_; ++i)
         if (draws_[i] && root_[i] < rarest) rarest = root_[i];
-    const double least = layout_.samples ? kDrawnLevel / rarest : 1;
+    const double least = layout_.samples && layout_.n_t > 1 ? kDrawnLevel / rarest : 1;
     return least < codec::kMaxLevel ? least : codec::kMaxLevel;
 }
 

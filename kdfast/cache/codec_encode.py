@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _MASS_SLACK = 1e-2  # how far entries and tail may be from 1: half-precision teachers, not mistakes
 _TRIALS = 4
-_DRAWN_LEVEL = 8.0  # level of the least likely drawn entry, at least
+_DRAWN_LEVEL = 8.0  # level of the least likely drawn entry, at least, where its p matters
 
 
 class _Row:
@@ -83,8 +83,9 @@ class _Row:
         # A uniform error of one level in sqrt(p) costs about 1 / (6 scale^2) an entry: KL falls as scale^-2, with noise.
         scale, trial = math.sqrt((len(root) + 1) / (6 * max_kl)), 0
         least = 1.0
-        if self.draws is not None:
-            # Weights of drawn entries are made of ratios of p, which take a relative precision whatever p is.
+        if self.draws is not None and len(self.layout.temperatures) > 1:
+            # At a temperature other than that of the draws a drawn entry's target is a power of its p, which takes a relative
+            # precision whatever p is. Drawn at 1 and used at 1, p cancels from its weight.
             least = min(_DRAWN_LEVEL / min(root[self.draws > 0].min(initial=1.0), 1.0), float(MAX_LEVEL))
         while True:
             scale = min(max(scale, least), MAX_LEVEL + 1.0)
