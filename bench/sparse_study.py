@@ -6,10 +6,12 @@ student sees the same sequences in the same order from the same initialisation, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ _BINS = 15
 class Method:
     """How a student's targets come about: k likeliest ids, `samples` draws, and what stands for all others.
 
-    k = samples = 0: the whole teacher, or hard labels without a teacher. max_kl: the cache's rounding, nats.
+    k = samples = 0: the whole teacher, or hard labels without a teacher. max_kl: the cache's rounding, nats. epochs: how often
+    the student sees the sequences.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Method:
     samples: int = 0
     tail: str = "ghost"
     max_kl: float = 5e-5
+    epochs: int = 1
 
     @property
     def sparse(self) -> bool:
@@ -56,6 +60,15 @@ class Method:
     def settings(self) -> dict[str, Any]:
         kind = "topk" if not self.samples else "mixed" if self.k else "sampled"
         return {"k": self.k + self.samples, "kind": kind, "samples": self.samples, "max_kl": self.max_kl}
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Processes that share a study do this one at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 HARD, WHOLE = Method("hard labels"), Method("whole teacher")
@@ -80,28 +93,36 @@ class Study:
     """The data, the teacher, its last hidden states on what students see, and its caches; all of it is kept in `out`."""
 
     def __init__(self, out: Path, steps: int, batch_size: int, teacher_steps: int) -> None:
-        self.out, self.steps = out, steps
+        self.out = out = out.absolute()
+        self.steps = steps
         self.plan, self.batch_size = dataclasses.replace(Plan(), vocab_size=VOCAB, teacher_steps=teacher_steps), batch_size
         job = Job(out, self.plan, [1], bar, lambda line: print(line, file=sys.stderr))
-        job.prepare(fresh=False)
-        self.corpus: Corpus = job.corpus()
-        self.teacher = Side.of(load_folder(job.teacher(self.corpus).model, "teacher").eval().requires_grad_(False))
-        ids = job.students_data(self.corpus, len(self.corpus.train)).ids.long()
-        self.ids = ids[torch.arange(steps * batch_size) % len(ids)]  # a further epoch where there are not enough
-        self.states = self._states(len(ids))
+        with locked(out):
+            job.prepare(fresh=False)
+            self.corpus: Corpus = job.corpus()
+            self.teacher = Side.of(load_folder(job.teacher(self.corpus).model, "teacher").eval().requires_grad_(False))
+        self.ids = job.students_data(self.corpus, len(self.corpus.train)).ids.long()[: steps * batch_size]
+        with locked(out):
+            self.states = self._states()
 
     @torch.no_grad()
-    def _states(self, count: int) -> Tensor:
+    def _states(self) -> Tensor:
+        count = len(self.ids)
         file = self.out / "states.safetensors"
         if not file.is_file():
             parts = []
             with bar("teacher", count, "sequences") as shown:
-                for some in self.ids[:count].split(32):
+                for some in self.ids.split(32):
                     parts.append(self.teacher.hidden(some))
                     shown.update(32 * len(parts))
             save_file({"states": torch.cat(parts)}, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
-        return load_file(file)["states"]
+        states = load_file(file)["states"]
+        if len(states) < count:
+            raise ValueError(
+                f"--steps, --batch-size: {self.out} holds a study of {len(states)} sequences, asked for {count}; give another --out"
+            )
+        return states[:count]
 
     def capture(self, methods: Sequence[Method]) -> None:
         """The caches that are not there yet, all from one pass over the teacher's logits."""
@@ -119,9 +140,8 @@ class Study:
             )
             for name, m in missing.items()
         }
-        count = min(len(self.states), len(self.ids))
-        with torch.no_grad(), bar("capture", count, "sequences") as shown:
-            for start in range(0, count, 8):
+        with torch.no_grad(), bar("capture", len(self.ids), "sequences") as shown:
+            for start in range(0, len(self.ids), 8):
                 logits = self.states[start : start + 8] @ self.teacher.weight.T
                 for name, method in missing.items():
                     targets = self._targets(logits, method, start)
@@ -146,7 +166,8 @@ class Study:
 
     def loss(self, method: Method, reader: CacheReader | None, student: Side, rows: Sequence[int]) -> Tensor:
         """The loss of a student on some of the sequences, as all the steps have it."""
-        ids, at = self.ids[rows], torch.as_tensor(rows) % len(self.states)
+        at = torch.as_tensor(rows) % len(self.ids)
+        ids = self.ids[at]
         hidden = student.hidden(ids)
         if reader is not None:
             return kdfast.linear_topk_kd_loss(hidden, student.weight, reader.batch(at).targets, tail=method.tail)
@@ -161,13 +182,14 @@ class Study:
         student, size = Side.of(model), self.batch_size
         reader = self.reader(method) if method.sparse else None
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.plan.student_lr, betas=(0.9, 0.95), weight_decay=0.01)
-        warm = max(self.steps // 15, 1)
+        steps = self.steps * method.epochs
+        warm = max(steps // 15, 1)
 
         def rate(step: int) -> float:
-            return min((step + 1) / warm, 0.05 + 0.95 * (1 + math.cos(math.pi * step / self.steps)) / 2)
+            return min((step + 1) / warm, 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        for step in range(self.steps):
+        for step in range(steps):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = self.loss(method, reader, student, range(step * size, (step + 1) * size))

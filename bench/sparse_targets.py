@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import fcntl
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,11 +21,12 @@ from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
 
 from .contest import positive
-from .sparse_study import HARD, WHOLE, Method, Study
+from .sparse_study import HARD, WHOLE, Method, Study, locked
 
 METHODS = (
     WHOLE,
     HARD,
+    Method("hard labels, three epochs", epochs=3),
     Method("top 4 and 22 drawn", 4, 22, "none", max_kl=1e-3),
     Method("top 24", 24),
     *(Method(f"top {k}", k) for k in (4, 12, 50, 64, 300)),
@@ -57,18 +57,19 @@ class Result:
 
 def run(study: Study, methods: Sequence[Method], seeds: Sequence[int], path: Path | None) -> list[Result]:
     """Every student that is not in the file yet; the file is rewritten after each."""
-    study.capture(methods)
+    with locked(study.out):
+        study.capture(methods)
     results = read(path) if path is not None else []
     done = {(r.method, r.seed) for r in results if r.steps == study.steps}
     for seed in seeds:
         for method in methods:
             if (method.name, seed) in done:
                 continue
-            with bar(f"{method.name}, seed {seed}", study.steps, "steps") as shown:
+            with bar(f"{method.name}, seed {seed}", study.steps * method.epochs, "steps") as shown:
                 model = study.train(method, seed, shown.update)
             if method == WHOLE and seed == seeds[0]:
                 study.keep(model)
-            result = Result(method.name, seed, study.steps, study.ids.numel(), math.nan, *study.evaluate(model))
+            result = Result(method.name, seed, study.steps, study.ids.numel() * method.epochs, math.nan, *study.evaluate(model))
             if method.sparse:
                 bias, noise = study.bias(method)
                 size = study.reader(method).info.bytes_per_token
@@ -87,9 +88,7 @@ def line(r: Result) -> str:
 
 def record(result: Result, path: Path) -> list[Result]:
     """The file's results with one more, of several processes one at a time; written by way of a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path):
         results = [*read(path), result]
         part = path.with_name(path.name + ".part")
         with part.open("w", newline="") as file:
@@ -159,7 +158,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 continue
             mean, spread = sum(values) / len(values), (min(values), max(values))
             if not method.sparse:
-                colour = "#333333" if method == WHOLE else "#b9b9b9"
+                colour = "#333333" if method == WHOLE else "#b9b9b9" if method == HARD else "#d9b38c"
                 axis.axhspan(*spread, color=colour, alpha=0.15)
                 axis.axhline(mean, color=colour, linewidth=1, label=method.name)
                 continue
