@@ -120,7 +120,8 @@ class Study:
         states = load_file(file)["states"]
         if len(states) < count:
             raise ValueError(
-                f"--steps, --batch-size: {self.out} holds a study of {len(states)} sequences, asked for {count}; give another --out"
+                f"--steps, --batch-size: {self.out} holds a study of {len(states)} sequences, asked for {count};"
+                " give another --out"
             )
         return states[:count]
 
