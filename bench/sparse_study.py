@@ -174,7 +174,15 @@ class Study:
             return kdfast.linear_topk_kd_loss(hidden, student.weight, reader.batch(at).targets, tail=method.tail)
         if method == WHOLE:
             return kdfast.linear_kd_loss(hidden, student.weight, self.states[at], self.teacher.weight)
-        return F.cross_entropy(F.linear(hidden[:, :-1], student.weight).float().flatten(0, 1), ids[:, 1:].flatten())
+        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+        silent = self.silent(labels.shape)
+        return kdfast.linear_topk_kd_loss(hidden, student.weight, silent, labels, soft_weight=0.0, hard_weight=1.0)
+
+    @staticmethod
+    def silent(lead: torch.Size) -> kdfast.TopKTargets:
+        """Targets of a teacher that says nothing, so that hard labels go the way of everything else."""
+        none = torch.full((*lead, 1), -1, dtype=torch.int32), torch.full((*lead, 1), -torch.inf)
+        return kdfast.TopKTargets(*none, torch.zeros(*lead, 1), torch.zeros(*lead, 1), (1.0,), VOCAB)
 
     def train(self, method: Method, seed: int, advance: Callable[[int], None]) -> nn.Module:
         """A student after all steps: AdamW, linear warm-up, cosine to a twentieth; bfloat16 products, float32 logits."""

@@ -26,7 +26,7 @@ from .sparse_study import HARD, WHOLE, Method, Study, locked
 METHODS = (
     WHOLE,
     HARD,
-    Method("hard labels, three epochs", epochs=3),
+    Method("hard labels, two epochs", epochs=2),
     Method("top 4 and 22 drawn", 4, 22, "none", max_kl=1e-3),
     Method("top 24", 24),
     *(Method(f"top {k}", k) for k in (4, 12, 50, 64, 300)),
