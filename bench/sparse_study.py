@@ -36,14 +36,15 @@ _BINS = 15
 class Method:
     """How a student's targets come about: k likeliest ids, `samples` draws, and what stands for all others.
 
-    k = samples = 0: the whole teacher, or hard labels without a teacher. max_kl: the cache's rounding, nats. epochs: how often
-    the student sees the sequences.
+    k = samples = 0: the whole teacher. hard: weight of the labels, the rest being the teacher's. max_kl: the cache's rounding,
+    nats. epochs: how often the student sees the sequences.
     """
 
     name: str
     k: int = 0
     samples: int = 0
     tail: str = "ghost"
+    hard: float = 0.0
     max_kl: float = 5e-5
     epochs: int = 1
 
@@ -71,7 +72,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-HARD, WHOLE = Method("hard labels"), Method("whole teacher")
+HARD, WHOLE = Method("hard labels", hard=1.0), Method("whole teacher")
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,12 @@ class Study:
         at = torch.as_tensor(rows) % len(self.ids)
         ids = self.ids[at]
         hidden = student.hidden(ids)
-        if reader is not None:
-            return kdfast.linear_topk_kd_loss(hidden, student.weight, reader.batch(at).targets, tail=method.tail)
-        if method == WHOLE:
-            return kdfast.linear_kd_loss(hidden, student.weight, self.states[at], self.teacher.weight)
-        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-        silent = self.silent(labels.shape)
-        return kdfast.linear_topk_kd_loss(hidden, student.weight, silent, labels, soft_weight=0.0, hard_weight=1.0)
+        labels = F.pad(ids[:, 1:], (0, 1), value=-100) if method.hard else None
+        weights = {"soft_weight": 1 - method.hard, "hard_weight": method.hard}
+        if reader is None and method.hard < 1:
+            return kdfast.linear_kd_loss(hidden, student.weight, self.states[at], self.teacher.weight, labels, **weights)
+        targets = self.silent(ids.shape) if reader is None else reader.batch(at).targets
+        return kdfast.linear_topk_kd_loss(hidden, student.weight, targets, labels, tail=method.tail, **weights)
 
     @staticmethod
     def silent(lead: torch.Size) -> kdfast.TopKTargets:

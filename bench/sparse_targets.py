@@ -26,7 +26,10 @@ from .sparse_study import HARD, WHOLE, Method, Study, locked
 METHODS = (
     WHOLE,
     HARD,
-    Method("hard labels, two epochs", epochs=2),
+    Method("hard labels, two epochs", hard=1.0, epochs=2),
+    Method("half labels, half whole teacher", hard=0.5),
+    Method("half labels, half top 1 and 32 drawn", 1, 32, "none", hard=0.5, max_kl=1e-3),
+    Method("half labels, half top 24", 24, hard=0.5),
     Method("top 4 and 22 drawn", 4, 22, "none", max_kl=1e-3),
     Method("top 24", 24),
     *(Method(f"top {k}", k) for k in (4, 12, 50, 64, 300)),
@@ -81,7 +84,7 @@ def run(study: Study, methods: Sequence[Method], seeds: Sequence[int], path: Pat
 
 def line(r: Result) -> str:
     return (
-        f"{r.method:<24} seed {r.seed}  {r.bytes:6.1f} bytes  ppl {r.ppl:8.2f}  ECE {r.ece:6.2%}"
+        f"{r.method:<36} seed {r.seed}  {r.bytes:6.1f} bytes  ppl {r.ppl:8.2f}  ECE {r.ece:6.2%}"
         f"  bias {r.bias:.3f}  noise {r.noise:.3f}"
     )
 
@@ -114,8 +117,9 @@ def read(path: Path) -> list[Result]:
 def table(results: Sequence[Result]) -> str:
     """Means and spreads over the seeds, as Markdown; perplexities against the whole teacher's students of the same seeds."""
     lines = ["| targets | bytes a token | seeds | perplexity | of the whole teacher's | ECE | bias | noise |", "|---" * 8 + "|"]
-    whole = {r.seed: r.ppl for r in results if r.method == WHOLE.name}
     for method in METHODS:
+        best = next(m for m in METHODS if not m.sparse and m.hard == method.hard % 1)
+        whole = {r.seed: r.ppl for r in results if r.method == best.name}
         mine = [r for r in results if r.method == method.name]
         if not mine:
             continue
@@ -158,7 +162,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 continue
             mean, spread = sum(values) / len(values), (min(values), max(values))
             if not method.sparse:
-                colour = "#333333" if method == WHOLE else "#b9b9b9" if method == HARD else "#d9b38c"
+                colour = "#333333" if not method.hard else "#b9b9b9" if method.hard == 1 else "#8a6fb0"
                 axis.axhspan(*spread, color=colour, alpha=0.15)
                 axis.axhline(mean, color=colour, linewidth=1, label=method.name)
                 continue
