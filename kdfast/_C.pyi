@@ -154,6 +154,7 @@ def hidden(
     loss: int,
     threads: int,
 ) -> None: ...
+
 _CodecLayout = tuple[Any, ...]
 
 def codec_encode(

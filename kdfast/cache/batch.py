@@ -61,7 +61,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Staged:
-    """A batch before it is taken apart: `places` in `buffer` (uint8), by the names of `Batch`, `codec.Rows` and `codec.Index`."""
+    """A batch before it is taken apart: `places` in `buffer` (uint8), named as in `Batch`, `codec.Rows` and `codec.Index`."""
 
     buffer: Tensor
     places: dict[str, Place]
@@ -83,7 +83,7 @@ class Staged:
 
     def _targets(self) -> TopKTargets | EncodedTargets:
         if self.decode != "host":
-            encoded = EncodedTargets(*(self.tensor(name) for name in codec.Index._fields), self.layout)
+            encoded = EncodedTargets(**{name: self.tensor(name) for name in codec.Index._fields}, layout=self.layout)
             return encoded if self.decode == "loss" else encoded.decode()
         rows = {name: self.tensor(name) for name in codec.Rows._fields if name in self.places}
         return TopKTargets(**rows, temperatures=self.layout.temperatures, vocab_size=self.layout.vocab_size)
@@ -144,8 +144,8 @@ def stage(layout: codec.Layout, plan: Plan, next_label: bool, threads: int, deco
 def _places(layout: codec.Layout, plan: Plan, decode: str) -> tuple[dict[str, Place], int]:
     """Where everything goes, and how many bytes that takes."""
     shape, context = plan.shape, (len(plan.jobs), plan.contexts)
-    wanted: dict[str, Any] = {name: (torch.int64, shape) for name in ("input_ids", "labels", *plan.extra)}
-    wanted |= {name: (torch.bool, shape) for name in ("loss_mask", "attention_mask")}
+    wanted: dict[str, Any] = dict.fromkeys(("input_ids", "labels", *plan.extra), (torch.int64, shape))
+    wanted |= dict.fromkeys(("loss_mask", "attention_mask"), (torch.bool, shape))
     if plan.contexts:
         wanted |= {"context_ids": (torch.int64, context), "context_mask": (torch.bool, context)}
     if decode == "host":

@@ -183,7 +183,7 @@ def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows,
 
 
 def index_batch(layout: Layout, jobs: np.ndarray, next_label: bool, index: Index, out: Collated, threads: int) -> None:
-    """`decode_batch` that leaves the rows in code: checks whole records, copies the bytes of their rows, and says where they are.
+    """`decode_batch` that leaves the rows in code: checks whole records, copies their rows' bytes, and says where they are.
 
     What decoding alone shows (ids, patches or draws that contradict themselves in a record whose checksum is right) is left
     to whoever decodes: such a row becomes NaN.

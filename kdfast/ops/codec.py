@@ -80,9 +80,7 @@ class EncodedTargets:
         return self.layout.temperatures
 
     def _map(self, change: Any) -> EncodedTargets:
-        return dataclasses.replace(
-            self, data=change(self.data), offsets=change(self.offsets), counts=change(self.counts)
-        )
+        return dataclasses.replace(self, data=change(self.data), offsets=change(self.offsets), counts=change(self.counts))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedTargets:
         """The same targets on another device."""
@@ -102,9 +100,13 @@ class EncodedTargets:
         lead, layout = self.offsets.shape, self.layout
         backend = dispatch.choose("codec", self.data.device, torch.float32)
         flat = self.data.contiguous(), self.offsets.reshape(-1).contiguous(), self.counts.reshape(-1).contiguous()
-        outputs = torch.ops.kdfast.codec_decode(*flat, *layout.values, backend)
-        ids, logprobs, log_z, log_tail, weights = outputs
-        values = (x.view(*lead, x.shape[-1]) for x in (ids, logprobs, log_z, log_tail))
+        ids, logprobs, log_z, log_tail, weights = torch.ops.kdfast.codec_decode(*flat, *layout.values, backend)
         return TopKTargets(
-            *values, layout.temperatures, layout.vocab_size, weights.view(*lead, layout.k) if layout.samples else None
+            ids.view(*lead, layout.k),
+            logprobs.view(*lead, layout.k),
+            log_z.view(*lead, log_z.shape[1]),
+            log_tail.view(*lead, log_tail.shape[1]),
+            layout.temperatures,
+            layout.vocab_size,
+            weights.view(*lead, layout.k) if layout.samples else None,
         )

@@ -216,7 +216,7 @@ def write_weights(logprobs_ptr, weights_ptr, count, samples, inverse, z, tail, M
         at = start + tl.arange(0, _BLOCK)
         logp = tl.load(logprobs_ptr + at, mask=at < count, other=0.0)
         draws = tl.load(weights_ptr + at, mask=at < count, other=0.0)
-        share = tl.div_rn(draws, tl.zeros_like(draws) + samples.to(tl.float32))
+        share = tl.div_rn(draws, tl.zeros_like(draws) + samples)
         drawn = (share * begin) * exp_fixed(logp - (logp * inverse - z))
         tl.store(weights_ptr + at, tl.where(draws > 0, drawn, -draws), mask=at < count)
 
@@ -233,11 +233,53 @@ def fill(ids_ptr, logprobs_ptr, weights_ptr, begin, k, id, logprob, weight, DRAW
 
 
 @triton.jit
+def read_row(row_ptr, end, ids_ptr, logprobs_ptr, weights_ptr, count, vocab, samples, F: tl.constexpr, BITS: tl.constexpr):
+    """Writes ids, levels as 2 q + 1 and draws; returns whether something is wrong, and the sum of (2 q + 1)^2."""
+    N_T: tl.constexpr = len(F.inverses)
+    wrong = tl.full([], 0, tl.int32)
+    for j in tl.static_range(N_T):
+        wrong |= (tail_code(row_ptr, j, end) == _TAIL_ALL).to(tl.int32)
+    at, bad_ids = read_ids(row_ptr, 2 * N_T, end, ids_ptr, count, vocab, BITS)
+    at, bad_levels, total, _ = read_numbers(row_ptr, at, end, count, logprobs_ptr, True)
+    wrong |= bad_ids | bad_levels
+    if F.drawn:
+        at, bad_draws, draws, exact = read_numbers(row_ptr, at, end, count, weights_ptr, False)
+        wrong |= bad_draws | (draws != samples).to(tl.int32)
+        if not F.mixed:
+            wrong |= exact
+    return wrong, total
+
+
+@triton.jit
+def write_row(row_ptr, end, logprobs_ptr, log_z_ptr, log_tail_ptr, weights_ptr, count, total, samples, F: tl.constexpr):
+    """Everything but ids, from what `read_row` left."""
+    N_T: tl.constexpr = len(F.inverses)
+    tail, rest = tail_mass(tail_code(row_ptr, F.one, end))
+    unit = (rest / total.to(tl.float64)).to(tl.float32)
+    top = write_probabilities(logprobs_ptr, weights_ptr, count, unit, F.drawn)
+    tl.debug_barrier()
+    z = tl.full([], 0.0, tl.float32)
+    for j in tl.static_range(N_T):
+        code = tail_code(row_ptr, j, end)
+        tail, rest = tail_mass(code)
+        log_z = tl.full([], 0.0, tl.float32)
+        if j != F.one:
+            log_z = log_z_of(logprobs_ptr, count, top, F.inverses[j], rest)
+        if j == F.column:
+            z = log_z
+        tl.store(log_z_ptr + j, log_z)
+        tl.store(log_tail_ptr + j, tl.where(code == 0, -INF, log_fixed(tail.to(tl.float32))))
+    if F.drawn:
+        tail, rest = tail_mass(tail_code(row_ptr, F.column, end))
+        write_weights(logprobs_ptr, weights_ptr, count, samples, F.inverses[F.column], z, tail, F.mixed)
+
+
+@triton.jit
 def decode_kernel(
     data_ptr, offsets_ptr, counts_ptr, ids_ptr, logprobs_ptr, log_z_ptr, log_tail_ptr, weights_ptr, size, k, vocab, samples,
     F: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """One row: sections first, as far as they can be wrong; then its floats; then the slots that are left."""
+    """One row: its sections, as far as they can be wrong; then its floats; then the slots that are left."""
     N_T: tl.constexpr = len(F.inverses)
     row = tl.program_id(0).to(tl.int64)
     ids_ptr += row * k
@@ -253,37 +295,10 @@ def decode_kernel(
         row_ptr = data_ptr + offset
         # No row is as long as the bound, which keeps what follows in 32 bits.
         end = tl.minimum(size - offset, 1 << 30).to(tl.int32)
-        for j in tl.static_range(N_T):
-            wrong |= (tail_code(row_ptr, j, end) == _TAIL_ALL).to(tl.int32)
-        at, bad = read_ids(row_ptr, 2 * N_T, end, ids_ptr, count, vocab, BITS)
-        at, bad_levels, total, _ = read_numbers(row_ptr, at, end, count, logprobs_ptr, True)
-        wrong |= bad | bad_levels
-        if F.drawn:
-            at, bad, draws, exact = read_numbers(row_ptr, at, end, count, weights_ptr, False)
-            wrong |= bad | (draws != samples).to(tl.int32)
-            if not F.mixed:
-                wrong |= exact
+        wrong, total = read_row(row_ptr, end, ids_ptr, logprobs_ptr, weights_ptr, count, vocab, samples, F, BITS)
         tl.debug_barrier()  # what one thread wrote, another reads or writes over
         if wrong == 0:
-            _, rest = tail_mass(tail_code(row_ptr, F.one, end))
-            unit = (rest / total.to(tl.float64)).to(tl.float32)
-            top = write_probabilities(logprobs_ptr, weights_ptr, count, unit, F.drawn)
-            tl.debug_barrier()
-            z = tl.full([], 0.0, tl.float32)
-            for j in tl.static_range(N_T):
-                code = tail_code(row_ptr, j, end)
-                tail, rest = tail_mass(code)
-                log_z = tl.full([], 0.0, tl.float32)
-                if j != F.one:
-                    log_z = log_z_of(logprobs_ptr, count, top, F.inverses[j], rest)
-                if j == F.column:
-                    z = log_z
-                tl.store(log_z_ptr + j, log_z)
-                tl.store(log_tail_ptr + j, tl.where(code == 0, -INF, log_fixed(tail.to(tl.float32))))
-            if F.drawn:
-                tail, _ = tail_mass(tail_code(row_ptr, F.column, end))
-                inverse = F.inverses[F.column]
-                write_weights(logprobs_ptr, weights_ptr, count, samples, inverse, z, tail, F.mixed)
+            write_row(row_ptr, end, logprobs_ptr, log_z_ptr, log_tail_ptr, weights_ptr, count, total, samples, F)
     nothing = tl.where(wrong != 0, float("nan"), 0.0)
     if (wrong != 0) | (count == 0):
         for j in tl.static_range(N_T):
