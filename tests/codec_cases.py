@@ -26,7 +26,10 @@ def cut(targets: TopKTargets, counts: list[int]) -> TopKTargets:
     log_tail = torch.logaddexp(targets.log_tail.double(), mass).clamp(max=0).float()
     log_tail[torch.tensor(counts) == 0] = 0
     return dataclasses.replace(
-        targets, ids=targets.ids.masked_fill(gone, -1), logprobs=targets.logprobs.masked_fill(gone, -torch.inf), log_tail=log_tail
+        targets,
+        ids=targets.ids.masked_fill(gone, -1),
+        logprobs=targets.logprobs.masked_fill(gone, -torch.inf),
+        log_tail=log_tail,
     )
 
 

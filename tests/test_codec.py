@@ -159,7 +159,7 @@ def test_targets_that_are_none_are_refused(change: dict[str, torch.Tensor], mess
     EncodedTargets(**good, layout=LAYOUTS["topk"])
     with pytest.raises(ValueError, match=message):
         EncodedTargets(**{**good, **change}, layout=LAYOUTS["topk"])
-    with pytest.raises(ValueError, match="expected TopKTargets or EncodedTargets, got Tensor"):
+    with pytest.raises(ValueError, match="targets: expected TopKTargets, got Tensor"):
         topk_kd_loss(torch.zeros(2, 40), torch.zeros(2, 40))
 
 
@@ -197,6 +197,13 @@ def verdict(layout: codec.Layout, payload: np.ndarray, tokens: int) -> tuple[cod
     return rows, "", -1
 
 
+def indexed(layout: codec.Layout, payload: np.ndarray, tokens: int) -> tuple[EncodedTargets | None, str]:
+    try:
+        return encoded(layout, payload, tokens), ""
+    except CorruptCache as error:
+        return None, str(error)
+
+
 def token_of(message: str) -> int:
     found = re.search(r"at token (\d+)", message)
     return int(found[1]) if found else -1
@@ -211,18 +218,16 @@ def test_forged_records_get_the_verdict_of_the_decoder(tmp_path: Path, case: str
     outcomes = {"refused": 0, "nan": 0, "decoded": 0}
     for i, payload in enumerate(flips(payload_of(reader, 2))):
         rows, fault, token = verdict(layout, payload, tokens)
-        try:
-            targets = encoded(layout, payload, tokens)
-        except CorruptCache as error:
+        targets, refusal = indexed(layout, payload, tokens)
+        if i % 8 == 0:  # the Python one is slow
+            monkeypatch.setattr(codec, "_native", None)
+            assert indexed(layout, payload, tokens)[1] == refusal
+            monkeypatch.setattr(codec, "_native", native)
+        if targets is None:
             # The decoder may have found fault with ids before the index gets to what cannot be walked over.
             assert fault
-            assert token_of(str(error)) >= token
+            assert token_of(refusal) >= token
             outcomes["refused"] += 1
-            if i % 8 == 0:  # the Python one is slow
-                monkeypatch.setattr(codec, "_native", None)
-                with pytest.raises(CorruptCache, match=re.escape(str(error))):
-                    encoded(layout, payload, tokens)
-                monkeypatch.setattr(codec, "_native", native)
             continue
         decoded = []
         for backend in ("cpp", "reference"):
@@ -273,10 +278,10 @@ def test_a_row_that_no_writer_produces_is_named_by_the_loss(any_reader: CacheRea
     at = int(targets.offsets[0, 3])  # 16 entries: tails first, then ids that begin with their low parts
     data = targets.data.clone()
     data[at + 4 : at + 4 + 14] = 0xFF
-    broken = dataclasses.replace(targets, data=data)
-    logits = torch.randn(1, 4, 1000)
-    with kdfast.use_backend(backend), pytest.raises(ValueError, match="row 3 holds NaN"):
-        for tail in ("ghost", "renormalize"):
+    broken = dataclasses.replace(targets, data=data)[:, 2:]
+    logits = torch.randn(1, 2, 1000)
+    for tail in ("ghost", "renormalize"):
+        with kdfast.use_backend(backend), pytest.raises(ValueError, match="row 1 holds NaN"):
             topk_kd_loss(logits, broken, tail=tail)
 
 

@@ -39,7 +39,8 @@ def as_list(targets: Any) -> list[TopKTargets]:
     for i, t in enumerate(several):
         name = rows.member("targets", i, len(several))
         if not isinstance(t, TopKTargets):
-            raise ValueError(f"{name}: expected TopKTargets or EncodedTargets, got {type(t).__name__}")
+            got = type(t).__name__
+            raise ValueError(f"{name}: expected TopKTargets, got {got}; topk_targets makes them, a cache holds them")
         if t.vocab_size != several[0].vocab_size:
             raise ValueError(f"{name}: expected vocab_size {several[0].vocab_size} like targets[0], got {t.vocab_size}")
     return several
