@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_helpers import mixed_targets
+import triton
+import triton.language as tl
+from cache_helpers import mixed_targets, rows_of
 from codec_cases import CASES, LAYOUTS, LENGTHS, among_others, assert_same_bits, cache_of, encoded, flips, forged
 
 import kdfast
 from kdfast import EncodedTargets
-from kdfast.cache import CorruptCache, codec, record
+from kdfast.backends.triton.codec_rows import add16, total16
+from kdfast.cache import CorruptCache, codec, codec_math, record
 from kdfast.cache.draws import draws_of
 
 
@@ -80,8 +83,15 @@ def test_patches_everywhere(device: str) -> None:
     with kdfast.use_backend("reference"):
         targets = kdfast.topk_targets(logits, 200, temperatures=(1.0, 2.0))
     layout = codec.Layout(200, 400, (1.0, 2.0))
-    rows = codec.Rows(*(x.numpy() for x in (targets.ids, targets.logprobs, targets.log_z, targets.log_tail)))
-    coded = _as_record(layout, rows, None)
+    coded = _as_record(layout, targets, None)
+    assert_same_bits(decoded(coded.to(device), "triton"), decoded(coded, "reference"))
+
+
+def test_as_many_entries_as_there_may_be(device: str) -> None:
+    with kdfast.use_backend("reference"):
+        targets = kdfast.topk_targets(torch.randn(1, 6000).mul(3), 4096)
+    layout = codec.Layout(4096, 6000, (1.0,))
+    coded = _as_record(layout, targets, None)
     assert_same_bits(decoded(coded.to(device), "triton"), decoded(coded, "reference"))
 
 
@@ -89,17 +99,35 @@ def test_draws_of_many_blocks(device: str) -> None:
     targets, draws = mixed_targets(3, 3000, 100, 150, (1.0, 2.0), 2.0)
     assert (draws_of(targets, 150, 2.0, 100) == draws).all()
     layout = codec.Layout(250, 3000, (1.0, 2.0), 150, True, 2.0)
-    rows = codec.Rows(*(x.numpy() for x in (targets.ids, targets.logprobs, targets.log_z, targets.log_tail)))
-    coded = _as_record(layout, rows, draws)
+    coded = _as_record(layout, targets, draws)
     assert_same_bits(decoded(coded.to(device), "triton"), decoded(coded, "reference"))
 
 
-def _as_record(layout: codec.Layout, rows: codec.Rows, draws: object) -> EncodedTargets:
+def _as_record(layout: codec.Layout, targets: kdfast.TopKTargets, draws: np.ndarray | None) -> EncodedTargets:
     """Rows through the encoder and the index."""
-    coded = codec.encode(layout, rows, 5e-5, None, draws)
-    tokens = len(rows.ids)
+    coded = codec.encode(layout, rows_of(targets), 5e-5, None, draws)
+    tokens = len(targets.ids)
     payload = record.pack(np.arange(tokens), coded.data, coded.has_counts, None, None, None)
     return encoded(layout, np.frombuffer(payload, np.uint8).copy(), tokens)
+
+
+@triton.jit
+def _sum16_kernel(x_ptr, out_ptr, n):
+    sums = tl.zeros([16], tl.float64)
+    for start in range(0, n, 64):
+        at = start + tl.arange(0, 64)
+        sums = add16(sums, tl.load(x_ptr + at, mask=at < n, other=0.0))
+    tl.store(out_ptr, total16(sums))
+
+
+@pytest.mark.parametrize("n", [1, 16, 47, 300])
+def test_sums_have_the_order_of_the_specification(n: int, device: str) -> None:
+    """In float64, before the rounding to float32 that hides most of another order."""
+    for _ in range(3):
+        x = torch.randn(n).exp2().mul(torch.randint(-30, 30, (n,)).float().exp2())
+        out = torch.empty((), dtype=torch.float64, device=device)
+        _sum16_kernel[(1,)](x.to(device), out, n, num_warps=1)
+        assert float(out) == codec_math.sum16(x.numpy())
 
 
 def test_the_loss_decodes_on_its_device(tmp_path: Path, device: str) -> None:
