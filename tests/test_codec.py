@@ -26,7 +26,7 @@ from codec_cases import (
 import kdfast
 from kdfast import EncodedTargets, topk_kd_loss
 from kdfast.cache import Batch, CacheError, CacheReader, CacheStream, CorruptCache, codec
-from kdfast.cache.batch import DECODE
+from kdfast.cache.batch import DECODE, where_to_decode
 
 ALL = range(len(LENGTHS))
 needs_native = pytest.mark.skipif(not codec.native(), reason="the C++ extension is not built")
@@ -94,6 +94,7 @@ def test_a_batch_lies_in_one_piece(any_reader: CacheReader) -> None:
         targets = batch.targets.data if decode == "loss" else batch.input_ids
         parts = [batch.input_ids, batch.labels, batch.loss_mask, batch.attention_mask, batch.document_ids, targets]
         assert len({x.untyped_storage().data_ptr() for x in parts}) == 1
+    assert [where_to_decode("auto", device) for device in ("cpu", "cuda:1", "mps")] == ["host", "device", "host"]
     with pytest.raises(CacheError, match=r"decode: expected one of auto, host, device, loss, got 'gpu'"):
         any_reader.batch([0], decode="gpu")
     with pytest.raises(CacheError, match="decode"):

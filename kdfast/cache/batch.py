@@ -90,7 +90,7 @@ class Staged:
 
 
 def where_to_decode(decode: str, device: torch.device | str) -> str:
-    """`decode` with "auto" resolved: by the host for itself, on the device for any other.
+    """`decode` with "auto" resolved: on the device where that is a GPU with kernels, else by the host.
 
     Raises:
         CacheError: it is none of `DECODE`.
@@ -99,7 +99,7 @@ def where_to_decode(decode: str, device: torch.device | str) -> str:
         raise CacheError(f"decode: expected one of {', '.join(DECODE)}, got {decode!r}")
     if decode != "auto":
         return decode
-    return "host" if torch.device(device).type == "cpu" else "device"
+    return "device" if torch.device(device).type == "cuda" else "host"
 
 
 @dataclass(frozen=True)

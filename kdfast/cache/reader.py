@@ -120,7 +120,7 @@ class CacheReader:
             threads: how many check and decode at the same time.
             decode: where targets become floats, the same wherever it is. "host": here, all of them then travel; "device": their
                 bytes travel, a third, and are decoded there; "loss": the same, but not before a loss reads them
-                (`EncodedTargets`); "auto": "host" on a CPU, else "device".
+                (`EncodedTargets`); "auto": "device" on a GPU, else "host".
 
         Raises:
             ValueError: indices is empty. IndexError: there is no such record. CorruptCache: as for one record.

@@ -68,8 +68,8 @@ def test_forged_records(case: str, tmp_path: Path, device: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_nonsense(layout: codec.Layout, device: str) -> None:
     """Random bytes, offsets and counts; what surrounds the data, and the slack behind it, changes nothing."""
-    for seed in range(3):
-        targets = forged(layout, seed, 40)
+    for seed in range(2):
+        targets = forged(layout, seed, 30)
         expected = decoded(targets, "reference")
         for filler in (0, 0xFF):
             assert_same_bits(decoded(among_others(targets.to(device), filler), "triton"), expected)
