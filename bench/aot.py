@@ -34,6 +34,7 @@ _FLOATS = ("inv_t", "cap", "scale", "scale_s", "scale_t")
 #: What the row kernels' other pointers point to, by argument name.
 _FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32",
           "drawn_ptr": "*i32", "points_ptr": "*fp64", "total_ptr": "*fp64", "log_mass_ptr": "*fp64",
+          "data_ptr": "*u8", "offsets_ptr": "*i64", "counts_ptr": "*i32",
           "query_mask_ptr": "*i1", "key_mask_ptr": "*i1", "mask_ptr": "*i1"}  # fmt: skip
 #: One for each launch size, the widest and tightest first, and one whose rows are not aligned.
 _VOCABS = (151936, 57344, 16384, 1024, 50257)
@@ -101,6 +102,7 @@ def cases() -> Iterator[Case]:
     yield from _topk_cases()
     yield from _attention_cases()
     yield from _hidden_cases()
+    yield from _codec_cases()
     from kdfast.backends.triton import drawing, scale, selection, selection_rows
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -239,6 +241,24 @@ def _hidden_cases() -> Iterator[Case]:
         for precision in ("ieee", "tf32"):
             pointers = {"student": dtype, "projection": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
             yield Case(hidden.project_kernel, f"{name} {precision}", pointers, {**tile, "PRECISION": precision}, options)
+
+
+def _codec_cases() -> Iterator[Case]:
+    """The usual rows, and those with the most to hold."""
+    from kdfast.backends.triton import codec
+    from kdfast.backends.triton.codec_rows import decode_kernel
+    from kdfast.options import CodecLayout
+
+    layouts = {
+        "topk": CodecLayout(64, 151936, (1.0,)), "topk 3 T": CodecLayout(64, 151936, (0.5, 1.0, 2.0)),
+        "sampled": CodecLayout(64, 151936, (1.0,), samples=64),
+        "mixed 3 T": CodecLayout(64, 151936, (1.0, 2.0, 4.0), 32, True, 2.0),
+    }  # fmt: skip
+    for name, layout in layouts.items():
+        constants = {"F": codec.Flags.of(layout), "BITS": codec.BITS}
+        yield Case(decode_kernel, name, {}, constants, codec.OPTIONS, aligned=False)
+        if layout.samples:  # arguments that are 1 are compiled in
+            yield Case(decode_kernel, f"{name}, ones", {}, {**constants, "k": 1, "vocab": 1, "samples": 1}, codec.OPTIONS)
 
 
 def _row_case(kernel: Any, label: str, pointers: dict[str, Any], flags: dict[str, Any], size: Any) -> Case:

@@ -68,6 +68,10 @@ def main(argv: list[str]) -> int:
         works = {
             "decode, codec alone": (lambda: codec.decode(layout, data, encoded.has_counts, room), distinct),
             "decode, reader.batch with checksums": (lambda: reader.batch(at.integers(0, documents, batch)), batch * _LENGTH),
+            "reader.batch with checksums, left in code": (
+                lambda: reader.batch(at.integers(0, documents, batch), decode="loss"),
+                batch * _LENGTH,
+            ),
             "encode, codec alone": (lambda: codec.encode(layout, rows, 5e-5, None), distinct),
         }
         timings = compare(

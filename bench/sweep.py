@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from . import linear, logits, scale, topk
+from . import codec, linear, logits, scale, topk
 from .contest import Contest, Settings, contest, unmeasured
 from .peers import linear_peers, logits_peers, topk_peers
 from .report import Limits, Row, write_csv
 from .shapes import GEMMA3, GPT2, LLAMA2, LLAMA3, LLAMA3_1B, QWEN3
 
 #: In order of worth: what a short run measures first.
-OPS = ("logits", "linear", "topk", "scale")
+OPS = ("logits", "linear", "topk", "codec", "scale")
 #: Of the time left when its turn comes, how much an op may use.
-SHARE = {"logits": 0.45, "linear": 0.65, "topk": 0.85, "scale": 1.0}
+SHARE = {"logits": 0.45, "linear": 0.65, "topk": 0.85, "codec": 0.5, "scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,17 @@ def _topk(size: Size, device: str) -> list[Job]:
     ]
 
 
+def _codec(size: Size, device: str) -> list[Job]:
+    return [Job(codec.contestants(2 * size.topk_rows, size.topk_vocab, min(64, size.topk_vocab), device), 10)]
+
+
 def _scale(size: Size, device: str) -> list[Job]:
     return [Job(scale.contestants(size.logits_rows, size.vocabularies[0], dtype, device), 5) for dtype in size.dtypes]
 
 
-_PLANS: dict[str, Callable[[Size, str], list[Job]]] = {"logits": _logits, "linear": _linear, "topk": _topk, "scale": _scale}
+_PLANS: dict[str, Callable[[Size, str], list[Job]]] = {
+    "logits": _logits, "linear": _linear, "topk": _topk, "codec": _codec, "scale": _scale,
+}  # fmt: skip
 
 
 def run(op: str, size: str, device: str, seconds: float, path: str, limits: dict[str, Limits]) -> list[Row]:

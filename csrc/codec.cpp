@@ -28,6 +28,17 @@ codec::RowsOut rows_out(const std::vector<std::uintptr_t>& a) {
             pointer<float>(a.at(4))};
 }
 
+codec::BatchOut batch_out(const codec::RowsOut& rows, const std::vector<std::uintptr_t>& rest, std::int64_t context_room) {
+    return {rows,
+            pointer<std::int64_t>(rest.at(0)),
+            pointer<std::int64_t>(rest.at(1)),
+            pointer<std::uint8_t>(rest.at(2)),
+            pointer<std::uint8_t>(rest.at(3)),
+            pointer<std::int64_t>(rest.at(4)),
+            pointer<std::uint8_t>(rest.at(5)),
+            context_room};
+}
+
 bool has_gaps(const std::int32_t* ids, const float* logprobs, std::int64_t n) {
     bool gap = false;
     for (std::int64_t i = 0; i < n; ++i) gap |= (ids[i] < 0) | !(logprobs[i] >= -3e38f);
@@ -82,20 +93,37 @@ py::tuple decode_batch(const LayoutArguments& arguments, std::uintptr_t jobs, st
                        const std::vector<std::uintptr_t>& rows, const std::vector<std::uintptr_t>& rest,
                        std::int64_t context_room, int threads) {
     const Layout layout = layout_of(arguments);
-    const codec::BatchOut out{rows_out(rows),
-                              pointer<std::int64_t>(rest.at(0)),
-                              pointer<std::int64_t>(rest.at(1)),
-                              pointer<std::uint8_t>(rest.at(2)),
-                              pointer<std::uint8_t>(rest.at(3)),
-                              pointer<std::int64_t>(rest.at(4)),
-                              pointer<std::uint8_t>(rest.at(5)),
-                              context_room};
     codec::BatchResult result;
     {
         const py::gil_scoped_release release;
-        result = codec::decode_batch(layout, pointer<const codec::Job>(jobs), count, next, out, threads);
+        result = codec::decode_batch(layout, pointer<const codec::Job>(jobs), count, next, batch_out(rows_out(rows), rest, context_room),
+                                     threads);
     }
     return py::make_tuple(static_cast<int>(result.status), result.job, result.token);
+}
+
+py::tuple index_batch(const LayoutArguments& arguments, std::uintptr_t jobs, std::int64_t count, bool next,
+                      const std::vector<std::uintptr_t>& index, const std::vector<std::uintptr_t>& rest,
+                      std::int64_t context_room, int threads) {
+    const Layout layout = layout_of(arguments);
+    const codec::IndexOut to{pointer<std::uint8_t>(index.at(0)), pointer<std::int64_t>(index.at(1)),
+                             pointer<std::int32_t>(index.at(2))};
+    codec::BatchResult result;
+    {
+        const py::gil_scoped_release release;
+        result = codec::index_batch(layout, pointer<const codec::Job>(jobs), count, next, batch_out({}, rest, context_room), to,
+                                    threads);
+    }
+    return py::make_tuple(static_cast<int>(result.status), result.job, result.token);
+}
+
+void decode_indexed(const LayoutArguments& arguments, std::uintptr_t data, std::size_t size, std::uintptr_t offsets,
+                    std::uintptr_t counts, std::int64_t tokens, const std::vector<std::uintptr_t>& rows, int threads) {
+    const Layout layout = layout_of(arguments);
+    const codec::Indexed in{pointer<const std::uint8_t>(data), size, pointer<const std::int64_t>(offsets),
+                            pointer<const std::int32_t>(counts)};
+    const py::gil_scoped_release release;
+    if (!codec::decode_indexed(layout, in, tokens, rows_out(rows), threads)) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -109,6 +137,12 @@ void bind_codec(py::module_& m) {
     m.def("codec_decode_batch", &decode_batch, py::arg("layout"), py::arg("jobs"), py::arg("count"), py::arg("next"),
           py::arg("rows"), py::arg("rest"), py::arg("context_room"), py::arg("threads"),
           "Checks and decodes whole records to the buffers of a batch and returns (status, job, token).");
+    m.def("codec_index_batch", &index_batch, py::arg("layout"), py::arg("jobs"), py::arg("count"), py::arg("next"),
+          py::arg("index"), py::arg("rest"), py::arg("context_room"), py::arg("threads"),
+          "Checks whole records, copies their coded rows to a batch with an index of them; returns (status, job, token).");
+    m.def("codec_decode_indexed", &decode_indexed, py::arg("layout"), py::arg("data"), py::arg("size"), py::arg("offsets"),
+          py::arg("counts"), py::arg("tokens"), py::arg("rows"), py::arg("threads"),
+          "Decodes rows that an index finds to the given addresses; 64 bytes behind `size` may be read.");
     m.def("codec_checksum", [](std::uintptr_t data, std::size_t size) {
         const py::gil_scoped_release release;
         return xxh64(pointer<const std::uint8_t>(data), size);

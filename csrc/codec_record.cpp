@@ -125,11 +125,16 @@ void pad_rows(const Layout& layout, const RowsOut& rows, std::int64_t count) {
     if (layout.samples) std::fill_n(rows.weights, count * layout.k, 0.0f);
 }
 
-Result decode_job(const Layout& layout, const Job& job, bool next, const BatchOut& out, std::vector<std::uint32_t>& scratch) {
+Status open(const Job& job, Record& record) {
     const auto* data = reinterpret_cast<const std::uint8_t*>(static_cast<std::uintptr_t>(job.address));
-    if (xxh64(data, static_cast<std::size_t>(job.size)) != static_cast<std::uint64_t>(job.checksum)) return {kBadChecksum, 0};
+    if (xxh64(data, static_cast<std::size_t>(job.size)) != static_cast<std::uint64_t>(job.checksum)) return kBadChecksum;
+    return parse(job, record) ? kOk : kBadHeader;
+}
+
+Result decode_job(const Layout& layout, const Job& job, bool next, const BatchOut& out, std::vector<std::uint32_t>& scratch) {
     Record record;
-    if (!parse(job, record)) return {kBadHeader, 0};
+    const Status opened = open(job, record);
+    if (opened != kOk) return {opened, 0};
     const std::int64_t n = std::min(job.tokens, job.room);
     const unsigned width = record.counts ? count_width_for(layout.k) : 0;
     const Result result = decode_rows(layout, record.rows, record.row_bytes, width, n, rows_at(layout, out.rows, job.at),
@@ -139,6 +144,62 @@ Result decode_job(const Layout& layout, const Job& job, bool next, const BatchOu
     pad_rows(layout, rows_at(layout, out.rows, job.at + n), job.room - n);
     return {};
 }
+
+// The rows of a record at `start` of the index's data, zeros in what is left of the record's size.
+Result index_job(const Layout& layout, const Job& job, bool next, const BatchOut& out, const IndexOut& index,
+                 std::int64_t start) {
+    Record record;
+    const Status opened = open(job, record);
+    if (opened != kOk) return {opened, 0};
+    const std::int64_t n = std::min(job.tokens, job.room);
+    const unsigned width = record.counts ? count_width_for(layout.k) : 0;
+    std::int64_t* offsets = index.offsets + job.at;
+    std::int32_t* counts = index.counts + job.at;
+    std::size_t used = 0;
+    const Result result = index_rows(layout, record.rows, record.row_bytes, width, n, n == job.tokens, start, offsets, counts,
+                                     used);
+    if (result.status != kOk) return result;
+    std::memcpy(index.data + start, record.rows, used);
+    std::memset(index.data + start + used, 0, static_cast<std::size_t>(job.size) - used);
+    supervise(record, job, next, out);
+    std::fill_n(offsets + n, job.room - n, 0);
+    std::fill_n(counts + n, job.room - n, 0);
+    return {};
+}
+
+// work(i) for i = 0 .. count - 1 on `threads` threads, each with a function of its own from `worker()`. No thread outlives it.
+template <typename Worker>
+void share(std::int64_t count, int threads, const Worker& worker) {
+    std::atomic<std::int64_t> taken{0};
+    const auto run = [&] {
+        auto work = worker();
+        for (std::int64_t i; (i = taken.fetch_add(1)) < count;) work(i);
+    };
+    std::vector<std::thread> others;
+    const std::int64_t wanted = std::min<std::int64_t>(threads, count) - 1;
+    try {
+        for (std::int64_t i = 0; i < wanted; ++i) others.emplace_back(run);
+    } catch (const std::system_error&) {
+        // The system has no more threads to give: those there are do the work.
+    }
+    run();
+    for (auto& other : others) other.join();
+}
+
+// What went wrong in the first of the jobs in which something did.
+class Worst {
+  public:
+    void add(std::int64_t job, const Result& result) {
+        if (result.status == kOk) return;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (found_.status == kOk || job < found_.job) found_ = {result.status, job, result.token};
+    }
+    BatchResult found() const { return found_; }
+
+  private:
+    std::mutex mutex_;
+    BatchResult found_;
+};
 
 }  // namespace
 
@@ -171,34 +232,52 @@ Result decode_rows(const Layout& layout, const std::uint8_t* data, std::size_t s
 
 BatchResult decode_batch(const Layout& layout, const Job* jobs, std::int64_t count, bool next, const BatchOut& out,
                          int threads) {
-    std::atomic<std::int64_t> taken{0};
-    std::mutex mutex;
-    BatchResult worst;
-    const auto work = [&] {
-        std::vector<std::uint32_t> scratch;
-        for (std::int64_t i; (i = taken.fetch_add(1)) < count;) {
-            Result result;
+    Worst worst;
+    share(count, threads, [&] {
+        return [&, scratch = std::vector<std::uint32_t>()](std::int64_t i) mutable {
             try {
                 if (scratch.empty()) scratch = scratch_for(layout);
-                result = decode_job(layout, jobs[i], next, out, scratch);
+                worst.add(i, decode_job(layout, jobs[i], next, out, scratch));
             } catch (const std::bad_alloc&) {  // must not leave a thread
-                result = {kNoMemory, 0};
+                worst.add(i, {kNoMemory, 0});
             }
-            if (result.status == kOk) continue;
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (worst.status == kOk || i < worst.job) worst = {result.status, i, result.token};
-        }
-    };
-    std::vector<std::thread> others;
-    const std::int64_t wanted = std::min<std::int64_t>(threads, count) - 1;
-    try {
-        for (std::int64_t i = 0; i < wanted; ++i) others.emplace_back(work);
-    } catch (const std::system_error&) {
-        // The system has no more threads to give: those there are do the work.
-    }
-    work();
-    for (auto& other : others) other.join();
-    return worst;
+        };
+    });
+    return worst.found();
+}
+
+BatchResult index_batch(const Layout& layout, const Job* jobs, std::int64_t count, bool next, const BatchOut& out,
+                        const IndexOut& index, int threads) {
+    std::vector<std::int64_t> starts(static_cast<std::size_t>(count) + 1);
+    for (std::size_t i = 0; i + 1 < starts.size(); ++i) starts[i + 1] = starts[i] + jobs[i].size;
+    std::memset(index.data + starts.back(), 0, kSlack);
+    Worst worst;
+    share(count, threads, [&] {
+        return [&](std::int64_t i) {
+            worst.add(i, index_job(layout, jobs[i], next, out, index, starts[static_cast<std::size_t>(i)]));
+        };
+    });
+    return worst.found();
+}
+
+bool decode_indexed(const Layout& layout, const Indexed& in, std::int64_t tokens, const RowsOut& rows, int threads) {
+    constexpr std::int64_t together = 64;
+    std::atomic<bool> enough{true};
+    share((tokens + together - 1) / together, threads, [&] {
+        return [&, scratch = std::vector<std::uint32_t>()](std::int64_t i) mutable {
+            try {
+                if (scratch.empty()) scratch = scratch_for(layout);
+            } catch (const std::bad_alloc&) {
+                enough = false;
+                return;
+            }
+            const std::int64_t at = i * together;
+            const Indexed here{in.data, in.size, in.offsets + at, in.counts + at};
+            KDFAST_CALL(codec_decode_indexed, layout, here, std::min(together, tokens - at), rows_at(layout, rows, at),
+                        aligned(scratch));
+        };
+    });
+    return enough;
 }
 
 }  // namespace kdfast::codec

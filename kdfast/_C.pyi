@@ -1,6 +1,7 @@
 """The C++ extension: addresses are integers, a matrix is (address, elements between rows, columns, dtype code)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 _Matrix = tuple[int, int, int, int]
 
@@ -153,30 +154,43 @@ def hidden(
     loss: int,
     threads: int,
 ) -> None: ...
+
+_CodecLayout = tuple[Any, ...]
+
 def codec_encode(
-    k: int,
-    vocab: int,
-    temperatures: list[float],
-    tokens: int,
-    ids: int,
-    logprobs: int,
-    log_z: int,
-    log_tail: int,
-    max_kl: float,
-    values_bits: int,
-    kl: int,
-) -> tuple[int, int, bytes, int, bool]: ...
+    layout: _CodecLayout, tokens: int, rows: list[int], max_kl: float, values_bits: int, kl: int
+) -> tuple[int, int, bytes, bool]: ...
 def codec_decode(
-    k: int,
-    vocab: int,
-    temperatures: list[float],
-    tokens: int,
+    layout: _CodecLayout, tokens: int, data: int, size: int, has_counts: bool, rows: list[int]
+) -> tuple[int, int]: ...
+def codec_decode_batch(
+    layout: _CodecLayout,
+    jobs: int,
+    count: int,
+    next: bool,
+    rows: list[int],
+    rest: list[int],
+    context_room: int,
+    threads: int,
+) -> tuple[int, int, int]: ...
+def codec_index_batch(
+    layout: _CodecLayout,
+    jobs: int,
+    count: int,
+    next: bool,
+    index: list[int],
+    rest: list[int],
+    context_room: int,
+    threads: int,
+) -> tuple[int, int, int]: ...
+def codec_decode_indexed(
+    layout: _CodecLayout,
     data: int,
     size: int,
-    id_bytes: int,
-    has_counts: bool,
-    ids: int,
-    logprobs: int,
-    log_z: int,
-    log_tail: int,
-) -> tuple[int, int]: ...
+    offsets: int,
+    counts: int,
+    tokens: int,
+    rows: list[int],
+    threads: int,
+) -> None: ...
+def codec_checksum(data: int, size: int) -> int: ...

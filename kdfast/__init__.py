@@ -8,6 +8,7 @@ import kdfast.backends as _  # noqa: F401  (registers the kernels)
 from kdfast.dispatch import backends, use_backend
 from kdfast.ops.attention import attention_kl, attention_mse
 from kdfast.ops.attention_map import attention_map_mse
+from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.hidden import hidden_cosine, hidden_mse
 from kdfast.ops.linear import linear_kd_loss
 from kdfast.ops.linear_logit_mse import linear_logit_mse
@@ -20,6 +21,7 @@ from kdfast.options import Head
 
 __version__ = "0.1.0"
 __all__ = [
+    "EncodedTargets",
     "Head",
     "Part",
     "Parts",

@@ -19,6 +19,10 @@ TEACHER_MIXES = ("probs", "logits")
 PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1_agreement")
 
 
+def _schema(options: Any) -> str:
+    return ", ".join(f"{_SCHEMA_TYPE[str(f.type)]} {f.name}" for f in dataclasses.fields(options))
+
+
 @dataclass(frozen=True)
 class Head:
     """What a model does between its linear head and its softmax: z = softcap * tanh(scale * x / softcap).
@@ -101,11 +105,50 @@ class RowOptions:
     @classmethod
     def schema(cls) -> str:
         """The fields as `torch.library` schema arguments."""
-        return ", ".join(f"{_SCHEMA_TYPE[str(f.type)]} {f.name}" for f in dataclasses.fields(cls))
+        return _schema(cls)
 
     @property
     def values(self) -> tuple[Any, ...]:
         """The fields in schema order, to pass to an op; `RowOptions(*values)` is the way back."""
+        return tuple(self.__dict__.values())
+
+
+#: Bytes after the last row of encoded targets that belong to no row, so that whole words may be read.
+CODEC_SLACK = 64
+
+
+@dataclass(frozen=True)
+class CodecLayout:
+    """What is the same for every row of a teacher cache; one of the temperatures is 1.
+
+    With `samples` (draws a row) entries have draw counts: kind `mixed` has exact ones too, with 0 draws.
+    """
+
+    k: int
+    vocab_size: int
+    temperatures: tuple[float, ...]
+    samples: int = 0
+    mixed: bool = False
+    sample_temperature: float = 1.0
+
+    @property
+    def sample_column(self) -> int:
+        """Place of the temperature that was drawn at; 0 where nothing was drawn."""
+        return self.temperatures.index(self.sample_temperature) if self.samples else 0
+
+    @property
+    def native(self) -> tuple[Any, ...]:
+        """What the C++ codec takes."""
+        return self.k, self.vocab_size, list(self.temperatures), self.samples, self.mixed, self.sample_column
+
+    @classmethod
+    def schema(cls) -> str:
+        """The fields as `torch.library` schema arguments."""
+        return _schema(cls)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The fields in schema order, to pass to an op; `CodecLayout(*values)` is the way back."""
         return tuple(self.__dict__.values())
 
 
@@ -131,7 +174,7 @@ class AttentionOptions:
     @classmethod
     def schema(cls) -> str:
         """The fields as `torch.library` schema arguments."""
-        return ", ".join(f"{_SCHEMA_TYPE[str(f.type)]} {f.name}" for f in dataclasses.fields(cls))
+        return _schema(cls)
 
     @property
     def values(self) -> tuple[str | float | bool, ...]:

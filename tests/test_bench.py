@@ -342,7 +342,7 @@ def test_gpu_run_dry_on_a_cpu(tmp_path: Path) -> None:
     """The whole run but for the device: one process per op, one file, one picture."""
     args = argparse.Namespace(out=str(tmp_path), minutes=3.0, skip_build=True, device="cpu", size="tiny")
     rows = gpu.run(args)
-    assert {r.op for r in rows} == {"limits", "logits", "linear", "topk_capture", "topk", "scale"}
+    assert {r.op for r in rows} == {"limits", "logits", "linear", "topk_capture", "topk", "codec", "scale"}
     assert not [r for r in rows if r.contestant == "kdfast" and r.error]
     (path,) = tmp_path.glob("*.csv")
     assert len(read_csv(path)) == len(rows)

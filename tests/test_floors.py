@@ -32,7 +32,7 @@ ROOMS = {
     "integrations": set(),
     "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C", "_cuda"},
 }
-OPS = ["attention", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
+OPS = ["attention", "codec", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 
 
 def room_of(module: str) -> str:

@@ -25,6 +25,7 @@ MODULES = [
     "check_hidden.py",
     "check_linear_logit_mse.py",
     "check_attention.py",
+    "check_codec.py",
 ]
 FOLDER = Path(__file__).parent / "triton_kernels"
 

@@ -64,6 +64,14 @@ struct RowsIn {
     const std::int32_t* draws;  // 0 for an exact entry; only where the layout has samples
 };
 
+// Rows somewhere in `data`: where each begins behind its count, and its count. Behind `size` kSlack bytes may be read.
+struct Indexed {
+    const std::uint8_t* data;
+    std::size_t size;
+    const std::int64_t* offsets;
+    const std::int32_t* counts;
+};
+
 struct Cursor {
     const std::uint8_t* data;
     std::size_t size;
@@ -87,6 +95,13 @@ constexpr int kTailLeast = -96;         // log2 of the smallest odds of a tail
 constexpr int kTailMantissa = 9;
 constexpr std::size_t kSlack = 64;
 
+// Bytes of `count` packed numbers of `width` bits, and how many low bits of an id are packed where a row has `count` of them.
+// Static: the linker must not give one instruction set's to the others.
+static inline std::size_t packed_bytes(std::size_t count, unsigned width) { return (count * width + 7) / 8; }
+static inline unsigned low_width(std::int64_t vocab, std::int64_t count) {
+    return 31 - static_cast<unsigned>(__builtin_clz(static_cast<unsigned>(vocab / count)));
+}
+
 // Bytes a row of n entries can claim without being refused, and 32-bit words of scratch a call needs (aligned to 64 bytes).
 constexpr std::size_t row_bytes(std::size_t n, int n_t) { return 4 + 2 * static_cast<std::size_t>(n_t) + 10 * n + 512; }
 constexpr std::size_t scratch_words(std::size_t k, int n_t) { return (16 + 2 * static_cast<std::size_t>(n_t)) * (k + 128); }
@@ -94,9 +109,12 @@ constexpr std::size_t scratch_words(std::size_t k, int n_t) { return (16 + 2 * s
 }  // namespace codec
 
 // Decodes `tokens` rows from the cursor. Nothing outside data and rows is touched, whatever the bytes are.
+// The same for rows that an index finds; a row that the other would refuse is NaN, with ids 0.
 // Encodes one row to `out` and moves it on; `kl` receives the worst KL(exact || decoded) over the temperatures.
 KDFAST_PER_ISA(codec::Result codec_decode(const codec::Layout& layout, codec::Cursor& in, unsigned count_width,
                                           std::int64_t tokens, const codec::RowsOut& out, std::uint32_t* scratch);
+               void codec_decode_indexed(const codec::Layout& layout, const codec::Indexed& in, std::int64_t tokens,
+                                         const codec::RowsOut& out, std::uint32_t* scratch);
                codec::Status codec_encode(const codec::Layout& layout, const codec::RowsIn& row,
                                           const codec::EncodeOptions& options, std::uint8_t*& out, std::uint32_t& count,
                                           float& kl, std::uint32_t* scratch);)

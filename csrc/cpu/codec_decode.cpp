@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <limits>
+
 #include "codec_math.h"
 
 namespace kdfast {
@@ -272,6 +275,19 @@ void take_logs(float* masses, std::int64_t count) {
     }
 }
 
+RowsOut row_at(const Layout& layout, const RowsOut& out, std::int64_t t) {
+    return {out.ids + t * layout.k, out.logprobs + t * layout.k, out.log_z + t * layout.n_t, out.log_tail + t * layout.n_t,
+            layout.samples ? out.weights + t * layout.k : nullptr};
+}
+
+void fill(const Layout& layout, const RowsOut& row, std::int32_t id, float logprob, float rest) {
+    std::fill_n(row.ids, layout.k, id);
+    std::fill_n(row.logprobs, layout.k, logprob);
+    std::fill_n(row.log_z, layout.n_t, rest);
+    std::fill_n(row.log_tail, layout.n_t, rest);
+    if (layout.samples) std::fill_n(row.weights, layout.k, rest);
+}
+
 codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
                             std::uint32_t* scratch) {
     RowDecoder decoder(layout, in, scratch);
@@ -286,9 +302,7 @@ codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_wid
             if (count > layout.k) return {codec::kBadCount, t};
             in.pos += count_width;
         }
-        const RowsOut row{out.ids + t * layout.k, out.logprobs + t * layout.k, out.log_z + t * layout.n_t,
-                          out.log_tail + t * layout.n_t, layout.samples ? out.weights + t * layout.k : nullptr};
-        const Status status = decoder.row(count, row);
+        const Status status = decoder.row(count, row_at(layout, out, t));
         if (status != codec::kOk) return {status, t};
     }
     return {codec::kOk, tokens};
@@ -301,6 +315,27 @@ codec::Result codec_decode(const Layout& layout, Cursor& in, unsigned count_widt
     const codec::Result result = decode_masses(layout, in, count_width, tokens, out, scratch);
     take_logs(out.log_tail, result.token * layout.n_t);
     return result;
+}
+
+void codec_decode_indexed(const Layout& layout, const codec::Indexed& in, std::int64_t tokens, const RowsOut& out,
+                          std::uint32_t* scratch) {
+    Cursor cursor{in.data, in.size, 0, true};
+    RowDecoder decoder(layout, cursor, scratch);
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    for (std::int64_t t = 0; t < tokens; ++t) {
+        const RowsOut row = row_at(layout, out, t);
+        const std::int64_t count = in.counts[t], offset = in.offsets[t];
+        if (count == 0) {
+            fill(layout, row, -1, -kInf, 0.0f);
+            continue;
+        }
+        const bool inside = count > 0 && count <= layout.k && offset >= 0 && offset <= static_cast<std::int64_t>(in.size);
+        cursor.pos = inside ? static_cast<std::size_t>(offset) : 0;
+        if (inside && decoder.row(count, row) == codec::kOk)
+            take_logs(row.log_tail, layout.n_t);
+        else
+            fill(layout, row, 0, nan, nan);
+    }
 }
 
 }  // namespace KDFAST_ISA

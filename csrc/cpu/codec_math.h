@@ -60,7 +60,8 @@ inline ivec after(ivec previous, ivec x) {
 #endif
 }
 
-inline std::size_t packed_bytes(std::size_t count, unsigned width) { return (count * width + 7) / 8; }
+using codec::low_width;
+using codec::packed_bytes;
 
 // `count` numbers of `width` <= 24 bits, lowest bit first, to `out`, rounded up to a whole vector. Reads up to kSlack bytes
 // too many.
@@ -162,10 +163,6 @@ inline TailMass tail_mass(unsigned code) {
                                (static_cast<std::uint64_t>(1023 + codec::kTailLeast) << 52);
     const double odds = bits_as<double>(bits);
     return {odds / (1.0 + odds), 1.0 / (1.0 + odds)};
-}
-
-inline unsigned low_width(std::int64_t vocab, std::int64_t count) {
-    return 31 - static_cast<unsigned>(__builtin_clz(static_cast<unsigned>(vocab / count)));
 }
 
 }  // namespace KDFAST_ISA

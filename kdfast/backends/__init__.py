@@ -69,6 +69,14 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     Both heads have V rows and no bias. The loss is the mean over V and the rows that count; `kdfast.logit_grams` holds what
     the backends share. Only `reference` forms N x V logits.
 
+`codec`
+    decode(data [bytes] uint8, offsets [N] int64, counts [N] int32, layout: CodecLayout)
+        -> ids [N,k] int32, logprobs [N,k], log_z [N,n_T], log_tail [N,n_T], weights [N,k] (of size 0 without samples)
+    Rows of the teacher cache; docs/cache-format.md, section 4, says what their bytes are, and every float bit for bit. A row
+    begins behind its count, which is in `counts`; one of 0 entries is empty whatever its offset. The last CODEC_SLACK bytes of
+    `data` belong to no row. Whatever bytes, offsets and counts are, nothing else is read: a row that no writer produces gets
+    ids 0 and NaN everywhere else.
+
 `scale`
     scale_(grad, upstream []) -> None: grad *= upstream in place, leaving at once when upstream is 1
 

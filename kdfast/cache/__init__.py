@@ -1,11 +1,12 @@
 """The offline teacher cache: capture a teacher once, train any number of students from compact, verified targets."""
 
+from kdfast.cache.batch import Batch
 from kdfast.cache.capture import Example, capture, nucleus, share_of
 from kdfast.cache.dataset import CacheDataset, CacheStream
 from kdfast.cache.format import AlignmentError, CacheError, CacheFull, CacheMismatch, CorruptCache, Settings
 from kdfast.cache.manifest import CacheInfo
 from kdfast.cache.merge import merge, part_path
-from kdfast.cache.reader import Batch, CacheReader, Record
+from kdfast.cache.reader import CacheReader, Record
 from kdfast.cache.repair import Repaired, repair
 from kdfast.cache.verify import Alignment, TeacherCheck, check_alignment, compare_with_teacher, verify
 from kdfast.cache.writer import CacheWriter

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +15,8 @@ from kdfast import memory
 from kdfast.cache import codec_encode, codec_math, codec_python
 from kdfast.cache.codec_python import Status
 from kdfast.cache.format import CacheError, CorruptCache, Settings
+from kdfast.options import CODEC_SLACK
+from kdfast.options import CodecLayout as Layout
 
 _native: ModuleType | None
 try:
@@ -39,25 +40,6 @@ _FAULTS = {
     Status.INPUT_MASS: "targets: expected exp(logprobs / T - log_z) and exp(log_tail) to sum to 1 at every temperature",
     Status.INPUT_DRAWS: "targets.weights: expected draws that sum to `samples` in every row",
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is the same for every record of a cache; one of the temperatures is 1.
-
-    With `samples` (draws a row) entries have draw counts: kind `mixed` has exact ones too, with 0 draws.
-    """
-
-    k: int
-    vocab_size: int
-    temperatures: tuple[float, ...]
-    samples: int = 0
-    mixed: bool = False
-    sample_temperature: float = 1.0
-
-    def _native(self) -> tuple[Any, ...]:
-        column = self.temperatures.index(self.sample_temperature) if self.samples else 0
-        return self.k, self.vocab_size, list(self.temperatures), self.samples, self.mixed, column
 
 
 class Rows(NamedTuple):
@@ -93,6 +75,15 @@ class Collated(NamedTuple):
     attention_mask: np.ndarray
     context_ids: np.ndarray | None
     context_mask: np.ndarray | None
+
+
+class Index(NamedTuple):
+    """Where coded rows go: uint8 of as many bytes as all records have and CODEC_SLACK more; and for every row its offset
+    behind its count (int64) and its count (int32), both 0 where there is no row."""
+
+    data: np.ndarray
+    offsets: np.ndarray
+    counts: np.ndarray
 
 
 #: Columns of the jobs of `decode_batch`, int64 [n, 8]: where a record's bytes are, its size, tokens and context ids by the
@@ -146,7 +137,7 @@ def encode(layout: Layout, rows: Rows, max_kl: float, values_bits: int | None, d
     if _native is None:
         result = codec_encode.encode(layout, arrays, max_kl, values_bits or 0, kl)
     else:
-        result = _native.codec_encode(layout._native(), tokens, _addresses(arrays), max_kl, values_bits or 0, kl.ctypes.data)
+        result = _native.codec_encode(layout.native, tokens, _addresses(arrays), max_kl, values_bits or 0, kl.ctypes.data)
     status, row, data, has_counts = result
     if status:
         raise CacheError(f"{_FAULTS[Status(status)]}; row {row} of the record is at fault")
@@ -163,7 +154,7 @@ def decode(layout: Layout, data: np.ndarray, has_counts: bool, rows: Rows) -> No
     if _native is None:
         status, row = codec_python.decode(layout, data.tobytes(), has_counts, tokens, rows)
     else:
-        status, row = _native.codec_decode(layout._native(), tokens, data.ctypes.data, data.size, has_counts, _addresses(rows))
+        status, row = _native.codec_decode(layout.native, tokens, data.ctypes.data, data.size, has_counts, _addresses(rows))
     if status:
         raise CorruptCache(f"targets of a record are corrupt at token {row}: {_FAULTS[Status(status)]}")
 
@@ -181,13 +172,39 @@ def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows,
     """
     room = 0 if out.context_ids is None else out.context_ids.shape[-1]
     if _native is None:
-        status, job, token = codec_python.decode_batch(layout, jobs, next_label, rows, out)
+        result = codec_python.decode_batch(layout, jobs, next_label, rows, out)
     else:
-        status, job, token = _native.codec_decode_batch(
-            layout._native(), jobs.ctypes.data, len(jobs), next_label, _addresses(rows), _addresses(out), room, threads
+        result = _native.codec_decode_batch(
+            layout.native, jobs.ctypes.data, len(jobs), next_label, _addresses(rows), _addresses(out), room, threads
         )
-    if status == Status.NO_MEMORY:
+    if result[0] == Status.NO_MEMORY:
         raise MemoryError(f"no memory to decode {len(jobs)} records of the cache with {threads} threads")
+    _raise_of_job(*result)
+
+
+def index_batch(layout: Layout, jobs: np.ndarray, next_label: bool, index: Index, out: Collated, threads: int) -> None:
+    """`decode_batch` that leaves the rows in code: checks whole records, copies their rows' bytes, and says where they are.
+
+    What decoding alone shows (ids, patches or draws that contradict themselves in a record whose checksum is right) is left
+    to whoever decodes: such a row becomes NaN.
+
+    Raises:
+        CorruptCache: as `decode_batch`.
+    """
+    room = 0 if out.context_ids is None else out.context_ids.shape[-1]
+    needed = int(jobs[:, JOB.index("size")].sum()) + CODEC_SLACK
+    if index.data.size != needed:
+        raise ValueError(f"index.data: expected {needed} bytes for these jobs, got {index.data.size}")
+    if _native is None:
+        result = codec_python.index_batch(layout, jobs, next_label, index, out)
+    else:
+        result = _native.codec_index_batch(
+            layout.native, jobs.ctypes.data, len(jobs), next_label, _addresses(index), _addresses(out), room, threads
+        )
+    _raise_of_job(*result)
+
+
+def _raise_of_job(status: int, job: int, token: int) -> None:
     if status:
         where = f" at token {token}" if status < Status.BAD_HEADER else ""
         error = CorruptCache(f"the record is corrupt{where}: {_FAULTS[Status(status)]}")

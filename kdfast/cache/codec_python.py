@@ -21,6 +21,7 @@ from kdfast.cache.codec_math import (
     TAIL_ALL,
     count_width,
     exp_fixed,
+    id_bytes,
     log_fixed,
     log_of,
     low_width,
@@ -32,7 +33,7 @@ from kdfast.cache.codec_math import (
 from kdfast.cache.format import CorruptCache
 
 if TYPE_CHECKING:
-    from kdfast.cache.codec import Collated, Layout, Rows
+    from kdfast.cache.codec import Collated, Index, Layout, Rows
 
 _F = np.float32
 
@@ -93,14 +94,19 @@ def _read_ids(reader: _Reader, vocab: int, count: int) -> np.ndarray:
     return ids
 
 
+def _head(head: int) -> tuple[int, int, int]:
+    """Width of a block's numbers, width of its patches' upper parts, number of patches."""
+    width, more, patches = head & 31, head >> 5 & 31, head >> 10
+    if width + more > 16 or (patches > 0) != (more > 0):
+        raise Fault(Status.BAD_CODE)
+    return width, more, patches
+
+
 def _read_blocks(reader: _Reader, count: int) -> np.ndarray:
     blocks = []
     for start in range(0, count, BLOCK):
         n = min(BLOCK, count - start)
-        head = reader.number(2)
-        width, more, patches = head & 31, head >> 5 & 31, head >> 10
-        if width + more > 16 or (patches > 0) != (more > 0):
-            raise Fault(Status.BAD_CODE)
+        width, more, patches = _head(reader.number(2))
         sizes = (n * width + 7) // 8, (patches * (more + PLACE_BITS) + 7) // 8
         data = reader.take(sum(sizes))
         values = unpack_bits(data[: sizes[0]], width, n)
@@ -130,13 +136,38 @@ def _weights(layout: Layout, p: np.ndarray, logp: np.ndarray, draws: np.ndarray,
     return np.where(draws > 0, drawn, p)
 
 
-def _read_row(layout: Layout, reader: _Reader, has_counts: bool, t: int, rows: Rows) -> None:
+def _skip_blocks(reader: _Reader, count: int) -> None:
+    for start in range(0, count, BLOCK):
+        n = min(BLOCK, count - start)
+        width, more, patches = _head(reader.number(2))
+        reader.take((n * width + 7) // 8 + (patches * (more + PLACE_BITS) + 7) // 8)
+
+
+def _skip_row(layout: Layout, reader: _Reader, has_counts: bool) -> tuple[int, int]:
+    """Past a row: where it begins behind its count, and its count."""
+    count, tails = _begin_row(layout, reader, has_counts)
+    offset = reader.pos - 2 * len(tails)
+    if count:
+        reader.take(id_bytes(layout.vocab_size, count))
+        _skip_blocks(reader, count)
+        if layout.samples:
+            _skip_blocks(reader, count)
+    return offset, count
+
+
+def _begin_row(layout: Layout, reader: _Reader, has_counts: bool) -> tuple[int, list[int]]:
+    """Count and tail codes of a row."""
     count = reader.number(count_width(layout.k)) if has_counts else layout.k
     if count > layout.k:
         raise Fault(Status.BAD_COUNT)
     tails = np.frombuffer(reader.take(2 * len(layout.temperatures)), "<u2").tolist()
     if any((code == TAIL_ALL) != (count == 0) for code in tails):
         raise Fault(Status.BAD_TAIL)
+    return count, tails
+
+
+def _read_row(layout: Layout, reader: _Reader, has_counts: bool, t: int, rows: Rows) -> None:
+    count, tails = _begin_row(layout, reader, has_counts)
     rows.log_tail[t] = [log_of(tail_mass(code)[0]) if code else -math.inf for code in tails]
     rows.ids[t], rows.logprobs[t], rows.log_z[t] = -1, -math.inf, 0.0
     if rows.weights is not None:
@@ -173,15 +204,11 @@ def decode(layout: Layout, data: bytes, has_counts: bool, tokens: int, rows: Row
 def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows, out: Collated) -> tuple[Status, int, int]:
     """`_C.codec_decode_batch`, job by job."""
     flat = rows.each(lambda x: x.reshape(-1, x.shape[-1]))
-    ids, labels, mask, attention = (x.reshape(-1) for x in (out.input_ids, out.labels, out.loss_mask, out.attention_mask))
-    for i, (address, size, tokens, contexts, wanted, at, room, context_at) in enumerate(jobs.tolist()):
-        payload = np.frombuffer(ctypes.string_at(address, size), np.uint8)
-        if xxh64(payload.tobytes()) != wanted & (2**64 - 1):
-            return Status.BAD_CHECKSUM, i, 0
-        try:
-            parts = record.unpack(payload, tokens, contexts)
-        except CorruptCache:
-            return Status.BAD_HEADER, i, 0
+    for i, job in enumerate(jobs.tolist()):
+        status, parts = _open(job)
+        if parts is None:
+            return status, i, 0
+        _, _, tokens, _, _, at, room, _ = job
         n = min(tokens, room)
         here, padding = slice(at, at + n), slice(at + n, at + room)
         mine = flat.each(operator.itemgetter(here))
@@ -191,13 +218,60 @@ def decode_batch(layout: Layout, jobs: np.ndarray, next_label: bool, rows: Rows,
         flat.ids[padding], flat.logprobs[padding], flat.log_z[padding], flat.log_tail[padding] = -1, -np.inf, 0.0, 0.0
         if flat.weights is not None:
             flat.weights[padding] = 0.0
-        own_mask, own_labels = record.supervision(parts, next_label)
-        ids[here], labels[here], mask[here], attention[here] = parts.input_ids[:n], own_labels[:n], own_mask[:n], True
-        ids[padding], labels[padding], mask[padding], attention[padding] = 0, record.IGNORE, False, False
-        if out.context_ids is not None and out.context_mask is not None:
-            contexts_here = slice(context_at, context_at + out.context_ids.shape[-1])
-            found = np.zeros(0, np.int64) if parts.context_ids is None else parts.context_ids
-            place = np.arange(out.context_ids.shape[-1])
-            out.context_mask.reshape(-1)[contexts_here] = place < len(found)
-            out.context_ids.reshape(-1)[contexts_here] = np.resize(np.append(found, 0), len(place)) * (place < len(found))
+        _supervise(parts, job, next_label, out)
     return Status.OK, 0, 0
+
+
+def index_batch(layout: Layout, jobs: np.ndarray, next_label: bool, index: Index, out: Collated) -> tuple[Status, int, int]:
+    """`_C.codec_index_batch`, job by job."""
+    offsets, counts, start = index.offsets.reshape(-1), index.counts.reshape(-1), 0
+    for i, job in enumerate(jobs.tolist()):
+        status, parts = _open(job)
+        if parts is None:
+            return status, i, 0
+        _, size, tokens, _, _, at, room, _ = job
+        n, reader = min(tokens, room), _Reader(parts.targets.tobytes())
+        for t in range(n):
+            try:
+                offset, counts[at + t] = _skip_row(layout, reader, parts.has_counts)
+            except Fault as fault:
+                return fault.status, i, t
+            offsets[at + t] = start + offset
+        if n == tokens and reader.pos != len(reader.data):
+            return Status.TRAILING, i, n
+        index.data[start : start + size] = 0
+        index.data[start : start + reader.pos] = parts.targets[: reader.pos]
+        offsets[at + n : at + room] = counts[at + n : at + room] = 0
+        _supervise(parts, job, next_label, out)
+        start += size
+    index.data[start:] = 0
+    return Status.OK, 0, 0
+
+
+def _open(job: list[int]) -> tuple[Status, record.Parts | None]:
+    """The parts of a record whose checksum and header are right."""
+    address, size, tokens, contexts, wanted, *_ = job
+    payload = np.frombuffer(ctypes.string_at(address, size), np.uint8)
+    if xxh64(payload.tobytes()) != wanted & (2**64 - 1):
+        return Status.BAD_CHECKSUM, None
+    try:
+        return Status.OK, record.unpack(payload, tokens, contexts)
+    except CorruptCache:
+        return Status.BAD_HEADER, None
+
+
+def _supervise(parts: record.Parts, job: list[int], next_label: bool, out: Collated) -> None:
+    """Input ids, labels, masks and context of one record to where they go in the batch."""
+    ids, labels, mask, attention = (x.reshape(-1) for x in (out.input_ids, out.labels, out.loss_mask, out.attention_mask))
+    _, _, tokens, _, _, at, room, context_at = job
+    n = min(tokens, room)
+    here, padding = slice(at, at + n), slice(at + n, at + room)
+    own_mask, own_labels = record.supervision(parts, next_label)
+    ids[here], labels[here], mask[here], attention[here] = parts.input_ids[:n], own_labels[:n], own_mask[:n], True
+    ids[padding], labels[padding], mask[padding], attention[padding] = 0, record.IGNORE, False, False
+    if out.context_ids is not None and out.context_mask is not None:
+        contexts_here = slice(context_at, context_at + out.context_ids.shape[-1])
+        found = np.zeros(0, np.int64) if parts.context_ids is None else parts.context_ids
+        place = np.arange(out.context_ids.shape[-1])
+        out.context_mask.reshape(-1)[contexts_here] = place < len(found)
+        out.context_ids.reshape(-1)[contexts_here] = np.resize(np.append(found, 0), len(place)) * (place < len(found))

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from kdfast.cache.batch import Batch, Staged, where_to_decode
 from kdfast.cache.format import CacheError
-from kdfast.cache.reader import Batch, CacheReader, Record
+from kdfast.cache.reader import CacheReader, Record
 
 _OPEN_ROWS = 64  # rows that wait for a document small enough to fill them
 
@@ -79,9 +80,10 @@ class CacheStream(IterableDataset[Batch]):
             row, padded.
         shuffle, seed: every epoch is its own permutation; unshuffled it is the cache's order.
         rank, world: this process and how many there are.
-        prefetch: batches that threads decode ahead.
+        prefetch: batches that threads put together ahead, for a GPU in pinned memory.
         threads: threads that do.
-        device: where batches go.
+        device: where batches go, in one copy each, by whoever takes them.
+        decode: where targets are decoded, as in `CacheReader.batch`.
         epochs: end after this many; None: never.
 
     In `DataLoader` workers every worker yields its share of the batches, and the loader's order is that without workers; the
@@ -104,6 +106,7 @@ class CacheStream(IterableDataset[Batch]):
         prefetch: int = 2,
         threads: int = 1,
         device: torch.device | str = "cpu",
+        decode: str = "auto",
         epochs: int | None = None,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("world", world, 1), ("prefetch", prefetch, 0),
@@ -115,7 +118,7 @@ class CacheStream(IterableDataset[Batch]):
         self.reader = reader if isinstance(reader, CacheReader) else CacheReader(reader)
         self.batch_size, self.pack, self.shuffle, self.seed = batch_size, pack, shuffle, seed
         self.rank, self.world, self.prefetch, self.threads = rank, world, prefetch, threads
-        self.device, self.epochs = device, epochs
+        self.device, self.decode, self.epochs = device, where_to_decode(decode, device), epochs
         self._epoch = self._batch = 0
         self._plan_of: tuple[int, list[list[Any]]] = (-1, [])
 
@@ -157,10 +160,12 @@ class CacheStream(IterableDataset[Batch]):
         names = ("batch_size", "pack", "shuffle", "seed", "world")
         return {"records": len(self.reader), "tokens": self.reader.info.tokens, **{n: getattr(self, n) for n in names}}
 
-    def _read(self, groups: list[Any]) -> Batch:
+    def _read(self, groups: list[Any]) -> Staged:
+        """What a thread does of a batch; copies and kernels are left to the stream of whoever takes it."""
+        pin = torch.device(self.device).type == "cuda"
         if self.pack:
-            return self.reader.packed(groups, self.pack, self.device)
-        return self.reader.batch(groups, self.device)
+            return self.reader.stage_packed(groups, self.pack, decode=self.decode, pin=pin)
+        return self.reader.stage(groups, decode=self.decode, pin=pin)
 
     def _walk(self) -> Iterator[tuple[int, int, list[Any]]]:
         """(epoch, batch within it, its records) from here on."""
@@ -179,9 +184,9 @@ class CacheStream(IterableDataset[Batch]):
         if not self.prefetch:
             for epoch, i, groups in walk:
                 self._epoch, self._batch = epoch, i + 1
-                yield self._read(groups)
+                yield self._read(groups).to(self.device).batch()
             return
-        waiting: deque[tuple[int, int, Future[Batch]]] = deque()
+        waiting: deque[tuple[int, int, Future[Staged]]] = deque()
         pool = ThreadPoolExecutor(self.threads, "kdfast-cache-reader")
         try:
             for epoch, i, groups in walk:
@@ -193,8 +198,8 @@ class CacheStream(IterableDataset[Batch]):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _take(self, waiting: deque[tuple[int, int, Future[Batch]]]) -> Batch:
+    def _take(self, waiting: deque[tuple[int, int, Future[Staged]]]) -> Batch:
         epoch, i, future = waiting.popleft()
-        batch = future.result()
+        batch = future.result().to(self.device).batch()
         self._epoch, self._batch = epoch, i + 1
         return batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from kdfast.cache import codec, codec_math, record
+from kdfast.cache.batch import Batch, Plan, Staged, stage, where_to_decode
 from kdfast.cache.format import KEY_TOKENS, CacheError, CacheMismatch, CorruptCache
 from kdfast.cache.manifest import CacheInfo, read_manifest
 from kdfast.cache.shard import Shard, content_keys
 from kdfast.ops.targets import TopKTargets
 
-_TOKENS, _CONTEXTS, _AT, _ROOM, _CONTEXT_AT = (codec.JOB.index(n) for n in ("tokens", "contexts", "at", "room", "context_at"))
+_TOKENS, _CONTEXTS, _AT, _ROOM = (codec.JOB.index(n) for n in ("tokens", "contexts", "at", "room"))
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,8 @@ class Record:
     context_ids: Tensor | None
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B documents padded at their end to the longest, Lmax.
-
-    input_ids int64 [B, Lmax] (0 in the padding); targets [B, Lmax, k] (empty slots and a tail of 1 in the padding);
-    loss_mask bool [B, Lmax], True where row t counts; labels int64 [B, Lmax], aligned with the logits, -100 where they
-    do not count; attention_mask bool [B, Lmax]. context_ids and context_mask [B, Cmax] when a document has a context.
-
-    Packed (`CacheReader.packed`), a row holds several documents: position_ids int64 [B, L] counts from 0 in each and
-    document_ids int64 [B, L] numbers them from 0, -1 in the padding; a token may attend to its own document only.
-    """
-
-    input_ids: Tensor
-    targets: TopKTargets
-    loss_mask: Tensor
-    labels: Tensor
-    attention_mask: Tensor
-    context_ids: Tensor | None = None
-    context_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    document_ids: Tensor | None = None
+def _pins(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 class CacheReader:
@@ -121,6 +102,7 @@ class CacheReader:
         """
         parts = self._parts(i)
         batch = self.batch([i])
+        assert isinstance(batch.targets, TopKTargets)
         return Record(
             input_ids=batch.input_ids[0],
             targets=batch.targets[0],
@@ -129,32 +111,53 @@ class CacheReader:
             context_ids=None if parts.context_ids is None else torch.from_numpy(parts.context_ids),
         )
 
-    def batch(self, indices: Sequence[int] | Tensor, device: torch.device | str = "cpu", threads: int = 1) -> Batch:
-        """The records at `indices` as one padded batch, decoded in place and copied to `device` once.
+    def batch(
+        self, indices: Sequence[int] | Tensor, device: torch.device | str = "cpu", threads: int = 1, decode: str = "auto"
+    ) -> Batch:
+        """The records at `indices` as one padded batch, put together in place and copied to `device` once.
 
         Args:
-            threads: how many decode at the same time.
+            threads: how many check and decode at the same time.
+            decode: where targets become floats, the same wherever it is. "host": here, all of them then travel; "device": their
+                bytes travel, a third, and are decoded there; "loss": the same, but not before a loss reads them
+                (`EncodedTargets`); "auto": "device" on a GPU, else "host".
 
         Raises:
             ValueError: indices is empty. IndexError: there is no such record. CorruptCache: as for one record.
         """
+        return self.stage(indices, threads, where_to_decode(decode, device), _pins(device)).to(device).batch()
+
+    def stage(self, indices: Sequence[int] | Tensor, threads: int = 1, decode: str = "host", pin: bool = False) -> Staged:
+        """The first half of `batch`, all that a host does: `stage(...).to(device).batch()` is the batch."""
         numbers = self._numbers(indices)
         jobs = self._jobs[numbers]
         longest = int(jobs[:, _TOKENS].max())
         jobs[:, _AT], jobs[:, _ROOM] = np.arange(len(jobs)) * longest, longest
-        return self._collate(jobs, numbers, (len(jobs), longest), int(jobs[:, _CONTEXTS].max()), device, threads)
+        return self._stage(Plan(jobs, (len(jobs), longest), int(jobs[:, _CONTEXTS].max())), numbers, threads, decode, pin)
 
     def packed(
-        self, groups: Sequence[Sequence[int]], length: int, device: torch.device | str = "cpu", threads: int = 1
+        self,
+        groups: Sequence[Sequence[int]],
+        length: int,
+        device: torch.device | str = "cpu",
+        threads: int = 1,
+        decode: str = "auto",
     ) -> Batch:
         """Rows of `length` tokens, each the records of one group end to end, with position_ids and document_ids.
 
-        A record longer than what is left of its row is cut there; its last row keeps its label.
+        A record longer than what is left of its row is cut there; its last row keeps its label. `threads` and `decode` are
+        those of `batch`.
 
         Raises:
             ValueError: a group is empty, a record would begin beyond the row, or a record has a context.
             IndexError, CorruptCache: as for `batch`.
         """
+        return self.stage_packed(groups, length, threads, where_to_decode(decode, device), _pins(device)).to(device).batch()
+
+    def stage_packed(
+        self, groups: Sequence[Sequence[int]], length: int, threads: int = 1, decode: str = "host", pin: bool = False
+    ) -> Staged:
+        """The first half of `packed`, as `stage` is of `batch`."""
         counts = [len(group) for group in groups]
         numbers = self._numbers([i for group in groups for i in group])
         jobs, row = self._jobs[numbers], np.repeat(np.arange(len(groups)), counts)
@@ -168,14 +171,14 @@ class CacheReader:
         last = np.append(row[1:] != row[:-1], True)
         kept = np.minimum(jobs[:, _TOKENS], length - start)
         jobs[:, _AT], jobs[:, _ROOM] = row * length + start, np.where(last, length - start, kept)
-        batch = self._collate(jobs, numbers, (len(groups), length), 0, device, threads)
         fill = jobs[:, _ROOM]
         positions = np.arange(fill.sum()) - np.repeat(fill.cumsum() - fill, fill)
         padding = positions >= np.repeat(kept, fill)
         documents = np.where(padding, -1, np.repeat(np.arange(len(jobs)) - np.repeat(first, counts), fill))
-        extra = (np.where(padding, 0, positions), documents)
-        position_ids, document_ids = (torch.from_numpy(x).view(len(groups), length).to(device) for x in extra)
-        return dataclasses.replace(batch, position_ids=position_ids, document_ids=document_ids)
+        shape = (len(groups), length)
+        extra = {"position_ids": np.where(padding, 0, positions), "document_ids": documents}
+        plan = Plan(jobs, shape, extra={name: x.reshape(shape) for name, x in extra.items()})
+        return self._stage(plan, numbers, threads, decode, pin)
 
     def _numbers(self, indices: Sequence[int] | Tensor) -> np.ndarray:
         numbers = np.asarray(indices, np.int64)
@@ -186,40 +189,14 @@ class CacheReader:
             raise IndexError(f"record {int(numbers[wrong][0])}: the cache holds {len(self)} records")
         return numbers % len(self)
 
-    def _collate(
-        self, jobs: np.ndarray, numbers: np.ndarray, shape: tuple[int, int], contexts: int, device: Any, threads: int
-    ) -> Batch:
+    def _stage(self, plan: Plan, numbers: np.ndarray, threads: int, decode: str, pin: bool) -> Staged:
         if threads < 1:
             raise CacheError(f"threads: expected 1 or more, got {threads}")
-        rows = codec.empty_rows(self._layout, shape)
-        context: tuple[Any, Any] = (None, None)
-        if contexts:
-            jobs[:, _CONTEXT_AT] = np.arange(len(jobs)) * contexts
-            context = np.empty((len(jobs), contexts), np.int64), np.empty((len(jobs), contexts), bool)
-        ids, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        out = codec.Collated(ids, labels, np.empty(shape, bool), np.empty(shape, bool), *context)
         try:
-            codec.decode_batch(self._layout, jobs, self.settings.alignment == "next", rows, out, threads)
+            return stage(self._layout, plan, self.settings.alignment == "next", threads, decode, pin)
         except CorruptCache as error:
             shard, at = self._locate(int(numbers[error.job]))
             raise CorruptCache(f"record {int(numbers[error.job])} ({shard.path}, record {at}): {error}") from None
-        context_ids, context_mask = (None if x is None else torch.from_numpy(x) for x in context)
-        batch = Batch(
-            input_ids=torch.from_numpy(ids),
-            targets=self._targets(rows),
-            loss_mask=torch.from_numpy(out.loss_mask),
-            labels=torch.from_numpy(labels),
-            attention_mask=torch.from_numpy(out.attention_mask),
-            context_ids=context_ids,
-            context_mask=context_mask,
-        )
-        return batch if torch.device(device).type == "cpu" else _to(batch, device)
-
-    def _targets(self, rows: codec.Rows) -> TopKTargets:
-        ids, logprobs, log_z, log_tail = map(torch.from_numpy, rows[:4])
-        weights = None if rows.weights is None else torch.from_numpy(rows.weights)
-        settings = self.settings
-        return TopKTargets(ids, logprobs, log_z, log_tail, settings.temperatures, settings.vocab_size, weights)
 
     def find(self, input_ids: Tensor) -> int | None:
         """The first record whose input ids are, or start with, `input_ids`; None when there is none.
@@ -285,15 +262,3 @@ class CacheReader:
             return record.unpack(shard.read(at), int(shard.tokens[at]), int(shard.contexts[at]))
         except CorruptCache as error:
             raise CorruptCache(f"record {i}: {error}") from None
-
-
-def _to(batch: Batch, device: torch.device | str) -> Batch:
-    cuda = torch.device(device).type == "cuda"
-
-    def move(x: Any) -> Any:
-        if isinstance(x, TopKTargets):
-            values = {name: move(getattr(x, name)) for name in ("ids", "logprobs", "log_z", "log_tail", "weights")}
-            return dataclasses.replace(x, **values)
-        return x if x is None else (x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
-
-    return Batch(**{field.name: move(getattr(batch, field.name)) for field in dataclasses.fields(batch)})

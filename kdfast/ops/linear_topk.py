@@ -11,6 +11,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.chunks import logit_chunks
 from kdfast.ops import rows, tails
+from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side, main_grad_of
 from kdfast.ops.linear_op import LinearCall, side_of
 from kdfast.ops.row_options import head_fields, row_options
@@ -108,7 +109,7 @@ def linear_topk_targets(
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    targets: TopKTargets | Sequence[TopKTargets],
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -145,7 +146,8 @@ def linear_topk_kd_loss(
     Args:
         student_hidden, student_weight, student_bias, logits_dtype, workspace_mb, row_index, tp_group, reduce_hidden_grad: as
             in `linear_kd_loss`.
-        targets, tail ... return_parts: as in `topk_kd_loss`. With reduction "none" backward runs the chunks again.
+        targets (`EncodedTargets` too), tail ... return_parts: as in `topk_kd_loss`. With reduction "none" backward runs the
+            chunks again.
 
     Raises:
         ValueError: as `topk_kd_loss` and `linear_kd_loss`.

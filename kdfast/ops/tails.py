@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import rows
+from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.targets import TopKTargets
 from kdfast.options import PARTS, RowOptions
 
@@ -28,16 +29,18 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 def as_list(targets: Any) -> list[TopKTargets]:
-    """One or several targets as a list.
+    """One or several targets as a list, those in code decoded.
 
     Raises:
-        ValueError: something else than `TopKTargets`, or teachers of different vocabularies.
+        ValueError: something else than `TopKTargets` or `EncodedTargets`, or teachers of different vocabularies.
     """
     several = list(targets) if isinstance(targets, Sequence) else [targets]
+    several = [t.decode() if isinstance(t, EncodedTargets) else t for t in several]
     for i, t in enumerate(several):
         name = rows.member("targets", i, len(several))
         if not isinstance(t, TopKTargets):
-            raise ValueError(f"{name}: expected TopKTargets, got {type(t).__name__}")
+            got = type(t).__name__
+            raise ValueError(f"{name}: expected TopKTargets, got {got}; topk_targets makes them, a cache holds them")
         if t.vocab_size != several[0].vocab_size:
             raise ValueError(f"{name}: expected vocab_size {several[0].vocab_size} like targets[0], got {t.vocab_size}")
     return several

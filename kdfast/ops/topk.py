@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdfast import dispatch
 from kdfast.ops import parallel, parallel_topk, rows, tails
+from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.row_op import RowCall, RowOp
 from kdfast.ops.row_options import head_fields, row_options
 from kdfast.ops.shards import Shards
@@ -190,7 +191,7 @@ def topk_targets(
 
 def topk_kd_loss(
     student_logits: Tensor,
-    targets: TopKTargets | Sequence[TopKTargets],
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
     labels: Tensor | None = None,
     *,
     tail: str = "ghost",
@@ -233,9 +234,9 @@ def topk_kd_loss(
     Args:
         student_logits: `[..., Vs]`, Vs >= targets.vocab_size; ids beyond the teacher's vocabulary take no part in the
             soft term.
-        targets: `TopKTargets` with the same leading dimensions and device, or a sequence of them (several teachers, whose
-            losses are summed with `teacher_weights` in one read of the student). An id that is listed twice counts with the
-            sum of its probabilities; empty slots (id -1) are skipped.
+        targets: `TopKTargets` with the same leading dimensions and device, or `EncodedTargets`, decoded here; or a sequence of
+            them (several teachers, whose losses are summed with `teacher_weights` in one read of the student). An id that
+            is listed twice counts with the sum of its probabilities; empty slots (id -1) are skipped.
         tail: as above. Drawn entries (`targets.weights`) take "none", or "renormalize", which is not unbiased.
         divergence: "forward_kl", "reverse_kl" (not with "renormalize": infinite) or "jsd"; with "none" only "forward_kl".
         temperature: one of `targets.temperatures`.

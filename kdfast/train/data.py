@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from kdfast import TopKTargets
+from kdfast import EncodedTargets, TopKTargets
 
 IGNORE = -100
 SEPARATOR = "<|endoftext|>"
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor | None = None
-    targets: TopKTargets | None = None
+    targets: TopKTargets | EncodedTargets | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(

@@ -123,6 +123,54 @@ void damage(Random& random, std::vector<std::uint8_t>& bytes) {
     }
 }
 
+// What the decoder of whole records says of one, and the rows it wrote where it accepts it.
+struct Verdict {
+    codec::BatchResult result;
+    const codec::RowsOut& rows;
+};
+
+bool poisoned(const Layout& layout, const codec::RowsOut& rows, std::size_t row) {
+    bool found = true;
+    for (std::size_t i = row * static_cast<std::size_t>(layout.k); i < (row + 1) * static_cast<std::size_t>(layout.k); ++i)
+        found = found && rows.ids[i] == 0 && std::isnan(rows.logprobs[i]);
+    return found;
+}
+
+// Index and decoder of indexed rows, without a byte to spare: the same rows, or a refusal, or NaN where the other refused.
+void compare_indexed(const Case& c, const codec::Job& job, const codec::BatchOut& out, const Verdict& whole) {
+    const auto rows = static_cast<std::size_t>(job.room), k = static_cast<std::size_t>(c.layout.k);
+    const auto n_t = static_cast<std::size_t>(c.layout.n_t), size = c.record.size();
+    auto data = exact<std::uint8_t>(size + codec::kSlack);
+    auto offsets = exact<std::int64_t>(rows);
+    auto counts = exact<std::int32_t>(rows);
+    const codec::IndexOut index{data.get(), offsets.get(), counts.get()};
+    const auto indexed = codec::index_batch(c.layout, &job, 1, true, out, index, 1);
+    const auto wrong = [&](const char* what) {
+        std::fprintf(stderr, "index and decoder disagree: %s (%d at %lld, %d at %lld)\n", what, indexed.status,
+                     static_cast<long long>(indexed.token), whole.result.status, static_cast<long long>(whole.result.token));
+        std::abort();
+    };
+    if (indexed.status != codec::kOk) {
+        if (whole.result.status == codec::kOk) wrong("only the index refuses");
+        return;
+    }
+    auto ids = exact<std::int32_t>(rows * k);
+    auto logp = exact<float>(rows * k), weights = exact<float>(rows * k), log_z = exact<float>(rows * n_t),
+         log_tail = exact<float>(rows * n_t);
+    const codec::RowsOut found{ids.get(), logp.get(), log_z.get(), log_tail.get(), weights.get()};
+    codec::decode_indexed(c.layout, {data.get(), size, offsets.get(), counts.get()}, job.room, found, 1);
+    if (whole.result.status != codec::kOk) {
+        if (!poisoned(c.layout, found, static_cast<std::size_t>(whole.result.token))) wrong("a refused row is not NaN");
+        return;
+    }
+    const bool same = !std::memcmp(ids.get(), whole.rows.ids, rows * k * 4) &&
+                      !std::memcmp(logp.get(), whole.rows.logprobs, rows * k * 4) &&
+                      !std::memcmp(log_z.get(), whole.rows.log_z, rows * n_t * 4) &&
+                      !std::memcmp(log_tail.get(), whole.rows.log_tail, rows * n_t * 4) &&
+                      (!c.layout.samples || !std::memcmp(weights.get(), whole.rows.weights, rows * k * 4));
+    if (!same) wrong("other floats");
+}
+
 // Decodes a record into buffers without a byte to spare; false when it is refused.
 bool decode(Random& random, const Case& c) {
     const std::int64_t room = below(random, 4) ? c.tokens : 1 + static_cast<std::int64_t>(below(random, 16));
@@ -140,7 +188,9 @@ bool decode(Random& random, const Case& c) {
     auto mask = exact<std::uint8_t>(rows), attention = exact<std::uint8_t>(rows);
     const codec::BatchOut out{{ids.get(), logp.get(), log_z.get(), log_tail.get(), weights.get()}, input.get(), labels.get(),
                               mask.get(), attention.get(), nullptr, nullptr, 0};
-    if (codec::decode_batch(c.layout, &job, 1, true, out, 1).status != codec::kOk) return false;
+    const auto result = codec::decode_batch(c.layout, &job, 1, true, out, 1);
+    compare_indexed(c, job, out, {result, out.rows});
+    if (result.status != codec::kOk) return false;
     for (std::size_t i = 0; i < rows * k; ++i) {
         const bool sound = ids[i] >= -1 && ids[i] < c.layout.vocab && !std::isnan(logp[i]) && logp[i] < 1e-3f &&
                            (!c.layout.samples || !(std::isnan(weights[i]) || weights[i] < 0));

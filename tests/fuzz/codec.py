@@ -20,7 +20,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 def build(folder: Path) -> Path:
     """Compiles the driver with every instruction set into a folder."""
     compiler = os.environ.get("CXX", "g++")
-    jobs = [(ROOT / "csrc" / "codec_record.cpp", "record", ""), (ROOT / "tests" / "fuzz" / "codec.cpp", "driver", "")]
+    jobs = [(ROOT / "csrc" / f"codec_{name}.cpp", name, "") for name in ("record", "index")]
+    jobs += [(ROOT / "tests" / "fuzz" / "codec.cpp", "driver", "")]
     for source in ("codec_decode", "codec_encode"):
         jobs += [(ROOT / "csrc" / "cpu" / f"{source}.cpp", f"{source}.{i}", f"-DKDFAST_ISA={i} {f}") for i, f in ISAS.items()]
     objects = []

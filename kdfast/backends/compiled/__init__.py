@@ -19,7 +19,7 @@ register(
     Backend(
         name="cpp",
         package=__name__,
-        ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale"),
+        ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale", "codec"),
         devices=("cpu",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         missing=_missing,

@@ -6,6 +6,6 @@ register(
     Backend(
         name="reference",
         package=__name__,
-        ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale", "parallel"),
+        ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale", "codec", "parallel"),
     )
 )

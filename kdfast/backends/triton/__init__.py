@@ -22,7 +22,7 @@ register(
     Backend(
         name="triton",
         package=__name__,
-        ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale"),
+        ops=("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse", "scale", "codec"),
         devices=("cuda", "cpu"),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         missing=_missing,

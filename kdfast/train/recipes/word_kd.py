@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdfast import TopKTargets
+from kdfast import EncodedTargets, TopKTargets
 from kdfast.losses import KDLoss, TopKKDLoss
 from kdfast.train.recipe import Recipe
 from kdfast.train.step import Loss, Metrics
@@ -26,7 +26,7 @@ def make_loss(recipe: Recipe) -> Loss:
     dense, sparse = KDLoss(**options), TopKKDLoss(**options)
 
     def word_kd(logits: Tensor, signal: Any, labels: Tensor, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-        loss = sparse if isinstance(signal, TopKTargets) else dense
+        loss = sparse if isinstance(signal, TopKTargets | EncodedTargets) else dense
         value, parts = loss(logits, signal, labels, num_items=num_items)
         return value, parts._asdict()
 
