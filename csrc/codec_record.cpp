@@ -42,7 +42,7 @@ bool parse(const Job& job, Record& out) {
     out.context_width = data[3];
     const auto fits = [](bool there, unsigned width) { return there ? width >= 1 && width <= 4 : width == 0; };
     if (flags > 15 || !fits(true, data[1]) || !fits(flags & kLabels, data[2]) || !fits(flags & kContext, data[3])) return false;
-    if (out.tokens != job.tokens || out.contexts != job.contexts) return false;
+    if (out.tokens != job.tokens || out.contexts != job.contexts || (contexts && !(flags & kContext))) return false;
     std::uint64_t at = kHeader;
     const auto section = [&](bool there, std::uint64_t bytes) -> const std::uint8_t* {
         const std::uint8_t* p = there ? data + std::min(at, size) : nullptr;

@@ -241,6 +241,23 @@ def test_a_forged_record_is_refused_or_stays_in_range(tiny: Path, at: int) -> No
         assert not targets.logprobs.isnan().any()
 
 
+def test_a_record_that_counts_context_ids_it_does_not_flag_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by libFuzzer: ids that no section holds were read from a null pointer."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        end = int(tensors["offsets"][1])
+        tensors["payload"][8] = tensors["contexts"][0] = 1
+        tensors["checksums"][0] = codec.checksum(tensors["payload"][:end].tobytes())
+
+    forge_shard(tiny, change)
+    reader = CacheReader(tiny)
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(codec, "_native", None)
+        with pytest.raises(CorruptCache, match="header"):
+            reader.batch([0])
+
+
 def test_keys_of_another_document_are_noticed_by_verify(tiny: Path) -> None:
     forge_shard(tiny, _assign("keys", 0, 1))
     with pytest.raises(CorruptCache, match="content keys"):

@@ -154,6 +154,7 @@ def read_shard(path: Path, entry: dict[str, Any], s: dict[str, Any]) -> list[dic
         b = Bytes(data[begin + offsets[i] : begin + offsets[i + 1]])
         flags, widths, tokens, contexts = b.number(1), [b.number(1) for _ in range(3)], b.number(4), b.number(4)
         assert (tokens, contexts) == (numbers["tokens"][i], numbers["contexts"][i])
+        assert flags & 4 or contexts == 0
         record: dict[str, Any] = {"input_ids": [b.number(widths[0]) for _ in range(tokens)]}
         mask = int.from_bytes(b.take(-(-tokens // 8)), "little") if flags & 1 else None
         record["mask"] = None if mask is None else [bool(mask >> t & 1) for t in range(tokens)]

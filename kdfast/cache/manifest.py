@@ -56,7 +56,7 @@ class Manifest:
         return _DIGEST.sub(b'"digest": "' + digest(blank).encode() + b'"', blank)
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: Path) -> Manifest:
+    def from_bytes(cls, data: bytes, where: Path | str) -> Manifest:
         """Checks the digest, then every field.
 
         Raises:
@@ -80,7 +80,7 @@ class Manifest:
         return manifest
 
 
-def _check_shards(shards: tuple[ShardEntry, ...], where: Path) -> None:
+def _check_shards(shards: tuple[ShardEntry, ...], where: Path | str) -> None:
     for shard in shards:
         # A name from a file must not lead out of the cache's folder.
         if not isinstance(shard.name, str) or not SHARD_NAME.fullmatch(shard.name):
@@ -180,7 +180,7 @@ def write_atomically(path: Path, parts: Iterable[Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kdfast.cache.format import MANIFEST, CacheError, CacheMismatch
 from kdfast.cache.manifest import CacheInfo, Manifest, ShardEntry, read_manifest, sync_folder, write_atomically
+from kdfast.cache.remote import writable
 from kdfast.cache.shard import Shard
 
 _PART = re.compile(r"part-(\d{5})-of-(\d{5})")
@@ -20,7 +21,7 @@ def part_path(path: str | os.PathLike[str], rank: int, world: int) -> Path:
     """Where a rank writes its part of the cache at `path`; `merge` finds it there."""
     if not 0 <= rank < world <= 99999:
         raise CacheError(f"rank: expected 0 to {world - 1} of at most 99999, got {rank} of {world}")
-    return Path(path) / f"part-{rank:05d}-of-{world:05d}"
+    return writable(path) / f"part-{rank:05d}-of-{world:05d}"
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -54,8 +55,8 @@ def merge(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]] 
         CacheError: one is not finished, or `path` holds something else. CorruptCache: an index is not what was written.
         OSError: `path` is on another file system than a part.
     """
-    target = Path(path)
-    folders = parts_of(target) if parts is None else [Path(p) for p in parts]
+    target = writable(path)
+    folders = parts_of(target) if parts is None else [writable(p, "parts") for p in parts]
     manifests = [_finished(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         different = manifests[0].settings.differences(manifest.settings)

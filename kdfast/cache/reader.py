@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from kdfast.cache import codec, codec_math, record
 from kdfast.cache.batch import Batch, Plan, Staged, stage, where_to_decode
 from kdfast.cache.format import KEY_TOKENS, CacheError, CacheMismatch, CorruptCache
 from kdfast.cache.manifest import CacheInfo, read_manifest
+from kdfast.cache.remote import local_copy
 from kdfast.cache.shard import Shard, content_keys
 from kdfast.ops.targets import TopKTargets
 
@@ -47,7 +47,7 @@ class CacheReader:
     It may be handed to worker processes (a copy opens the files again) and used from several threads.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder, or a URL that fsspec knows: it is copied once to KDFAST_CACHE_DIR (`remote.Remote`).
         vocab_size, tokenizer_hash, teacher: what the caller is about to use; None is not compared.
 
     Raises:
@@ -63,7 +63,7 @@ class CacheReader:
         tokenizer_hash: str | None = None,
         teacher: str | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = local_copy(path)
         manifest, size = read_manifest(self.path)
         self.settings = manifest.settings
         self.info = CacheInfo.of(manifest, size)

@@ -84,6 +84,8 @@ def unpack(payload: np.ndarray, tokens: int, contexts: int) -> Parts:
     there = (True, flags & _LABELS, flags & _CONTEXT)
     if flags > 15 or any(not (1 <= w <= 4 if t else w == 0) for w, t in zip(widths, there, strict=True)):
         raise CorruptCache("a record's header holds flags or widths that no writer produces")
+    if contexts and not flags & _CONTEXT:
+        raise CorruptCache(f"a record's header holds {contexts} context ids and no flag for them")
     sizes = [
         tokens * widths[0],
         (tokens + 7) // 8 if flags & _MASK else 0,

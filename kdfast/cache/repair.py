@@ -12,6 +12,7 @@ import numpy as np
 from kdfast.cache import codec, shard
 from kdfast.cache.format import MANIFEST, CorruptCache
 from kdfast.cache.manifest import Manifest, ShardEntry, read_manifest, write_atomically
+from kdfast.cache.remote import writable
 from kdfast.cache.writer import lock_folder
 
 
@@ -35,7 +36,7 @@ def repair(path: str | os.PathLike[str], dry_run: bool = False) -> Repaired:
         CacheError: there is no cache, or a writer has it open.
         CorruptCache: the manifest is damaged; it cannot be made again from the shards.
     """
-    folder = Path(path)
+    folder = writable(path)
     read_manifest(folder)
     lock = lock_folder(folder)
     try:

@@ -28,6 +28,7 @@ from kdfast.cache.format import (
     Settings,
 )
 from kdfast.cache.manifest import Manifest, ShardEntry, read_manifest, write_atomically
+from kdfast.cache.remote import writable
 from kdfast.ops.targets import TopKTargets
 
 _T = TypeVar("_T")
@@ -84,7 +85,7 @@ class CacheWriter:
         max_bytes: int | None = None,
         queue: int = 0,
     ) -> None:
-        self.path = Path(path)
+        self.path = writable(path)
         settings = Settings(
             vocab_size, k, teacher, tokenizer_hash, tuple(map(float, temperatures)), max_kl, values_bits, alignment, kind,
             samples, float(sample_temperature),

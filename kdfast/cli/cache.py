@@ -35,10 +35,10 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     cache_build.add_arguments(build)
     info = action("info", "what a cache holds", "kdfast cache info cache --plot cache.png")
-    info.add_argument("path", help="the cache's folder")
+    info.add_argument("path", help="the cache's folder or URL")
     info.add_argument("--plot", metavar="FILE.png", help="draw mass over k, bytes and the KL error")
     verify = action("verify", "read everything through and check it", _VERIFY)
-    verify.add_argument("path", help="the cache's folder")
+    verify.add_argument("path", help="the cache's folder or URL")
     verify.add_argument("--teacher", metavar="FOLDER", help="run the teacher again over some records and compare")
     verify.add_argument("--records", type=int, default=8, help="how many of them (default %(default)s)")
     verify.add_argument("--limit", type=float, default=1e-3, help="mean KL that fails, nats (default %(default)s)")
@@ -50,13 +50,13 @@ def add_parser(subparsers: Any) -> None:
     merge.add_argument("path", help="the folder of the joined cache")
     merge.add_argument("parts", nargs="*", help="caches in their order (default: the parts under PATH, removed afterwards)")
     cat = action("cat", "print records", "kdfast cache cat cache --records 0 7 --tokenizer models/teacher --top 3")
-    cat.add_argument("path", help="the cache's folder")
+    cat.add_argument("path", help="the cache's folder or URL")
     cat.add_argument("--records", type=int, nargs="+", default=[0], help="which (default 0)")
     cat.add_argument("--rows", type=int, default=16, help="rows of each (default %(default)s)")
     cat.add_argument("--top", type=int, default=5, help="likeliest entries of each row (default %(default)s)")
     cat.add_argument("--tokenizer", help="tokenizer.json or its folder, to print tokens instead of ids")
     bench = action("bench", "how fast batches are read and decoded", "kdfast cache bench cache --batch-size 16 --threads 1")
-    bench.add_argument("path", help="the cache's folder")
+    bench.add_argument("path", help="the cache's folder or URL")
     bench.add_argument("--batch-size", type=int, default=16, help="records (default %(default)s)")
     bench.add_argument("--threads", type=int, default=1, help="that decode at the same time (default %(default)s)")
     bench.add_argument("--seconds", type=float, default=3.0, help="how long (default %(default)s)")
@@ -68,15 +68,30 @@ def run(args: argparse.Namespace) -> int:
         "build": cache_build.run, "info": _info, "verify": _verify, "repair": _repair, "merge": _merge, "cat": _cat,
         "bench": _bench,
     }  # fmt: skip
+    if args.action in ("verify", "cat", "bench") or getattr(args, "plot", None):
+        args.path = _copied(args.path)
     found = actions[args.action](args)
     print(json.dumps(found) if args.json else found["text"] if "text" in found else _table(found))
     return 1 if found.get("failed") else 0
 
 
-def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from kdfast.cache.manifest import CacheInfo, read_manifest
+def _copied(path: str) -> str:
+    """The path, or where the copy of a URL lies, made under a bar."""
+    from kdfast.cache.remote import Remote, is_url
+    from kdfast.cli.progress import bar
 
-    found: dict[str, Any] = CacheInfo.of(*read_manifest(Path(args.path))).as_json()
+    if not is_url(path):
+        return path
+    remote = Remote(path)
+    with bar("copy", remote.shard_bytes // 10**6, "MB") as shown:
+        return str(remote.copy(lambda done, _: shown.update(done // 10**6)))
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    from kdfast.cache import CacheInfo
+    from kdfast.cache.remote import manifest_of
+
+    found: dict[str, Any] = CacheInfo.of(*manifest_of(args.path)).as_json()
     if args.plot:
         from kdfast.cli.cache_plot import plot
 

@@ -55,11 +55,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from kdfast.cache import CacheReader, CacheWriter, capture, part_path, share_of
+    from kdfast.cache import CacheReader, CacheWriter, capture, part_path, remote, share_of
     from kdfast.cli.progress import bar
     from kdfast.train.data import load_tokenizer
     from kdfast.train.inputs import file_hash
 
+    remote.writable(args.out, "--out")  # before the teacher is loaded
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, tokenizer_file = load_tokenizer(args.teacher)
     task = task_of(Path(args.teacher), args.task)

@@ -41,8 +41,8 @@ class CachedTeacher:
     """
 
     def __init__(self, path: str | Path, *, tokenizer_hash: str | None = None, temperature: float = 1.0) -> None:
-        self.path = Path(path)
         self.reader = CacheReader(path, tokenizer_hash=tokenizer_hash)
+        self.path = self.reader.path
         captured = self.reader.info.temperatures
         if not any(abs(t - temperature) <= 1e-6 * t for t in captured):
             listed = ", ".join(f"{t:g}" for t in captured)
