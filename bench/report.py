@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -11,7 +12,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,19 +151,28 @@ def timed(row: Row, timing: Timing, model: Model, limits: Limits) -> Row:
     )  # fmt: skip
 
 
-def write_csv(rows: Iterable[Row], path: str | Path) -> None:
-    """All rows, header first. Written beside the target and renamed, so that a reader never sees half a file."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to: a reader sees the old file or the whole new one, also after a kill or an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_csv(rows: Iterable[Row], path: str | Path) -> None:
+    """All rows, header first."""
+    with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: _cell(v) for k, v in dataclasses.asdict(row).items()})
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _cell(value: object) -> object:
@@ -208,7 +218,7 @@ def to_json(rows: Iterable[Row]) -> str:
 
 
 def between_marks(path: Path, marks: tuple[str, str], text: str) -> None:
-    """Puts `text` between two marks of a file, by way of a temporary name.
+    """Puts `text` between two marks of a file.
 
     Raises:
         ValueError: the file is not there or does not have both marks.
@@ -217,9 +227,8 @@ def between_marks(path: Path, marks: tuple[str, str], text: str) -> None:
     if not all(mark in whole for mark in marks):
         raise ValueError(f"expected a file with the marks {marks[0]} and {marks[1]}, got {path}")
     begin, end = whole.index(marks[0]) + len(marks[0]), whole.index(marks[1])
-    part = path.with_name(path.name + ".part")
-    part.write_text(f"{whole[:begin]}\n{text}\n{whole[end:]}")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(f"{whole[:begin]}\n{text}\n{whole[end:]}")
 
 
 def interval(row: Row) -> str:

@@ -7,14 +7,14 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import contest as bench_contest
-from bench import logits, measure, suite
+from bench import logits, measure, performance, suite
 from bench.contest import AGAIN, Settings, compared, contest
 from bench.measure import Timing, Work, compare, ratio
 from bench.peers import Peer, logits_peers, trained
@@ -222,3 +222,31 @@ def test_a_file_from_before_the_interval_reads_as_not_measured(tmp_path: Path) -
     old.write_text(path.read_text().replace("ratio_high,", "", 1))
     with pytest.raises(ValueError, match="expected columns op, contestant"):
         read_csv(old)
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    write_csv([Row("logits", "a")], path)
+
+    def broken() -> Iterator[Row]:
+        yield Row("logits", "b")
+        raise RuntimeError("no more rows")
+
+    with pytest.raises(RuntimeError, match="no more rows"):
+        write_csv(broken(), path)
+    assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
+    assert [r.contestant for r in read_csv(path)] == ["a"]
+
+
+def test_the_summary_and_the_page_show_the_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    case = [
+        Row("logits", "kdfast", median_ms=2.0, p10_ms=1.9, p90_ms=2.2, time_ratio=1.0, error_f64=1e-7),
+        Row("logits", "near", median_ms=2.1, p10_ms=2.0, p90_ms=2.3, time_ratio=1.07, error_f64=1e-7),
+        Row("logits", "nearer", median_ms=2.2, time_ratio=1.05, ratio_low=1.03, ratio_high=1.08, error_f64=1e-7),
+    ]
+    assert suite.fastest_peer(case) is case[2]  # by the ratio that is shown
+    suite.print_summary([case])
+    assert "1.03-1.08" in capsys.readouterr().out
+    page = performance.page(case)
+    assert "| 1.05 | 1.03-1.08 |" in page
+    assert "| 1.07 |  |" in page
