@@ -1,6 +1,7 @@
 """New results against committed ones: ratios between contestants of one run, never absolute times.
 
 python -m bench logits --csv new.csv && python -m bench check new.csv
+python -m bench check second.csv --against first.csv --band 1.10    # how many ratios of two runs agree
 """
 
 from __future__ import annotations
@@ -68,4 +69,6 @@ def main(argv: list[str]) -> int:
         word = "SLOWER" if change.factor < 1 / args.band else "faster" if change.factor > args.band else "same"
         case = " ".join(x for x in change.row.case if x)
         print(f"{word:<7}{case}  {change.row.contestant}: {change.before:.2f}x -> {change.now:.2f}x")
+    agree = sum(1 / args.band <= c.factor <= args.band for c in found)
+    print(f"{agree} of {len(found)} ratios agree within a factor of {args.band:g}")
     return 1 if any(c.factor < 1 / args.band for c in found) else 0

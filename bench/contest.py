@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,12 @@ from .measure import (
     failures,
     gemm_rate,
     peak_bytes,
-    ratio,
     reason,
     relative_error,
     release,
 )
 from .peers import Peer, agree, differs
+from .ratios import Ratio, Settled, paired
 from .report import Limits, Model, Row, dtype_name, heading, stamp, table, timed, to_json, write_csv
 
 #: How far a measured loss or gradient may be from float64 before its time means nothing. The error itself is printed.
@@ -35,16 +36,28 @@ _GATE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.fl
 AGAIN = "kdfast (again)"
 #: How far apart two medians of the same contestant may be before a run is too disturbed to quote.
 _QUOTABLE = 1.15
+#: More rounds than a case has time for, unless its calls take microseconds.
+_MANY = 4000
+#: Seconds a case of `python -m bench OP` may go on until its ratios are known.
+_SETTLE_S = 20.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure: `repeats` rounds, fewer once `budget_s` is spent (but at least 3)."""
+    """How long to measure: `repeats` rounds, fewer once `budget_s` is spent (but at least 3).
+
+    Args:
+        settle_s: above 0, all `repeats` rounds are made, and more until every ratio to kdfast is known
+            (`ratios.Settled`) or so many seconds are over.
+        spend: told the seconds that the rounds took.
+    """
 
     repeats: int = 7
     warmup: int = 1
     budget_s: float = math.inf
     device: str = "cpu"
+    settle_s: float = 0.0
+    spend: Callable[[float], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +92,7 @@ def contest(job: Contest, limits: Limits, settings: Settings) -> list[Row]:
     works = {p.name: Work(p.run, [_inputs(p, c) for c in cases]) for p in ready if not errors[p.name]}
     if "kdfast" in works:
         works[AGAIN] = works["kdfast"]
-    timings = compare(
-        works, repeats=settings.repeats, warmup=settings.warmup, device=settings.device, budget_s=settings.budget_s
-    ) if works else {}  # fmt: skip
+    timings = _time(works, settings) if works else {}
     rows = []
     for peer in _with_again(job.peers):
         row = Row(job.op, peer.name, dtype=dtype_name(job.dtype), shape=job.shape, note=peer.note)
@@ -95,6 +106,20 @@ def contest(job: Contest, limits: Limits, settings: Settings) -> list[Row]:
         rows.append(stamp(row, settings.device))
     release(settings.device)
     return compared(rows, job.peers, timings)
+
+
+def _time(works: dict[str, Work], settings: Settings) -> dict[str, Timing]:
+    started, warmup, device = time.monotonic(), settings.warmup, settings.device
+    if settings.settle_s > 0:
+        timings = compare(
+            works, repeats=_MANY, warmup=warmup, device=device, budget_s=settings.settle_s, least=settings.repeats,
+            enough=Settled("kdfast"),
+        )  # fmt: skip
+    else:
+        timings = compare(works, repeats=settings.repeats, warmup=warmup, device=device, budget_s=settings.budget_s)
+    if settings.spend is not None:
+        settings.spend(time.monotonic() - started)
+    return timings
 
 
 def _with_peak(row: Row, work: Work, device: str) -> Row:
@@ -157,27 +182,35 @@ def _measure_accuracy(
 
 
 def compared(rows: Sequence[Row], peers: Sequence[Peer], timings: dict[str, Timing]) -> list[Row]:
-    """Rows with times relative to kdfast, and kdfast's row marked with whoever is ahead of it."""
+    """Rows with times relative to kdfast's in the same rounds, and kdfast's row marked with whoever is ahead of it."""
     base = timings.get("kdfast")
     if base is None or not base.seconds:
         return list(rows)
-    rivals = {p.name: timings[p.name] for p in peers if p.comparable and not p.ours and p.name in timings}
-    fastest = min((n for n, t in rivals.items() if t.seconds), key=lambda n: rivals[n].median, default=None)
-    behind = ""
-    if fastest is not None and rivals[fastest].median < base.median:
-        behind = f"{fastest} takes {ratio(rivals[fastest], base):.2f} of its time"
-    spread = ratio(timings[AGAIN], base) if AGAIN in timings else 1.0
+    ratios = {name: paired(timing.seconds, base.seconds) for name, timing in timings.items()}
+    rivals = [p.name for p in peers if p.comparable and not p.ours and p.name in timings and timings[p.name].seconds]
+    behind = _behind(min(rivals, key=lambda name: ratios[name].median), ratios) if rivals else ""
+    spread = ratios[AGAIN].median if AGAIN in ratios else 1.0
     spread = max(spread, 1 / spread)
     wide = f"; SPREAD TOO WIDE TO QUOTE: {spread:.2f}x" if spread > _QUOTABLE else ""
-    return [
-        dataclasses.replace(
-            row,
-            time_ratio=ratio(timings[row.contestant], base) if row.contestant in timings else math.nan,
-            behind=behind if row.contestant == "kdfast" else "",
-            note=row.note + wide if row.contestant == AGAIN else row.note,
-        )
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        to_base = ratios.get(row.contestant, Ratio())
+        row = dataclasses.replace(row, time_ratio=to_base.median)
+        if row.contestant == "kdfast":
+            row = dataclasses.replace(row, behind=behind)  # its ratio to itself has no interval
+        else:
+            row = dataclasses.replace(row, ratio_low=to_base.low, ratio_high=to_base.high)
+        found.append(dataclasses.replace(row, note=row.note + wide if row.contestant == AGAIN else row.note))
+    return found
+
+
+def _behind(fastest: str, ratios: Mapping[str, Ratio]) -> str:
+    """Who is ahead of kdfast, and whether that may be noise; "" when nobody is."""
+    found = ratios[fastest]
+    if found.median >= 1:
+        return ""
+    noise = f", within noise: {found.low:.2f} to {found.high:.2f}" if found.high >= 1 else ""
+    return f"{fastest} takes {found.median:.2f} of its time{noise}"
 
 
 def measure_limits(device: str, *, copy: bool = False, gemm: torch.dtype | None = None) -> Limits:
@@ -198,7 +231,8 @@ def parser(op: str, text: str, examples: Sequence[str]) -> argparse.ArgumentPars
     p.add_argument("--quick", action="store_true", help="small shapes, under 30 s; no torch.compile")
     p.add_argument("--json", action="store_true", help="rows as JSON on standard output, nothing else")
     p.add_argument("--csv", metavar="FILE", help="write the rows to FILE as well")
-    p.add_argument("--repeats", type=positive, metavar="N", help="timed rounds (default 7, quick 3)")
+    rounds = f"timed rounds (default 7, then on until the ratios are known or {_SETTLE_S:.0f} s are over; quick 3)"
+    p.add_argument("--repeats", type=positive, metavar="N", help=rounds)
     p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     return p
@@ -223,7 +257,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise SystemExit(2)
     if args.threads:
         torch.set_num_threads(args.threads)
-    return Settings(args.repeats or (3 if args.quick else 7), 1, 6.0 if args.quick else 60.0, args.device)
+    settle_s = 0.0 if args.repeats or args.quick else _SETTLE_S
+    return Settings(args.repeats or (3 if args.quick else 7), 1, 6.0 if args.quick else 60.0, args.device, settle_s)
 
 
 def report(rows: list[list[Row]], limits: Limits, args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from .contest import positive
 from .logits import contestants
 from .measure import Work, compare, release
 from .peers import Peer, logits_peers
-from .report import Row, stamp
+from .report import Row, replacing, stamp
 
 VOCABULARIES = tuple(1 << i for i in range(10, 19))
 ROWS = tuple(1 << i for i in range(0, 11, 2))
@@ -69,14 +69,11 @@ def _progress(text: str) -> None:
 
 
 def write(points: Sequence[Point], path: Path) -> None:
-    """The points as CSV, by way of a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
+    """The points as CSV."""
+    with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Point)])
         writer.writeheader()
         writer.writerows(asdict(p) for p in points)
-    part.replace(path)
 
 
 def read(path: Path) -> list[Point]:
@@ -111,11 +108,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
     axes[0].legend(frameon=False)
     figure.suptitle(f"{points[0].device}, torch {points[0].torch}, float32, kdfast at {points[0].commit}", fontsize=10)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
-    part.replace(path)
 
 
 def main(argv: list[str]) -> int:

@@ -16,11 +16,17 @@ from torch import Tensor
 
 from kdfast import memory
 
+from .ratios import paired
+
 Prepare = Callable[[], object]
+#: Told the times so far, round by round, and the seconds since the first: whether that is enough.
+Enough = Callable[[Mapping[str, Sequence[float]], float], bool]
 
 # Long enough for the host to enqueue a forward and backward before the device reaches them.
 _HEAD_START_CYCLES = 2_000_000
 _FLUSH_BYTES = 256 << 20
+# Twice the third-level cache that a few cores share; 5 ms of a memory of 25 GB/s.
+_SWEEP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Timing:
 
 
 def ratio(of: Timing, to: Timing) -> float:
-    """How many times as long `of` takes as `to`, by medians; NaN when either has no calls."""
-    return of.median / to.median
+    """How many times as long `of` takes as `to`, round by round (`ratios.paired`); NaN when either has no calls."""
+    return paired(of.seconds, to.seconds).median
 
 
 def failures() -> tuple[type[BaseException], ...]:
@@ -93,10 +99,21 @@ def reason(error: BaseException) -> str:
 
 
 class _CpuClock:
-    """Wall time. Outputs are dropped between calls, as in training: what an allocator makes of that is part of its time."""
+    """Wall time of a call that comes cold, as a loss does in a training step: other memory went through the caches just
+    before, and torch's threads are awake.
+
+    Without that sweep a call took its time from whoever ran before it (docs/cost.md: 0.15 ms of Python after itself, 0.5 to
+    0.7 after a contestant that fills the caches), and the median of a millisecond case fell now among the ones, now among
+    the others. Outputs are dropped between calls, as in training: what an allocator makes of that is part of its time.
+    """
+
+    def __init__(self, cold: bool = True) -> None:
+        self._sweep = torch.zeros(_SWEEP_BYTES // 4) if cold else None
 
     def __call__(self, work: Work, turn: int) -> float:
         argument = work.inputs[turn % len(work.inputs)]()
+        if self._sweep is not None:
+            self._sweep.add_(1)  # read and written: `fill_` may pass the caches by
         start = time.perf_counter()
         kept = work.run(argument)
         end = time.perf_counter()
@@ -131,20 +148,24 @@ def compare(
     device: str = "cpu",
     budget_s: float = math.inf,
     least: int = 3,
+    enough: Enough | None = None,
+    cold: bool = True,
 ) -> dict[str, Timing]:
     """Times all contestants in this process, interleaved: in each round everyone runs once, in random order.
 
     Drift of the machine (clocks, neighbours) then falls on all alike, and so does what a predecessor leaves behind:
     under a rotating order each contestant always follows the same one, and one that always found the huge pages its
-    twin had just freed was seen 6 times faster than that twin. To see the spread, enter a contestant twice under
-    two names.
+    twin had just freed was seen 6 times faster than that twin. Every contestant has one time a round, for `ratio`. To
+    see the spread, enter a contestant twice under two names.
 
     Args:
         contestants: name -> `Work` or a callable without arguments.
-        repeats: timed rounds.
+        repeats: timed rounds, at most.
         warmup: untimed calls of each contestant before the first round; compilers and autotuners run there.
         device: "cpu" (wall time) or "cuda" (events, L2 flushed before each call, launch overhead hidden).
         budget_s: seconds after which no further round starts, once `least` rounds are done.
+        enough: ends the rounds before that, when `least` are done; asked after every eighth.
+        cold: caches are swept before each call; on CUDA they always are.
 
     Returns:
         name -> `Timing`; a contestant that raised has its reason there and no times.
@@ -152,7 +173,7 @@ def compare(
     if repeats < 1 or least < 1:
         raise ValueError(f"repeats and least: expected at least 1, got {repeats} and {least}")
     works = {name: as_work(c) for name, c in contestants.items()}
-    clock = _CudaClock() if device == "cuda" else _CpuClock()
+    clock = _CudaClock() if device == "cuda" else _CpuClock(cold)
     errors: dict[str, str] = {}
     seconds: dict[str, list[float]] = {name: [] for name in works}
 
@@ -164,6 +185,9 @@ def compare(
         release(device)  # after the handler, when the traceback no longer holds the failed call's tensors
         return None
 
+    def running() -> dict[str, list[float]]:
+        return {name: times for name, times in seconds.items() if name not in errors}
+
     for name in works:
         for turn in range(warmup):
             if name not in errors:
@@ -171,7 +195,8 @@ def compare(
     started = time.monotonic()
     names, order = list(works), random.Random(0)
     for turn in range(repeats):
-        if turn >= least and time.monotonic() - started > budget_s:
+        passed = time.monotonic() - started
+        if turn >= least and (passed > budget_s or (turn % 8 == 0 and enough is not None and enough(running(), passed))):
             break
         order.shuffle(names)
         for name in names:
@@ -262,7 +287,8 @@ def gemm_rate(dtype: torch.dtype, shape: tuple[int, int, int] | None = None, dev
     m, n, k = shape or (_sized(device, 8192, 1024),) * 3
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     out = torch.empty(m, n, device=device, dtype=dtype)
-    timing = compare({"mm": lambda: torch.mm(a, b.t(), out=out)}, repeats=_sized(device, 20, 7), warmup=3, device=device)["mm"]
+    works = {"mm": lambda: torch.mm(a, b.t(), out=out)}
+    timing = compare(works, repeats=_sized(device, 20, 7), warmup=3, device=device, cold=False)["mm"]
     if timing.error:
         raise RuntimeError(f"gemm_rate({dtype}) on {device}: {timing.error}")
     return 2 * m * n * k / timing.median

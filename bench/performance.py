@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .report import Row, between_marks, read_csv
+from .report import Row, between_marks, interval, read_csv
 
 RESULTS = Path(__file__).parent / "results"
 #: Written by `bench curves` and `bench sparse_targets`.
@@ -46,11 +46,11 @@ class Mark:
 
 
 def slower(*names: str, than: str = "kdfast") -> Value:
-    """How many times as long the fastest of the contestants whose names begin so takes."""
+    """How many times as long the fastest of the contestants whose names begin so takes, by their ratios to kdfast."""
 
     def value(rows: Sequence[Row]) -> float:
-        times = [r.median_ms for r in rows if r.contestant.startswith(names) and not math.isnan(r.median_ms)]
-        own = [r.median_ms for r in rows if r.contestant == than]
+        times = [r.time_ratio for r in rows if r.contestant.startswith(names) and not math.isnan(r.time_ratio)]
+        own = [r.time_ratio for r in rows if r.contestant == than]
         return min(times) / own[0] if times and own else math.nan
 
     return value
@@ -153,15 +153,18 @@ def page(rows: Sequence[Row]) -> str:
             measured = f"{'' if mark.met(found) else '**short** '}{found:.3g}{mark.unit}"
             where = f"{case[0].device}, {case[0].threads} threads, {case[0].commit}"
         lines.append(f"| {mark.work} | {mark.against} | {mark.text} | {measured} | {where} |")
-    lines += ["", "## Every measured case", "", "Milliseconds, forward and backward, medians; the spread is p10 to p90.", ""]
-    lines += ["| case | contestant | ms | spread | x kdfast | peak MiB | error |", "|---|---|---|---|---|---|---|"]
+    lines += ["", "## Every measured case", "", "Milliseconds, forward and backward, medians; the spread is p10 to p90.",
+              "x kdfast: the time over kdfast's in the same round, the median over rounds, and between what it lies 95 times",
+              "in 100; where that is missing, a ratio of medians.", ""]  # fmt: skip
+    lines += ["| case | contestant | ms | spread | x kdfast | between | peak MiB | error |", "|---" * 8 + "|"]
     for r in rows:
         if not math.isnan(r.median_ms) and "(again)" not in r.contestant:
             case = " ".join(x for x in r.case if x)
             error = "" if math.isnan(r.error_f64) else f"{r.error_f64:.0e}"
             peak = "" if math.isnan(r.peak_mib) else f"{r.peak_mib:.3g}"
             spread = f"{r.p10_ms:.3g} - {r.p90_ms:.3g}"
-            lines.append(f"| {case} | {r.contestant} | {r.median_ms:.3g} | {spread} | {r.time_ratio:.2f} | {peak} | {error} |")
+            times = f"{r.time_ratio:.2f} | {interval(r)}"
+            lines.append(f"| {case} | {r.contestant} | {r.median_ms:.3g} | {spread} | {times} | {peak} | {error} |")
     return "\n".join([*lines, ""])
 
 

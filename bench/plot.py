@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Row
+from .report import Row, replacing
 
 
 def draw(rows: Sequence[Row], path: str | Path) -> bool:
@@ -87,11 +87,9 @@ def _save(figure: Any, first: Row, path: str | Path) -> None:
 
     figure.suptitle(f"{first.device}, torch {first.torch}, kdfast at {first.commit}", fontsize=10)
     figure.tight_layout()
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
-    part.replace(path)
 
 
 def _label(row: Row) -> str:

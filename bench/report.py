@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -11,7 +12,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ class Limits:
 class Row:
     """One line of a results file. Units are in the names; NaN and "" mean: not measured.
 
-    time_ratio: this contestant's median over kdfast's. limit_share: attained rate over the measured limit of this
-    machine (copy bandwidth where the model is in bytes, matrix product rate where it is in FLOP). error_f64:
-    || x - x64 || / || x64 || of gradients (outputs, for a capture) against float64. behind: the fastest comparable
-    contestant ahead of kdfast. error: why there is no number.
+    time_ratio: this contestant's time over kdfast's in the same round, the median over rounds (in files without the
+    next two columns: a ratio of medians). ratio_low, ratio_high: between what it lies, 95 times in 100. limit_share:
+    attained rate over the measured limit of this machine (copy bandwidth where the model is in bytes, matrix product
+    rate where it is in FLOP). error_f64: || x - x64 || / || x64 || of gradients (outputs, for a capture) against
+    float64. behind: the fastest comparable contestant ahead of kdfast. error: why there is no number.
     """
 
     op: str
@@ -61,6 +63,8 @@ class Row:
     p90_ms: float = math.nan
     calls: int = 0
     time_ratio: float = math.nan
+    ratio_low: float = math.nan
+    ratio_high: float = math.nan
     gb_per_s: float = math.nan
     tflop_per_s: float = math.nan
     limit_share: float = math.nan
@@ -147,19 +151,28 @@ def timed(row: Row, timing: Timing, model: Model, limits: Limits) -> Row:
     )  # fmt: skip
 
 
-def write_csv(rows: Iterable[Row], path: str | Path) -> None:
-    """All rows, header first. Written beside the target and renamed, so that a reader never sees half a file."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to: a reader sees the old file or the whole new one, also after a kill or an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_csv(rows: Iterable[Row], path: str | Path) -> None:
+    """All rows, header first."""
+    with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: _cell(v) for k, v in dataclasses.asdict(row).items()})
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _cell(value: object) -> object:
@@ -168,8 +181,12 @@ def _cell(value: object) -> object:
     return value
 
 
+#: Columns that files written before them do without.
+_LATER = ("ratio_low", "ratio_high")
+
+
 def read_csv(path: str | Path) -> list[Row]:
-    """What `write_csv` wrote.
+    """What `write_csv` wrote; a file from before the interval of a ratio reads as one that did not measure it.
 
     Raises:
         ValueError: the columns are not those of `Row`.
@@ -177,7 +194,7 @@ def read_csv(path: str | Path) -> list[Row]:
     with Path(path).open(newline="") as file:
         reader = csv.DictReader(file)
         names = [f.name for f in dataclasses.fields(Row)]
-        if reader.fieldnames != names:
+        if reader.fieldnames not in (names, [name for name in names if name not in _LATER]):
             raise ValueError(f"{path}: expected columns {', '.join(names)}, got {', '.join(reader.fieldnames or ())}")
         return [Row(**{k: _value(k, v) for k, v in line.items()}) for line in reader]
 
@@ -201,7 +218,7 @@ def to_json(rows: Iterable[Row]) -> str:
 
 
 def between_marks(path: Path, marks: tuple[str, str], text: str) -> None:
-    """Puts `text` between two marks of a file, by way of a temporary name.
+    """Puts `text` between two marks of a file.
 
     Raises:
         ValueError: the file is not there or does not have both marks.
@@ -210,12 +227,21 @@ def between_marks(path: Path, marks: tuple[str, str], text: str) -> None:
     if not all(mark in whole for mark in marks):
         raise ValueError(f"expected a file with the marks {marks[0]} and {marks[1]}, got {path}")
     begin, end = whole.index(marks[0]) + len(marks[0]), whole.index(marks[1])
-    part = path.with_name(path.name + ".part")
-    part.write_text(f"{whole[:begin]}\n{text}\n{whole[end:]}")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(f"{whole[:begin]}\n{text}\n{whole[end:]}")
 
 
-_HEADER = ("contestant", "median", "p10", "p90 ms", "x kdfast", "GB/s", "TFLOP/s", "of limit", "peak MiB", "err f64")
+def interval(row: Row) -> str:
+    """Between what the ratio lies: "1.05-1.13", "" when that was not measured."""
+    return "" if math.isnan(row.ratio_low) else f"{row.ratio_low:.3g}-{row.ratio_high:.3g}"
+
+
+_HEADER = ("contestant", "median", "p10", "p90 ms", "x kdfast", "between", "GB/s", "TFLOP/s", "of limit", "peak MiB", "err f64")
+_COLUMN = 11
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else format(value, ".3g" if abs(value) < 1e3 else ".0f")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -225,20 +251,11 @@ def table(rows: Sequence[Row]) -> str:
     models = dict.fromkeys(r.model for r in rows if r.model)
     lines += [f"  at least {text}" for text in models]
     width = max(len(_HEADER[0]), *(len(r.contestant) for r in rows))
-    lines.append(f"  {_HEADER[0]:<{width}}" + "".join(f"{h:>10}" for h in _HEADER[1:]))
+    lines.append(f"  {_HEADER[0]:<{width}}" + "".join(f"{h:>{_COLUMN}}" for h in _HEADER[1:]))
     for r in rows:
-        numbers = (
-            r.median_ms,
-            r.p10_ms,
-            r.p90_ms,
-            r.time_ratio,
-            r.gb_per_s,
-            r.tflop_per_s,
-            r.limit_share,
-            r.peak_mib,
-            r.error_f64,
-        )
-        cells = "".join(f"{'-' if math.isnan(x) else format(x, '.3g' if abs(x) < 1e3 else '.0f'):>10}" for x in numbers)
+        times = (r.median_ms, r.p10_ms, r.p90_ms, r.time_ratio)
+        rates = (r.gb_per_s, r.tflop_per_s, r.limit_share, r.peak_mib, r.error_f64)
+        cells = "".join(f"{x:>{_COLUMN}}" for x in (*map(_number, times), interval(r) or "-", *map(_number, rates)))
         remarks = [f"NOT FIRST: {r.behind}" if r.behind else "", f"no number: {r.error}" if r.error else "", r.note]
         lines.append(f"  {r.contestant:<{width}}{cells}  {'; '.join(x for x in remarks if x)}".rstrip())
     return "\n".join(lines)

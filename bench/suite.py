@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,11 +17,13 @@ from . import attention, hidden, linear, linear_logit_mse, logits, topk
 from .contest import AGAIN, Contest, Settings, contest, measure_limits
 from .peers import linear_peers, logits_peers, topk_peers
 from .plot import draw
-from .report import Limits, Row, heading, table, to_json, write_csv
+from .report import Limits, Row, heading, interval, table, to_json, write_csv
 from .shapes import LLAMA3, QWEN3
 
 _HALF = torch.bfloat16
-_WIDTH = 160
+_WIDTH = 170
+#: Seconds of rounds a case, on average.
+_QUICK_S, _FULL_S = 9.0, 30.0
 
 
 def _logits(quick: bool, device: str) -> list[Contest]:
@@ -78,6 +82,19 @@ OPS: dict[str, Callable[[bool, str], list[Contest]]] = {
 }  # fmt: skip
 
 
+@dataclass
+class Pool:
+    """Seconds of rounds for all cases together: what a case that is settled early leaves is shared by those after it."""
+
+    seconds: float
+
+    def share(self, cases_left: int) -> float:
+        return max(self.seconds, 0.0) / cases_left
+
+    def spend(self, seconds: float) -> None:
+        self.seconds -= seconds
+
+
 def measure(ops: Sequence[str], quick: bool, device: str) -> tuple[list[list[Row]], Limits]:
     """The rows of every case, and the limits measured beside them; a progress bar on a terminal.
 
@@ -90,12 +107,13 @@ def measure(ops: Sequence[str], quick: bool, device: str) -> tuple[list[list[Row
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a device torch can see, got cuda (no GPU is visible); use --device cpu")
     jobs = [job for op in ops or OPS for job in OPS[op](quick, device)]
-    settings = Settings(repeats=61, warmup=3, budget_s=6.0 if quick else 30.0, device=device)
+    pool = Pool((_QUICK_S if quick else _FULL_S) * len(jobs))
+    settings = Settings(repeats=7, warmup=3, device=device, spend=pool.spend)
     cases = []
     with bar("bench", len(jobs), "cases") as progress:
         limits = measure_limits(device, copy=True, gemm=torch.float32)
         for done, job in enumerate(jobs):
-            cases.append(contest(job, limits, settings))
+            cases.append(contest(job, limits, dataclasses.replace(settings, settle_s=pool.share(len(jobs) - done))))
             torch.compiler.reset()  # past some recompilations of one function Dynamo quietly runs it uncompiled
             progress.update(done + 1)
     return cases, limits
@@ -132,16 +150,17 @@ def print_summary(cases: Sequence[Sequence[Row]]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)  # a file has no width: nothing is cut
-    summary = Table(caption="Forward and backward, medians. x: the peer's time over kdfast's. Rate: in brackets the share of"
+    summary = Table(caption="Forward and backward, medians. x: the peer's time over kdfast's in the same round, the median,"
+                    " and between what it lies 95 times in 100. Rate: in brackets the share of"
                     " the copy or matrix product rate of this run. Error: gradients against float64.")  # fmt: skip
     for name in ("case", "fastest peer"):
         summary.add_column(name, overflow="fold")
-    for name in ("ms", "peer's", "x", "rate", "MiB", "peer's", "error"):
+    for name in ("ms", "peer's", "x", "between", "rate", "MiB", "peer's", "error"):
         summary.add_column(name, justify="right", no_wrap=True)
     for case in cases:
         ours, peer = case[0], fastest_peer(case) or Row(case[0].op, "none ran")
         cells = (f"{' '.join(x for x in ours.case if x)}", peer.contestant, _number(ours.median_ms), _number(peer.median_ms),
-                 _number(peer.time_ratio), _rate(ours), _number(ours.peak_mib), _number(peer.peak_mib),
+                 _number(peer.time_ratio), interval(peer) or "-", _rate(ours), _number(ours.peak_mib), _number(peer.peak_mib),
                  f"{ours.error_f64:.0e}")  # fmt: skip
         summary.add_row(*cells, style="red" if ours.behind or ours.error else "")
     console.print(summary)
@@ -157,7 +176,7 @@ def fastest_peer(case: Sequence[Row]) -> Row | None:
         if not r.contestant.startswith("kdfast") and r.contestant != AGAIN and not math.isnan(r.median_ms)
         and not math.isnan(r.error_f64)
     ]  # fmt: skip
-    return min(peers, key=lambda r: r.median_ms, default=None)
+    return min(peers, key=lambda r: r.median_ms if math.isnan(r.time_ratio) else r.time_ratio, default=None)
 
 
 def _number(value: float) -> str:

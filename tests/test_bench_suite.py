@@ -58,6 +58,16 @@ def test_check_compares_ratios(now: float, code: int, word: str, tmp_path: Path,
     assert word in capsys.readouterr().out
 
 
+def test_check_counts_the_ratios_that_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    write_csv(rows(10.0), old)
+    write_csv(rows(10.9), new)  # the floor beside it is where it was
+    assert check.main([str(new), "--against", str(old), "--band", "1.10"]) == 0
+    assert "2 of 2 ratios agree within a factor of 1.1" in capsys.readouterr().out
+    assert check.main([str(new), "--against", str(old), "--band", "1.05"]) == 0  # faster is no failure
+    assert "1 of 2 ratios agree within a factor of 1.05" in capsys.readouterr().out
+
+
 def test_check_does_not_compare_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
     write_csv(rows(10.0), old)
