@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contest import Settings, measure_limits, parser, report, settings_of
+from .contest import Settings, measure_limits, parser, positive, report, settings_of
 from .measure import Timing, Work, compare, failures, peak_bytes, ratio, reason, relative_error, release
 from .report import Limits, Model, Row, stamp, timed
 
@@ -165,8 +165,8 @@ def verdict(found: list[Row]) -> str:
 
 def main(argv: list[str]) -> int:
     p = parser("train", __doc__ or "", ["--quick", "--csv train.csv --plot train.png", "--batch 16 --length 256 --half"])
-    p.add_argument("--batch", type=int, metavar="B", help="sequences of a step (default 8)")
-    p.add_argument("--length", type=int, metavar="L", help="tokens of a sequence (default 128, quick 64)")
+    p.add_argument("--batch", type=positive, metavar="B", help="sequences of a step (default 8)")
+    p.add_argument("--length", type=positive, metavar="L", help="tokens of a sequence (default 128, quick 64)")
     p.add_argument("--half", action="store_true", help="autocast to bfloat16 (default float32)")
     p.add_argument("--plot", metavar="FILE", help="draw the steps as bars")
     args = p.parse_args(argv)

@@ -41,10 +41,10 @@ class Spec:
     vocab: int = 16384
     length: int = 128
     batch: int = 8
-    student: tuple[int, int] = (384, 6)
-    teacher: tuple[int, int] = (512, 8)
+    student: tuple[int, int] = (256, 6)
+    teacher: tuple[int, int] = (384, 6)
     k: int = 64
-    teacher_steps: int = 12
+    teacher_steps: int = 8
     batches: int = 8
     part: float = 0.3
     half: bool = False  # autocast to bfloat16

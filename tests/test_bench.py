@@ -340,7 +340,7 @@ def test_a_command_becomes_a_row(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_gpu_run_dry_on_a_cpu(tmp_path: Path) -> None:
     """The whole run but for the device: one process per op, one file, one picture."""
-    args = argparse.Namespace(out=str(tmp_path), minutes=3.0, skip_build=True, device="cpu", size="tiny")
+    args = argparse.Namespace(out=str(tmp_path), minutes=7.5, skip_build=True, device="cpu", size="tiny")
     rows = gpu.run(args)
     assert {r.op for r in rows} >= {
         "limits",
