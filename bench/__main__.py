@@ -13,6 +13,7 @@ COMMANDS = {
     "attention": "attention losses from queries and keys, by length",
     "hidden": "losses between hidden states",
     "linear_logit_mse": "logit matching through Gram matrices",
+    "train": "tokens a second of a whole training step, from a live teacher and from a cache",
     "tinybert": "a whole TinyBERT step of a real model against its forwards and backward",
     "numerics": "errors against float64 as student and teacher come to agree",
     "sparse_targets": "students from sparse targets beside one from the whole teacher",

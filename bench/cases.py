@@ -156,11 +156,12 @@ class LinearCase:
     teacher_weight: Tensor
     labels: Tensor
     objective: Objective = Objective()
+    ignored: int = 0  # rows whose label is ignore_index, known to the host
 
     @classmethod
     def make(
         cls, n: int, vocab: int, student_dim: int, teacher_dim: int, dtype: torch.dtype, *,
-        device: str = "cpu", ignored: int = 0, seed: int = 0,
+        device: str = "cpu", ignored: int = 0, seed: int = 0, objective: Objective = Objective(),
     ) -> LinearCase:  # fmt: skip
         random = _generator(device, seed)
 
@@ -171,7 +172,7 @@ class LinearCase:
         student = normal(n, student_dim, 1.0), normal(vocab, student_dim, 3 * student_dim**-0.5)
         teacher = normal(n, teacher_dim, 1.0), normal(vocab, teacher_dim, 3 * teacher_dim**-0.5)
         labels = _labels(n, vocab, ignored, device, random)
-        return cls(student[0].requires_grad_(), student[1].requires_grad_(), *teacher, labels)
+        return cls(student[0].requires_grad_(), student[1].requires_grad_(), *teacher, labels, objective, ignored)
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one run of at most 8 minutes that needs no network.
 
 Builds the extension in place, runs the GPU tests, measures the card's limits, then every op against its peers, and
-writes `<gpu>-<date>.csv` and a plot. Each op runs in a process of its own, so that a kernel that hangs or faults costs
-its own rows only; what did not run says why in its row.
+writes `<gpu>-<date>.csv` and a plot. Ops run in order of worth, related ones in a process of their own, so that a kernel
+that hangs or faults costs their rows only; what did not run says why in its row, "out of time" where the budget ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from . import sweep
-from .contest import measure_limits, unmeasured
+from .contest import measure_limits
 from .measure import failures, reason
 from .plot import draw
 from .report import Limits, Row, device_name, dtype_name, heading, read_csv, stamp, table, write_csv
@@ -49,7 +49,7 @@ class Budget:
         """Why something that takes `needed` seconds does not start any more, or ""."""
         if self.left >= needed:
             return ""
-        return f"skipped: {max(self.left, 0):.0f} s of the budget left, needs about {needed:.0f} s"
+        return sweep.out_of_time(self.left, needed, "the")
 
 
 def stem(device: str, today: datetime.date) -> str:
@@ -103,11 +103,11 @@ def measure_all(dtypes: Sequence[torch.dtype], device: str) -> dict[torch.dtype,
     return {dtype: Limits(copy, measure_limits(device, gemm=dtype).gemm) for dtype in dtypes}
 
 
-def run_op(op: str, size: str, device: str, limits: dict[torch.dtype, Limits], seconds: float) -> list[Row]:
-    """All cases of one op in a process of its own, stopped after `seconds`; every planned case has its rows."""
+def run_op(ops: str, size: str, device: str, limits: dict[torch.dtype, Limits], seconds: float) -> list[Row]:
+    """All cases of one op, or of a group, in a process of its own, stopped after `seconds`; every planned case has its rows."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
-        command = [sys.executable, "-m", f"{__package__}.sweep", op, size, device, f"{seconds - _RESERVE:.0f}", str(path)]
+        command = [sys.executable, "-m", f"{__package__}.sweep", ops, size, device, f"{seconds - _RESERVE:.0f}", str(path)]
         command += [f"{dtype_name(d)}={limit.copy:.6g},{limit.gemm:.6g}" for d, limit in limits.items()]
         try:
             done = subprocess.run(command, cwd=_ROOT, timeout=seconds, stderr=subprocess.PIPE, text=True, errors="replace")
@@ -116,12 +116,7 @@ def run_op(op: str, size: str, device: str, limits: dict[torch.dtype, Limits], s
         except subprocess.TimeoutExpired:
             why = f"its process was stopped after {seconds:.0f} s"
         rows = read_csv(path) if path.exists() else []
-    seen = {row.case for row in rows}
-    for job in sweep.plan(op, size, device):
-        planned = unmeasured(job.contest, why, device)
-        if planned[0].case not in seen:
-            rows += planned
-    return rows
+    return rows + sweep.unreached(ops, size, device, rows, why)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -139,17 +134,15 @@ def run(args: argparse.Namespace) -> list[Row]:
         limits = dict.fromkeys(dtypes, Limits())
         rows.append(stamp(Row("limits", "copy bandwidth, matrix product", error=reason(error)), args.device))
     torch.cuda.empty_cache()
-    for op in sweep.OPS:
-        share = budget.left - _RESERVE
+    for group in sweep.GROUPS:
         refusal = budget.refuses(3 * _RESERVE)
         if refusal:
-            rows += [
-                row for job in sweep.plan(op, args.size, args.device) for row in unmeasured(job.contest, refusal, args.device)
-            ]
+            rows += sweep.unreached(group, args.size, args.device, [], refusal)
         else:
-            rows += run_op(op, args.size, args.device, limits, share * sweep.SHARE[op])
+            seconds = (budget.left - _RESERVE) * sweep.SHARE[group]
+            rows += run_op(group, args.size, args.device, limits, seconds)
         write_csv(rows, target)
-        print(f"bench gpu: {op} done, {budget.left:.0f} s left", file=sys.stderr)
+        print(f"bench gpu: {group} done, {budget.left:.0f} s left", file=sys.stderr)
     draw(rows, target.with_suffix(".png"))
     show(rows, next(iter(limits.values())), target)
     return rows

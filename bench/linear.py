@@ -1,4 +1,7 @@
-"""`linear_kd_loss` from hidden states and head weights, forward and backward, against the GEMMs alone and Liger."""
+"""`linear_kd_loss` from hidden states and head weights, forward and backward, against the GEMMs alone, Liger and others.
+
+With --labels hard, the student's cross-entropy alone, against those who do nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import math
 
 import torch
 
+from . import linear_hard
 from .cases import LinearCase
 from .contest import Contest, contest, measure_limits, parser, positive, report, settings_of
 from .peers import Peer, linear_peers
@@ -63,6 +67,9 @@ def main(argv: list[str]) -> int:
     p.add_argument("--student-dim", type=positive, metavar="D", help="student's hidden size (default 512, quick 256)")
     p.add_argument("--teacher-dim", type=positive, metavar="D", help="teacher's hidden size (default 1024, quick 512)")
     p.add_argument("--dtype", action="append", choices=tuple(_DTYPES), help="may be repeated (default float32 bfloat16)")
+    p.add_argument(
+        "--labels", choices=("both", "kd", "hard"), default="both", help="distillation, hard labels alone, or (default) both"
+    )
     args = p.parse_args(argv)
     settings = settings_of(args)
     default = (256, 8192, 256, 512) if args.quick else (1024, 32000, 512, 1024)
@@ -72,7 +79,12 @@ def main(argv: list[str]) -> int:
     limits = [measure_limits(args.device, gemm=dtype) for dtype in dtypes]
     rows = []
     for dtype, limit in zip(dtypes, limits, strict=True):
-        peers = linear_peers(args.device, compiled=not args.quick, half=dtype.itemsize < 4)
-        measured = contest(contestants(n, vocab, *dims, dtype, args.device, peers), limit, settings)
-        rows.append(with_room(measured, n, vocab, dims[0], dtype))
+        who = {"compiled": not args.quick, "half": dtype.itemsize < 4}
+        jobs = []
+        if args.labels != "hard":
+            jobs.append(contestants(n, vocab, *dims, dtype, args.device, linear_peers(args.device, **who)))
+        if args.labels != "kd":
+            peers = linear_hard.hard_peers(args.device, **who)
+            jobs.append(linear_hard.contestants(n, vocab, dims[0], dtype, args.device, peers))
+        rows += [with_room(contest(job, limit, settings), n, vocab, dims[0], dtype) for job in jobs]
     return report(rows, limits[0], args)

@@ -57,7 +57,7 @@ class LinearTopKCase(LinearCase):
         """The case with its teacher reduced to k entries and a ghost bucket."""
         teacher = kdfast.linear_topk_targets(case.teacher_hidden, case.teacher_weight, k, temperatures=(1.0, 2.0))
         fields = (case.student_hidden, case.student_weight, case.teacher_hidden, case.teacher_weight, case.labels)
-        return cls(*fields, case.objective, teacher)
+        return cls(*fields, case.objective, case.ignored, teacher)
 
     @property
     def held(self) -> TopKTargets:

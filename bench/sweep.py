@@ -1,7 +1,8 @@
-"""What the GPU run measures, op by op, and the process that measures one op: `python -m bench.sweep OP ...`."""
+"""What the GPU run measures, op by op, and the process that measures a group of ops: `python -m bench.sweep OP,OP ...`."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -11,16 +12,25 @@ from dataclasses import dataclass
 
 import torch
 
-from . import codec, linear, logits, scale, topk
+from kdfast.options import DIVERGENCES
+
+from . import attention, codec, hidden, linear, linear_hard, linear_logit_mse, linear_topk, logits, scale, topk, train
 from .contest import Contest, Settings, contest, unmeasured
-from .peers import linear_peers, logits_peers, topk_peers
+from .measure import failures, reason
+from .peers import divergence_peers, linear_peers, logits_peers, topk_peers
 from .report import Limits, Row, write_csv
 from .shapes import GEMMA3, GPT2, LLAMA2, LLAMA3, LLAMA3_1B, QWEN3
 
-#: In order of worth: what a short run measures first.
-OPS = ("logits", "linear", "topk", "codec", "scale")
-#: Of the time left when its turn comes, how much an op may use.
-SHARE = {"logits": 0.45, "linear": 0.65, "topk": 0.85, "codec": 0.5, "scale": 1.0}
+#: In order of worth: what a short run measures first. One group is one process: its start costs about ten seconds, and a
+#: kernel that hangs or faults costs what is left of its group.
+GROUPS = (
+    "logits", "linear", "attention", "topk,codec,linear_topk", "hidden,linear_logit_mse,divergences,linear_hard,scale", "train",
+)  # fmt: skip
+OPS = tuple(op for group in GROUPS for op in group.split(","))
+#: Of the time left when its turn comes, how much a group may use.
+SHARE = dict(zip(GROUPS, (0.35, 0.40, 0.35, 0.40, 0.60, 1.0), strict=True))
+#: Seconds that the training step needs: text, tokenizer, teacher, checks and steps.
+_TRAIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ class Size:
     dims: tuple[tuple[int, int, int], ...]  # V, Ds, Dt
     topk_rows: int
     topk_vocab: int
+    lengths: tuple[int, ...]  # of attention maps
+    linear_topk: tuple[int, int, int]  # N, V, D
+    hidden: tuple[int, int, int]  # N, Ds, Dt
+    match: tuple[int, int, int]  # N, V, D
+    divergences: tuple[int, int]  # N, V
     compiled: bool
     repeats: int
     pace: float = 1.0  # of the expected seconds of a job
@@ -44,9 +59,13 @@ SIZES = {
         (torch.bfloat16, torch.float32), 4096, (LLAMA3.vocab, LLAMA2.vocab, GPT2.vocab, QWEN3.vocab, GEMMA3.vocab),
         8192, ((LLAMA3.vocab, LLAMA3_1B.hidden, LLAMA3.hidden), (LLAMA3.vocab, LLAMA3.hidden, LLAMA3.hidden),
                (LLAMA2.vocab, 2048, 4096)),
-        4096, QWEN3.vocab, True, 20,
+        4096, QWEN3.vocab, (4096, 1024), (2048, LLAMA3.vocab, LLAMA3_1B.hidden), (32768, 2048, 4096),
+        (8192, LLAMA2.vocab, 2048), (4096, LLAMA2.vocab), True, 20,
     ),
-    "tiny": Size((torch.float32,), 8, (257, 1000), 16, ((257, 8, 16),), 8, 515, False, 3, 0.1),
+    "tiny": Size(
+        (torch.float32,), 8, (257, 1000), 16, ((257, 8, 16),), 8, 515, (33,), (8, 257, 16), (16, 8, 24), (16, 257, 8), (8, 257),
+        False, 3, 0.1,
+    ),
 }  # fmt: skip
 
 
@@ -62,10 +81,10 @@ def dtypes(size: str) -> tuple[torch.dtype, ...]:
     return SIZES[size].dtypes
 
 
-def plan(op: str, size: str, device: str) -> list[Job]:
-    """The cases of one op, most wanted first."""
-    pace = SIZES[size].pace
-    return [Job(job.contest, pace * job.seconds) for job in _PLANS[op](SIZES[size], device)]
+def plan(ops: str, size: str, device: str) -> list[Job]:
+    """The cases of one op, or of several with commas between, most wanted first; the training step is none."""
+    pace, made = SIZES[size].pace, [_PLANS[op](SIZES[size], device) for op in ops.split(",") if op != "train"]
+    return [Job(job.contest, pace * job.seconds) for jobs in made for job in jobs]
 
 
 def _logits(size: Size, device: str) -> list[Job]:
@@ -86,6 +105,11 @@ def _linear(size: Size, device: str) -> list[Job]:
     ]
 
 
+def _attention(size: Size, device: str) -> list[Job]:
+    dtype = size.dtypes[0]
+    return [Job(attention.contestants(kind, n, dtype, device), 10) for n in size.lengths for kind in attention.KINDS]
+
+
 def _topk(size: Size, device: str) -> list[Job]:
     k, dtype = min(64, size.topk_vocab), size.dtypes[0]
     peers = topk_peers(compiled=size.compiled)
@@ -99,39 +123,102 @@ def _codec(size: Size, device: str) -> list[Job]:
     return [Job(codec.contestants(2 * size.topk_rows, size.topk_vocab, min(64, size.topk_vocab), device), 10)]
 
 
+def _linear_topk(size: Size, device: str) -> list[Job]:
+    case = *size.linear_topk, 64, size.dtypes[0], device
+    return [Job(linear_topk.contestants(*case), 15), Job(linear_topk.capture_contestants(*case), 10)]
+
+
+def _hidden(size: Size, device: str) -> list[Job]:
+    # The projection first: the others are one read of memory.
+    kinds = sorted(hidden.KINDS, key=lambda kind: kind != "projected")
+    return [Job(hidden.contestants(kind, *size.hidden, size.dtypes[0], device), 6) for kind in kinds]
+
+
+def _linear_logit_mse(size: Size, device: str) -> list[Job]:
+    n, vocab, dim = size.match
+    return [Job(linear_logit_mse.contestants(n, vocab, dim, dim, 1.0, torch.float32, device), 10)]
+
+
+def _divergences(size: Size, device: str) -> list[Job]:
+    case = *size.divergences, size.dtypes[0], device
+    return [Job(logits.contestants(*case, divergence_peers(), name), 6) for name in DIVERGENCES if name != "forward_kl"]
+
+
+def _linear_hard(size: Size, device: str) -> list[Job]:
+    vocab, dim, _ = size.dims[0]
+    peers = linear_hard.hard_peers(device, compiled=size.compiled, half=size.dtypes[0].itemsize < 4)
+    return [Job(linear_hard.contestants(size.linear_rows, vocab, dim, size.dtypes[0], device, peers), 30)]
+
+
 def _scale(size: Size, device: str) -> list[Job]:
     return [Job(scale.contestants(size.logits_rows, size.vocabularies[0], dtype, device), 5) for dtype in size.dtypes]
 
 
 _PLANS: dict[str, Callable[[Size, str], list[Job]]] = {
-    "logits": _logits, "linear": _linear, "topk": _topk, "codec": _codec, "scale": _scale,
+    "logits": _logits, "linear": _linear, "attention": _attention, "topk": _topk, "codec": _codec, "linear_topk": _linear_topk,
+    "hidden": _hidden, "linear_logit_mse": _linear_logit_mse, "divergences": _divergences, "linear_hard": _linear_hard,
+    "scale": _scale,
 }  # fmt: skip
 
 
-def run(op: str, size: str, device: str, seconds: float, path: str, limits: dict[str, Limits]) -> list[Row]:
-    """Measures the cases of one op that fit `seconds`; the file is rewritten after each."""
+def unreached(ops: str, size: str, device: str, rows: list[Row], why: str) -> list[Row]:
+    """Rows, each with the reason, of everything in `ops` that `rows` has nothing of."""
+    seen, out = {row.case for row in rows}, list[Row]()
+    for job in plan(ops, size, device):
+        planned = unmeasured(job.contest, why, device)
+        out += planned if planned[0].case not in seen else []
+    if "train" in ops.split(",") and not any(row.op == "train" for row in rows):
+        out += train.unmeasured_rows(why, device)
+    return out
+
+
+def out_of_time(left: float, needed: float, whose: str) -> str:
+    """The reason of a row that was not reached."""
+    return f"out of time: {max(left, 0):.0f} s of {whose} budget left, needs about {needed:.0f} s"
+
+
+def run(ops: str, size: str, device: str, seconds: float, path: str, limits: dict[str, Limits]) -> list[Row]:
+    """Measures the cases of some ops that fit `seconds`; the file is rewritten after each."""
     start, rows = time.monotonic(), list[Row]()
-    for job in plan(op, size, device):
+    for job in plan(ops, size, device):
         left = seconds - (time.monotonic() - start)
         if left < job.seconds:
-            why = f"skipped: {max(left, 0):.0f} s of its op's budget left, needs about {job.seconds:.0f} s"
-            rows += unmeasured(job.contest, why, device)
+            rows += unmeasured(job.contest, out_of_time(left, job.seconds, "its op's"), device)
         else:
             limit = limits.get(str(job.contest.dtype).removeprefix("torch."), Limits())
             rows += contest(job.contest, limit, Settings(SIZES[size].repeats, 3, 10.0, device))
             torch.compiler.reset()  # past some recompilations of one function Dynamo quietly runs it uncompiled
         write_csv(rows, path)
+    if "train" in ops.split(","):
+        rows += _train(size, device, seconds - (time.monotonic() - start), limits)
+        write_csv(rows, path)
     return rows
 
 
+def _train(size: str, device: str, left: float, limits: dict[str, Limits]) -> list[Row]:
+    """The rows of the training step."""
+    needed = _TRAIN_S * SIZES[size].pace
+    why = train.missing() or (out_of_time(left, needed, "its op's") if left < needed else "")
+    if why:
+        return train.unmeasured_rows(why, device)
+    from .train_step import Spec
+
+    spec = dataclasses.replace(Spec.gpu() if size == "full" else Spec.tiny(), device=device)
+    limit = limits.get("bfloat16" if spec.half else "float32", Limits())
+    try:
+        return train.measure(spec, Settings(SIZES[size].repeats, 2, left / 3, device), limit, lambda line: None)
+    except failures() as error:
+        return train.unmeasured_rows(reason(error), device)
+
+
 def main(argv: list[str]) -> int:
-    op, size, device, seconds, path, *given = argv
+    ops, size, device, seconds, path, *given = argv
     limits = {}
     for text in given:
         name, numbers = text.split("=")
         copy, gemm = (float(x) if x else math.nan for x in numbers.split(","))
         limits[name] = Limits(copy, gemm)
-    run(op, size, device, float(seconds), path, limits)
+    run(ops, size, device, float(seconds), path, limits)
     return 0
 
 

@@ -297,7 +297,7 @@ def test_budget_refuses_what_does_not_fit() -> None:
     budget = gpu.Budget(100.0, 0.0, lambda: next(clock))
     assert budget.refuses(50) == ""
     assert budget.left == 90
-    assert budget.refuses(20) == "skipped: 5 s of the budget left, needs about 20 s"
+    assert budget.refuses(20) == "out of time: 5 s of the budget left, needs about 20 s"
 
 
 def test_plan_covers_the_shapes_of_the_table() -> None:
@@ -312,7 +312,7 @@ def test_plan_covers_the_shapes_of_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "why"), [(60.0, ""), (0.0, "skipped: 0 s of its op's budget left")], ids=["fits", "skipped"]
+    ("seconds", "why"), [(60.0, ""), (0.0, "out of time: 0 s of its op's budget left")], ids=["fits", "skipped"]
 )
 def test_sweep_gives_every_planned_case_its_rows(seconds: float, why: str, tmp_path: Path) -> None:
     rows = sweep.run("scale", "tiny", "cpu", seconds, str(tmp_path / "rows.csv"), {"float32": Limits(1e9, 1e9)})
@@ -340,9 +340,19 @@ def test_a_command_becomes_a_row(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_gpu_run_dry_on_a_cpu(tmp_path: Path) -> None:
     """The whole run but for the device: one process per op, one file, one picture."""
-    args = argparse.Namespace(out=str(tmp_path), minutes=3.0, skip_build=True, device="cpu", size="tiny")
+    args = argparse.Namespace(out=str(tmp_path), minutes=7.5, skip_build=True, device="cpu", size="tiny")
     rows = gpu.run(args)
-    assert {r.op for r in rows} == {"limits", "logits", "linear", "topk_capture", "topk", "codec", "scale"}
+    assert {r.op for r in rows} >= {
+        "limits",
+        "logits",
+        "linear",
+        "attention_kl",
+        "topk_capture",
+        "topk",
+        "linear_topk",
+        "scale",
+        "train",
+    }
     assert not [r for r in rows if r.contestant == "kdfast" and r.error]
     (path,) = tmp_path.glob("*.csv")
     assert len(read_csv(path)) == len(rows)
