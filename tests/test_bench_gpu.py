@@ -38,7 +38,8 @@ def test_every_op_has_cases_for_a_gpu() -> None:
     found = {job.contest.op for op in sweep.OPS for job in sweep.plan(op, "full", "cuda")}
     assert found == {
         "logits", "linear", "attention_scores", "attention_probs", "attention_kl", "topk_capture", "topk", "linear_topk",
-        "linear_topk_capture", "hidden_projected", "hidden_mse", "hidden_cosine", "linear_logit_mse", "linear_hard", "codec", "scale",
+        "linear_topk_capture", "hidden_projected", "hidden_mse", "hidden_cosine", "linear_logit_mse", "linear_hard", "codec",
+        "scale",
     }  # fmt: skip
     assert len({job.contest.shape for job in sweep.plan("divergences", "full", "cuda")}) == 6
     assert "cluster kernel" in {p.name for p in sweep.plan("logits", "full", "cuda")[0].contest.peers}
