@@ -24,12 +24,14 @@ class Example(NamedTuple):
     """A document that is more than text to predict.
 
     Masked language model: input_ids with masks in, labels (-100 where nothing is asked). Encoder-decoder: input_ids are the
-    decoder's inputs, labels what it should say, context_ids the encoder's inputs. 1-D int64 tensors.
+    decoder's inputs, labels what it should say, context_ids the encoder's inputs. 1-D int64 tensors. Instruction data:
+    loss_mask, bool `[L]`, True where row t counts; with alignment `next` that row predicts input_ids[t + 1].
     """
 
     input_ids: Tensor
     labels: Tensor | None = None
     context_ids: Tensor | None = None
+    loss_mask: Tensor | None = None
 
 
 def share_of(documents: Sequence[_T], batch_size: int, rank: int, world: int) -> Sequence[_T]:
@@ -50,6 +52,7 @@ def capture(
     top_p: float | None = None,
     seed: int = 0,
     pad_id: int = 0,
+    drop_masked: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Runs a teacher over the documents that the writer does not have yet and adds their targets. Equals
@@ -72,6 +75,8 @@ def capture(
         top_p: kind `topp`: the fewest of the k likeliest ids whose probabilities sum to at least this at T = 1.
         seed: of the draws of the kinds `sampled` and `mixed`; the same document gets the same draws on every rank.
         pad_id: id that fills shorter documents and contexts.
+        drop_masked: rows that a document's `loss_mask` leaves out are stored without entries, as rows without a label are
+            with alignment `same`.
         progress: called as progress(tokens_done, tokens_total), resumed tokens included.
 
     Raises:
@@ -102,8 +107,10 @@ def capture(
                 if top_p is not None:
                     targets = nucleus(targets, top_p)
                 if settings.alignment == "same" and example.labels is not None:
-                    targets = _only(targets, (example.labels != IGNORE).to(targets.ids.device))
-                writer.add(example.input_ids, targets, labels=example.labels, context_ids=example.context_ids)
+                    targets = _only(targets, example.labels != IGNORE)
+                if drop_masked and example.loss_mask is not None:
+                    targets = _only(targets, example.loss_mask)
+                writer.add(example.input_ids, targets, example.loss_mask, example.labels, example.context_ids)
                 done += len(example.input_ids)
             if progress is not None:
                 progress(done, total)
@@ -131,6 +138,7 @@ def nucleus(targets: TopKTargets, top_p: float) -> TopKTargets:
 
 def _only(targets: TopKTargets, rows: Tensor) -> TopKTargets:
     """Empty rows but for those asked for."""
+    rows = rows.to(targets.ids.device)
     weights = None if targets.weights is None else targets.weights * rows[:, None]
     return dataclasses.replace(
         targets,

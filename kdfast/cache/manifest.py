@@ -168,6 +168,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, int]:
     return Manifest.from_bytes(data, path), len(data)
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a capture into this folder was begun and did not come to its end.
+
+    Raises:
+        CorruptCache: the manifest is not what was written.
+    """
+    return (folder / MANIFEST).is_file() and not read_manifest(folder)[0].complete
+
+
 def write_atomically(path: Path, parts: Iterable[Any]) -> None:
     """Writes `path` so that it is found whole or not at all, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     build = action(
         "build", "run a teacher over text and keep its targets", cache_build.EXAMPLE,
         "Runs a teacher over text and keeps its top-k targets. Killed and run again, it goes on after the last shard that"
-        " was finished.",
+        " was finished; --resume insists on that.",
     )  # fmt: skip
     cache_build.add_arguments(build)
     info = action("info", "what a cache holds", "kdfast cache info cache --plot cache.png")

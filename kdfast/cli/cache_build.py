@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = "kdfast cache build models/teacher --data corpus/ --glob '**/*.txt' --out cache --k 64 --temperatures 1 2"
+EXAMPLE = (
+    "kdfast cache build models/teacher --data corpus/ --glob '**/*.txt' --out cache --k 64 --temperatures 1 2, or"
+    " instruction data: kdfast cache build models/teacher --data chats.jsonl --drop-masked --out cache, or a dataset:"
+    " kdfast cache build models/teacher --dataset saved/ --split train --out cache, or: kdfast cache build models/teacher"
+    " --dataset parquet --data part-0.parquet part-1.parquet --field content --out cache"
+)
 TASKS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "masked": "AutoModelForMaskedLM"}
 
 
 def add_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument("teacher", help="a folder with config.json, safetensors weights and tokenizer.json")
-    build.add_argument("--data", nargs="+", required=True, help="text files, .jsonl files, or folders")
+    build.add_argument("--data", nargs="+", help="text files, .jsonl files, or folders")
+    build.add_argument(
+        "--dataset", help="instead: a folder written by save_to_disk, a name for load_dataset, or json, csv, parquet, arrow,"
+        " text with the files in --data (needs the package datasets)",
+    )  # fmt: skip
+    build.add_argument("--dataset-config", help="configuration of the dataset")
+    build.add_argument("--split", help="of the dataset (default train)")
     build.add_argument("--out", required=True, help="the cache's folder")
     build.add_argument("--task", choices=["auto", *TASKS], default="auto", help="kind of teacher (default: by its config.json)")
     build.add_argument("--glob", default="**/*.txt", help="which files of a folder (default %(default)s)")
-    build.add_argument("--field", default="text", help="field of a .jsonl line that is the text (default %(default)s)")
+    build.add_argument("--field", help="field of a .jsonl line or dataset row that is the text (default text)")
+    build.add_argument(
+        "--messages-field", help="field with a conversation, a list of role and content, written by the teacher's chat template"
+        " (default messages). A row is read by the first it has: conversation, prompt and completion, text; naming a field"
+        " leaves out the others",
+    )  # fmt: skip
+    build.add_argument("--prompt-field", help="field with a prompt (default prompt)")
+    build.add_argument("--completion-field", help="field with its completion (default completion)")
+    build.add_argument("--chat-template", metavar="FILE", help="Jinja template to use instead of the teacher's")
+    build.add_argument(
+        "--prompt-loss", action="store_true", help="prompts count too; otherwise completions and assistant turns only"
+    )
+    build.add_argument("--drop-masked", action="store_true", help="keep no entries of tokens that do not count")
     build.add_argument("--source-field", default="source", help="encoder's text in a .jsonl line (seq2seq)")
     build.add_argument("--target-field", default="target", help="decoder's text in a .jsonl line (seq2seq)")
     build.add_argument("--mask-token", default="[MASK]", help="the tokenizer's mask (masked; default %(default)s)")
@@ -42,6 +67,10 @@ def add_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument("--seed", type=int, default=0, help="of the masks and the draws (default %(default)s)")
     build.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU when there is one)")
     build.add_argument(
+        "--resume", action="store_true", help="fail when there is no unfinished cache to go on with (without it, an"
+        " unfinished cache is gone on with and a missing one begun)",
+    )  # fmt: skip
+    build.add_argument(
         "--dry-run", action="store_true", help="capture one batch, print size and time of the whole, keep nothing"
     )
 
@@ -56,11 +85,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from kdfast.cache import CacheReader, CacheWriter, capture, part_path, remote, share_of
+    from kdfast.cache.manifest import is_unfinished
     from kdfast.cli.progress import bar
     from kdfast.train.data import load_tokenizer
     from kdfast.train.inputs import file_hash
 
     remote.writable(args.out, "--out")  # before the teacher is loaded
+    out = Path(args.out) if args.world == 1 else part_path(args.out, args.rank, args.world)
+    if args.resume and not is_unfinished(out):
+        raise ValueError(f"--resume: expected an unfinished cache in {str(out)!r}, found none; leave --resume out to begin one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, tokenizer_file = load_tokenizer(args.teacher)
     task = task_of(Path(args.teacher), args.task)
@@ -73,10 +106,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     pad_id = getattr(teacher.config, "pad_token_id", None) or 0
     options = {"batch_size": args.batch_size, "device": device, "top_p": args.top_p, "seed": args.seed, "pad_id": pad_id}
+    options["drop_masked"] = args.drop_masked
     if args.dry_run:
         return _dry_run(args, teacher, documents, settings, options)
     documents = list(share_of(documents, args.batch_size, args.rank, args.world))
-    out = Path(args.out) if args.world == 1 else part_path(args.out, args.rank, args.world)
     limit = None if args.max_gb is None else int(args.max_gb * 1e9)
     total = sum(len(_input_ids(d)) for d in documents)
     with (
@@ -142,25 +175,59 @@ def weights_hash(folder: Path) -> str:
 
 def _documents(args: argparse.Namespace, task: str, tokenizer: Any, config: Any) -> list[Any]:
     from kdfast.cli import cache_documents
-    from kdfast.train.data import list_files
+    from kdfast.cli.cache_rows import open_source
 
-    files = [file for _, file in list_files(args.data, args.glob, key="--data")]
+    for option in ("messages_field", "prompt_field", "completion_field", "chat_template", "prompt_loss", "drop_masked"):
+        if task != "causal" and getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')}: expected a causal teacher, got a {task} one; leave it out")
     if task == "seq2seq":
-        wrong = [file for file in files if file.suffix != ".jsonl"]
-        if wrong:
-            raise ValueError(f"--data: expected .jsonl files for an encoder-decoder, got {wrong[0]}; set --glob '**/*.jsonl'")
         fields = args.source_field, args.target_field
+        source = open_source(args, fields)
+        if source.texts:
+            raise ValueError(
+                f"--data: expected .jsonl files for an encoder-decoder, got {source.texts[0]}; set --glob '**/*.jsonl'"
+            )
         start = config.decoder_start_token_id
         if start is None:
             raise ValueError("teacher: expected decoder_start_token_id in its config.json, found none")
-        return cache_documents.pairs(tokenizer, files, args.sequence_length, fields, start, config.eos_token_id)
-    documents = cache_documents.causal(tokenizer, files, args.sequence_length, args.separator, args.field)
+        return cache_documents.pairs(tokenizer, source, args.sequence_length, fields, start, config.eos_token_id)
+    forms = _forms(args, task)
+    source = open_source(args, [field for fields in forms.values() for field in fields])
+    reading = _reading(args, tokenizer, forms)
+    documents = reading.documents(source)
+    if report := reading.report():
+        print(f"kdfast cache build: {report}", file=sys.stderr)
     if task == "causal":
         return documents
     mask_id = tokenizer.token_to_id(args.mask_token)
     if mask_id is None:
         raise ValueError(f"--mask-token: expected a token of the tokenizer, got {args.mask_token!r}")
     return cache_documents.masked(documents, mask_id, args.mask_share, args.seed)
+
+
+def _forms(args: argparse.Namespace, task: str) -> dict[str, tuple[str, ...]]:
+    """The fields that a row may be read from; the named ones alone when one is named."""
+    named = {"chat": args.messages_field, "prompt": args.prompt_field or args.completion_field, "text": args.field}
+    forms = {
+        "chat": (args.messages_field or "messages",),
+        "prompt": (args.prompt_field or "prompt", args.completion_field or "completion"),
+        "text": (args.field or "text",),
+    }
+    if task == "masked":
+        return {"text": forms["text"]}
+    return {form: fields for form, fields in forms.items() if named[form]} or forms
+
+
+def _reading(args: argparse.Namespace, tokenizer: Any, forms: dict[str, tuple[str, ...]]) -> Any:
+    from kdfast.cli.cache_documents import Reading
+
+    @functools.cache
+    def chat() -> Any:
+        from kdfast.cli.cache_chat import Chat
+
+        return Chat(Path(args.teacher), tokenizer, args.chat_template)
+
+    return Reading(tokenizer, args.sequence_length, args.separator, forms, chat, args.prompt_loss)
 
 
 def _input_ids(document: Any) -> Any:

@@ -1,52 +1,107 @@
-"""Text, JSON lines and folders of them as documents for a capture: causal, masked and encoder-decoder."""
+"""Text, rows and conversations as documents for a capture: causal, masked and encoder-decoder."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
 from kdfast.cache import Example
+from kdfast.cli.cache_rows import Row, Source
 from kdfast.train.data import tokenize
+
+if TYPE_CHECKING:
+    from kdfast.cli.cache_chat import Chat
 
 IGNORE = -100
 
 
-def json_lines(files: Sequence[Path], fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The text of the named fields of every line of JSON.
+class Said(NamedTuple):
+    """Token ids, and for each whether it is to be learned: a completion, or an assistant's turn."""
 
-    Raises:
-        ValueError: a line is no object with these fields as text; names file and line.
+    ids: list[int]
+    said: list[bool]
+
+
+@dataclass
+class Reading:
+    """How rows become documents, and what became of them.
+
+    forms: the ways to read a row with their fields, in the order they are tried: `chat`, `prompt` (and completion), `text`.
+    chat: makes the chat template when the first conversation is met.
+    prompt_loss: prompts count too.
     """
-    for file in files:
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    texts = tuple(json.loads(line)[field] for field in fields)
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"--data: {file}, line {number}: expected an object with {', '.join(fields)}: {error!r}"
-                    ) from None
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError(f"--data: {file}, line {number}: expected text in {', '.join(fields)}")
-                yield texts
 
+    tokenizer: Tokenizer
+    length: int
+    separator: str
+    forms: dict[str, tuple[str, ...]]
+    chat: Callable[[], Chat]
+    prompt_loss: bool = False
+    taught: int = 0
+    cut: int = 0
+    dropped: int = 0
 
-def causal(tokenizer: Tokenizer, files: Sequence[Path], length: int, separator: str, field: str) -> list[torch.Tensor]:
-    """Text files end to end in sequences of `length`; every line of JSON a document of its own, cut to sequences."""
-    lines = [file for file in files if file.suffix == ".jsonl"]
-    rest = [file for file in files if file.suffix != ".jsonl"]
-    documents = list(tokenize(tokenizer, rest, length, separator, "--data").ids.long()) if rest else []
-    for (text,) in json_lines(lines, [field]):
-        ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-        documents += [part for part in ids.split(length) if len(part) > 1]
-    return _some(documents)
+    def documents(self, source: Source) -> list[Any]:
+        """Text files end to end in sequences; rows of text each by itself, cut to sequences; instruction data cut once.
+
+        Raises:
+            ValueError: a row has none of the forms, or nothing is left.
+        """
+        documents: list[Any] = []
+        if source.texts:
+            documents += tokenize(self.tokenizer, source.texts, self.length, self.separator, source.option).ids.long()
+        for row in source.rows:
+            documents += self._documents(row)
+        if self.taught and not documents:
+            raise ValueError(
+                f"{source.option}: expected a completion within --sequence-length {self.length}, found none in {self.taught}"
+                " documents; allow more tokens"
+            )
+        return _some(documents, source.option)
+
+    def _documents(self, row: Row) -> list[Any]:
+        form = next((form for form, fields in self.forms.items() if row.has(fields)), None)
+        if form is None:
+            wanted = ", or ".join(" and ".join(fields) for fields in self.forms.values())
+            raise ValueError(f"{row.where}: expected an object with {wanted}, got {', '.join(row.values) or 'nothing'}")
+        fields = self.forms[form]
+        if form == "text":
+            ids = torch.tensor(self._ids(*row.texts(fields)))
+            return [part for part in ids.split(self.length) if len(part) > 1]
+        if form == "chat":
+            return self._taught(self.chat().tokens(row.values[fields[0]], row.where))
+        prompt, completion = map(self._ids, row.texts(fields))
+        end = self.tokenizer.token_to_id(self.separator)
+        completion += [] if end is None else [end]
+        return self._taught(Said(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _taught(self, document: Said) -> list[Any]:
+        self.taught += 1
+        self.cut += len(document.ids) > self.length
+        ids, said = torch.tensor(document.ids[: self.length]), torch.tensor(document.said[: self.length], dtype=torch.bool)
+        # Row t says what follows token t, so it counts when token t + 1 is to be learned; nothing follows the last.
+        rows = torch.cat([said[1:], torch.zeros(1, dtype=torch.bool)])
+        if len(ids) > 1 and self.prompt_loss:
+            return [ids]
+        if len(ids) > 1 and bool(rows.any()):
+            return [Example(ids, loss_mask=rows)]
+        self.dropped += 1
+        return []
+
+    def report(self) -> str:
+        """One line about documents that are not whole, empty when all are."""
+        if not self.cut:
+            return "" if not self.dropped else f"{self.dropped} of {self.taught} documents dropped: nothing to learn in them"
+        dropped = f", {self.dropped} dropped: nothing to learn within it" if self.dropped else ""
+        return f"{self.cut} of {self.taught} documents cut to --sequence-length {self.length}{dropped}"
 
 
 def masked(documents: list[torch.Tensor], mask_id: int, share: float, seed: int) -> list[Example]:
@@ -60,20 +115,21 @@ def masked(documents: list[torch.Tensor], mask_id: int, share: float, seed: int)
 
 
 def pairs(
-    tokenizer: Tokenizer, files: Sequence[Path], length: int, fields: tuple[str, str], start_id: int, end_id: int | None
+    tokenizer: Tokenizer, source: Source, length: int, fields: tuple[str, str], start_id: int, end_id: int | None
 ) -> list[Example]:
-    """Lines of JSON with a source and a target, each cut to `length`; the decoder starts from `start_id`."""
+    """Rows with a source and a target, each cut to `length`; the decoder starts from `start_id`."""
     out = []
-    for source, target in json_lines(files, fields):
-        context = torch.tensor(tokenizer.encode(source).ids[:length])
-        said = tokenizer.encode(target, add_special_tokens=False).ids
+    for row in source.rows:
+        asked, answer = row.texts(fields)
+        context = torch.tensor(tokenizer.encode(asked).ids[:length])
+        said = tokenizer.encode(answer, add_special_tokens=False).ids
         labels = torch.tensor((said if end_id is None else [*said, end_id])[:length])
         if len(context) and len(labels):
             out.append(Example(torch.cat([torch.tensor([start_id]), labels[:-1]]), labels, context))
-    return _some(out)
+    return _some(out, source.option)
 
 
-def _some(documents: list[Any]) -> list[Any]:
+def _some(documents: list[Any], option: str) -> list[Any]:
     if not documents:
-        raise ValueError("--data: expected at least one document with two tokens, found none")
+        raise ValueError(f"{option}: expected at least one document with two tokens, found none")
     return documents

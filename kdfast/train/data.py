@@ -146,7 +146,11 @@ def load_tokenizer(path: str | Path | None) -> tuple[Tokenizer, Path]:
         whole = False
     if not whole:
         raise ValueError(f"tokenizer: expected a tokenizer.json written by the tokenizers library, got {str(file)!r}")
-    return Tokenizer.from_file(str(file)), file
+    tokenizer = Tokenizer.from_file(str(file))
+    # A file may tell to cut or to fill every text to some length; texts are cut here, by the caller.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, file
 
 
 def read_text(file: Path) -> str:
