@@ -169,7 +169,13 @@ def draw(results: Sequence[Result], path: Path) -> None:
             colour = "#c0562f" if method.tail == "renormalize" else "#1b6ca8" if not method.samples else "#2e8b57"
             axis.errorbar(of_method[0].bytes, mean, [[mean - spread[0]], [spread[1] - mean]], fmt="o", color=colour, capsize=3)
             axis.annotate(method.name, (of_method[0].bytes, mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axis.set(xscale="log", xlabel="bytes a token in the cache", title=title)
+        sizes = [r.bytes for r in results if not math.isnan(r.bytes)]
+        if sizes:  # room on the right for the last names
+            wide = max(sizes) > 2 * min(sizes)
+            axis.set_xscale("log" if wide else "linear")
+            right = max(sizes) * (max(sizes) / min(sizes)) ** 0.5 if wide else max(sizes) + (max(sizes) - min(sizes) + 1) * 1.2
+            axis.set_xlim(min(sizes) * 0.98, right)
+        axis.set(xlabel="bytes a token in the cache", title=title)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
