@@ -28,6 +28,8 @@ from kdfast.cli.quickstart_job import Corpus, Job, Plan
 from kdfast.train.models import build_student, load_folder
 from kdfast.train.recipe import Model
 
+from .report import replacing
+
 VOCAB = 16384
 _BINS = 15
 
@@ -116,8 +118,8 @@ class Study:
                 for some in self.ids.split(32):
                     parts.append(self.teacher.hidden(some))
                     shown.update(32 * len(parts))
-            save_file({"states": torch.cat(parts)}, file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
+            with replacing(file) as part:
+                save_file({"states": torch.cat(parts)}, part)
         states = load_file(file)["states"]
         if len(states) < count:
             raise ValueError(
@@ -228,8 +230,8 @@ class Study:
 
     def keep(self, model: nn.Module) -> None:
         """Keeps the student that has learned from the whole teacher: the one whose gradients are compared."""
-        save_file({k: v.clone() for k, v in model.state_dict().items()}, self.out / "learned.part")
-        (self.out / "learned.part").replace(self.out / "learned.safetensors")
+        with replacing(self.out / "learned.safetensors") as part:
+            save_file({k: v.clone() for k, v in model.state_dict().items()}, part)
 
     def bias(self, method: Method, draws: int = 32) -> tuple[float, float]:
         """(||E[g] - g_full||, ||g - E[g]||) / ||g_full|| of the gradient of the last hidden states of the kept student.

@@ -21,6 +21,7 @@ from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
 
 from .contest import positive
+from .report import replacing
 from .sparse_study import HARD, WHOLE, Method, Study, locked
 
 METHODS = (
@@ -93,12 +94,10 @@ def record(result: Result, path: Path) -> list[Result]:
     """The file's results with one more, of several processes one at a time; written by way of a temporary name."""
     with locked(path):
         results = [*read(path), result]
-        part = path.with_name(path.name + ".part")
-        with part.open("w", newline="") as file:
+        with replacing(path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Result)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(dataclasses.asdict(r) for r in results)
-        part.replace(path)
     return results
 
 
@@ -180,11 +179,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
-    part.replace(path)
 
 
 def main(argv: list[str]) -> int:

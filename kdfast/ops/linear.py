@@ -20,7 +20,6 @@ def check_side(
     side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor, like_name: str = "student_hidden"
 ) -> None:
     """Raises unless hidden, weight and bias fit each other and the device of `like`; `side` is what precedes their names."""
-    """Raises unless hidden, weight and bias of a side fit each other and the device of `like`."""
     rows.check_float(f"{side}hidden", hidden, like=like, like_name=like_name)
     rows.check_float(f"{side}weight", weight, like=like, like_name=like_name)
     if weight.ndim != 2 or 0 in weight.shape:
