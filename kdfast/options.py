@@ -19,8 +19,19 @@ TEACHER_MIXES = ("probs", "logits")
 PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1_agreement")
 
 
-def _schema(options: Any) -> str:
-    return ", ".join(f"{_SCHEMA_TYPE[str(f.type)]} {f.name}" for f in dataclasses.fields(options))
+class _OpOptions:
+    """What options of a `torch.library` op share; a frozen dataclass."""
+
+    @classmethod
+    def schema(cls) -> str:
+        """The fields as `torch.library` schema arguments."""
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return ", ".join(f"{_SCHEMA_TYPE[str(f.type)]} {f.name}" for f in fields)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The fields in schema order, to pass to an op; the class called with them is the way back."""
+        return tuple(self.__dict__.values())
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class RowOptions:
+class RowOptions(_OpOptions):
     """loss of a row = soft_weight * T^2 * D(p_T, q_T) + hard_weight * CE(q_1, label) + z_loss * lse(student)^2.
 
     p is the teacher, q the student. A softcap of 0 is no cap.
@@ -102,23 +113,13 @@ class RowOptions:
         """Whether any logit is capped or scaled."""
         return (self.student_softcap, self.teacher_softcap, self.student_scale, self.teacher_scale) != (0, 0, 1, 1)
 
-    @classmethod
-    def schema(cls) -> str:
-        """The fields as `torch.library` schema arguments."""
-        return _schema(cls)
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """The fields in schema order, to pass to an op; `RowOptions(*values)` is the way back."""
-        return tuple(self.__dict__.values())
-
 
 #: Bytes after the last row of encoded targets that belong to no row, so that whole words may be read.
 CODEC_SLACK = 64
 
 
 @dataclass(frozen=True)
-class CodecLayout:
+class CodecLayout(_OpOptions):
     """What is the same for every row of a teacher cache; one of the temperatures is 1.
 
     With `samples` (draws a row) entries have draw counts: kind `mixed` has exact ones too, with 0 draws.
@@ -141,23 +142,13 @@ class CodecLayout:
         """What the C++ codec takes."""
         return self.k, self.vocab_size, list(self.temperatures), self.samples, self.mixed, self.sample_column
 
-    @classmethod
-    def schema(cls) -> str:
-        """The fields as `torch.library` schema arguments."""
-        return _schema(cls)
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """The fields in schema order, to pass to an op; `CodecLayout(*values)` is the way back."""
-        return tuple(self.__dict__.values())
-
 
 #: What `AttentionOptions.kind` may be; kernels know one by its place here.
 ATTENTION_KINDS = ("scores", "probs", "kl")
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(_OpOptions):
     """How two attention maps are compared.
 
     kind: "scores" squared differences of scores, "probs" of probabilities, "kl" KL(teacher || student) of a query's row.
@@ -170,13 +161,3 @@ class AttentionOptions:
     scale_t: float = 1.0
     causal: bool = False
     method: str = "auto"
-
-    @classmethod
-    def schema(cls) -> str:
-        """The fields as `torch.library` schema arguments."""
-        return _schema(cls)
-
-    @property
-    def values(self) -> tuple[str | float | bool, ...]:
-        """The fields in schema order, to pass to an op; `AttentionOptions(*values)` is the way back."""
-        return self.kind, self.scale_s, self.scale_t, self.causal, self.method
