@@ -62,8 +62,9 @@ void copy_words(T* to, const T* from, std::int64_t count) {
 
 class RowDecoder {
   public:
-    RowDecoder(const Layout& layout, Cursor& in, std::uint32_t* scratch)
-        : layout_(layout), in_(in), words_(static_cast<std::size_t>(layout.k) + 128), places_(scratch),
+    // late: logprobs receive probabilities (0 for an empty slot), whose logs the caller takes for many rows at once.
+    RowDecoder(const Layout& layout, Cursor& in, std::uint32_t* scratch, bool late)
+        : layout_(layout), in_(in), late_(late), words_(static_cast<std::size_t>(layout.k) + 128), places_(scratch),
           low_(scratch + 4 * words_), levels_(low_ + words_), draws_(levels_ + words_), patches_(draws_ + words_),
           p_(reinterpret_cast<float*>(patches_ + words_)), spare_logp_(p_ + words_),
           spare_ids_(reinterpret_cast<std::int32_t*>(spare_logp_ + words_)) {}
@@ -87,6 +88,7 @@ class RowDecoder {
 
     const Layout& layout_;
     Cursor& in_;
+    const bool late_;
     std::size_t words_, tails_at_ = 0;
     std::uint32_t *places_, *low_, *levels_, *draws_, *patches_;
     float *p_, *spare_logp_, *logp_ = nullptr;
@@ -168,7 +170,7 @@ Status RowDecoder::read_blocks(std::int64_t count, std::uint32_t* out) {
     return codec::kOk;
 }
 
-// p_ and logp_ of entries in proportion to (2 level + 1)^2.
+// p_ and logp_ of entries in proportion to (2 level + 1)^2; late: p in the place of logp_.
 void RowDecoder::probabilities(std::int64_t count) {
     std::uint64_t sum = 0;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -178,8 +180,12 @@ void RowDecoder::probabilities(std::int64_t count) {
     const vec unit = set(static_cast<float>(tail_mass(tail_code(layout_.one)).rest / static_cast<double>(sum)));
     for (std::int64_t i = 0; i < count; i += W) {
         const vec odd = __builtin_convertvector(load_words(levels_ + i) * 2 + 1, vec), p = odd * odd * unit;
-        store(p_ + i, p);
-        store(logp_ + i, log_fixed(p));
+        if (late_) {
+            store(logp_ + i, p);
+        } else {
+            store(p_ + i, p);
+            store(logp_ + i, log_fixed(p));
+        }
     }
 }
 
@@ -253,7 +259,7 @@ Status RowDecoder::row(std::int64_t count, const RowsOut& out) {
     if (layout_.samples && count && (status = weights(count, out)) != codec::kOk) return status;
     for (std::int64_t i = count; i < layout_.k; ++i) {
         out.ids[i] = -1;
-        out.logprobs[i] = -kInf;
+        out.logprobs[i] = late_ ? 0.0f : -kInf;
         if (layout_.samples) out.weights[i] = 0.0f;
     }
     return codec::kOk;
@@ -263,17 +269,21 @@ Status RowDecoder::row(std::int64_t count, const RowsOut& out) {
 
 namespace {
 
-// Masses to their logs, in place.
+// Masses to their logs, in place. Two vectors at a time: a logarithm is one long chain of operations.
 void take_logs(float* masses, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; i += W) {
-        const vec mass = i + W <= count ? load(masses + i) : load_tail(masses + i, count - i, 1.0f);
-        const vec log = mass > set(0.0f) ? log_fixed(mass) : set(-kInf);
-        if (i + W <= count)
-            store(masses + i, log);
-        else
-            store_tail(masses + i, count - i, log);
+    const auto log = [](vec mass) { return mass > set(0.0f) ? log_fixed(mass) : set(-kInf); };
+    std::int64_t i = 0;
+    for (; i + 2 * W <= count; i += 2 * W) {
+        const vec first = log(load(masses + i)), second = log(load(masses + i + W));
+        store(masses + i, first);
+        store(masses + i + W, second);
     }
+    for (; i + W <= count; i += W) store(masses + i, log(load(masses + i)));
+    if (i < count) store_tail(masses + i, count - i, log(load_tail(masses + i, count - i, 1.0f)));
 }
+
+// Whether nothing but the rows themselves needs the logs of their entries.
+bool takes_logs_late(const Layout& layout) { return layout.n_t == 1 && !layout.samples; }
 
 RowsOut row_at(const Layout& layout, const RowsOut& out, std::int64_t t) {
     return {out.ids + t * layout.k, out.logprobs + t * layout.k, out.log_z + t * layout.n_t, out.log_tail + t * layout.n_t,
@@ -290,7 +300,7 @@ void fill(const Layout& layout, const RowsOut& row, std::int32_t id, float logpr
 
 codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
                             std::uint32_t* scratch) {
-    RowDecoder decoder(layout, in, scratch);
+    RowDecoder decoder(layout, in, scratch, takes_logs_late(layout));
     const std::size_t most = codec::row_bytes(static_cast<std::size_t>(layout.k), layout.n_t) + codec::kSlack;
     for (std::int64_t t = 0; t < tokens; ++t) {
         if (!in.slack && in.size - in.pos < most) return {codec::kMore, t};
@@ -312,15 +322,23 @@ codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_wid
 
 codec::Result codec_decode(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
                            std::uint32_t* scratch) {
-    const codec::Result result = decode_masses(layout, in, count_width, tokens, out, scratch);
-    take_logs(out.log_tail, result.token * layout.n_t);
+    constexpr std::int64_t together = 32;  // rows that are still in the cache when their logs are taken
+    codec::Result result{codec::kOk, 0};
+    while (result.status == codec::kOk && result.token < tokens) {
+        const std::int64_t start = result.token, n = tokens - start < together ? tokens - start : together;
+        const RowsOut rows = row_at(layout, out, start);
+        const codec::Result some = decode_masses(layout, in, count_width, n, rows, scratch);
+        take_logs(rows.log_tail, some.token * layout.n_t);
+        if (takes_logs_late(layout)) take_logs(rows.logprobs, some.token * layout.k);
+        result = {some.status, start + some.token};
+    }
     return result;
 }
 
 void codec_decode_indexed(const Layout& layout, const codec::Indexed& in, std::int64_t tokens, const RowsOut& out,
                           std::uint32_t* scratch) {
     Cursor cursor{in.data, in.size, 0, true};
-    RowDecoder decoder(layout, cursor, scratch);
+    RowDecoder decoder(layout, cursor, scratch, false);
     const float nan = std::numeric_limits<float>::quiet_NaN();
     for (std::int64_t t = 0; t < tokens; ++t) {
         const RowsOut row = row_at(layout, out, t);
