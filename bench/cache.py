@@ -52,11 +52,14 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads or 1)
     distinct, documents = (256, 8) if args.quick else (1024, 96)
     targets = targets_of(distinct, args.vocab, args.k)
-    rows = codec.Rows(*(x.numpy() for x in (targets.ids, targets.logprobs, targets.log_z, targets.log_tail)))
+    random = torch.Generator().manual_seed(0)
+    batch = min(16, documents)
+    stream = batch * _LENGTH  # tokens a call, as many as a batch has
+    drawn = targets[torch.randint(distinct, (stream,), generator=random)]
+    rows = codec.Rows(*(x.numpy() for x in (drawn.ids, drawn.logprobs, drawn.log_z, drawn.log_tail)))
     layout = codec.Layout(args.k, args.vocab, (1.0,))
     encoded = codec.encode(layout, rows, 5e-5, None)
-    data, room = np.frombuffer(encoded.data, np.uint8), codec.empty_rows(layout, (distinct,))
-    random = torch.Generator().manual_seed(0)
+    data, room = np.frombuffer(encoded.data, np.uint8), codec.empty_rows(layout, (stream,))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
         with CacheWriter(path, vocab_size=args.vocab, k=args.k, teacher="law", tokenizer_hash="none") as writer:
@@ -64,15 +67,15 @@ def main(argv: list[str]) -> int:
                 ids = torch.randint(args.vocab, (_LENGTH,), generator=random)
                 writer.add(ids, targets[torch.randint(distinct, (_LENGTH,), generator=random)])
         reader, at = CacheReader(path), np.random.default_rng(0)
-        info, batch = reader.info, min(16, documents)
+        info = reader.info
         works = {
-            "decode, codec alone": (lambda: codec.decode(layout, data, encoded.has_counts, room), distinct),
-            "decode, reader.batch with checksums": (lambda: reader.batch(at.integers(0, documents, batch)), batch * _LENGTH),
+            "decode, codec alone": (lambda: codec.decode(layout, data, encoded.has_counts, room), stream),
+            "decode, reader.batch with checksums": (lambda: reader.batch(at.integers(0, documents, batch)), stream),
             "reader.batch with checksums, left in code": (
                 lambda: reader.batch(at.integers(0, documents, batch), decode="loss"),
-                batch * _LENGTH,
+                stream,
             ),
-            "encode, codec alone": (lambda: codec.encode(layout, rows, 5e-5, None), distinct),
+            "encode, codec alone": (lambda: codec.encode(layout, rows, 5e-5, None), stream),
         }
         timings = compare(
             {name: work for name, (work, _) in works.items()},

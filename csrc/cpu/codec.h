@@ -104,7 +104,7 @@ static inline unsigned low_width(std::int64_t vocab, std::int64_t count) {
 
 // Bytes a row of n entries can claim without being refused, and 32-bit words of scratch a call needs (aligned to 64 bytes).
 constexpr std::size_t row_bytes(std::size_t n, int n_t) { return 4 + 2 * static_cast<std::size_t>(n_t) + 10 * n + 512; }
-constexpr std::size_t scratch_words(std::size_t k, int n_t) { return (16 + 2 * static_cast<std::size_t>(n_t)) * (k + 128); }
+constexpr std::size_t scratch_words(std::size_t k, int n_t) { return (16 + 3 * static_cast<std::size_t>(n_t)) * (k + 128); }
 
 }  // namespace codec
 

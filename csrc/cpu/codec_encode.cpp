@@ -24,21 +24,38 @@ inline void put(Bytes& out, T value) {
 
 inline unsigned bit_length(std::uint32_t x) { return x ? 32 - static_cast<unsigned>(__builtin_clz(x)) : 0; }
 
+// Bits to bytes, lowest first; whole words are stored, so that up to 8 bytes behind the last one are touched.
+class BitWriter {
+  public:
+    explicit BitWriter(Bytes& out) : out_(out) {}
+    void add(std::uint64_t bits, unsigned width) {  // width <= 56, nothing above it
+        word_ |= bits << used_;
+        std::memcpy(out_, &word_, sizeof(word_));
+        used_ += width;
+        out_ += used_ >> 3;
+        word_ >>= used_ & ~7u;
+        used_ &= 7;
+    }
+    void close() { out_ += used_ != 0; }
+
+  private:
+    Bytes& out_;
+    std::uint64_t word_ = 0;
+    unsigned used_ = 0;
+};
+
 // Numbers of `width` <= 24 bits, lowest bit first, the last byte filled with zeros.
 void pack(const std::uint32_t* values, std::int64_t count, unsigned width, Bytes& out) {
-    const std::uint32_t mask = (1u << width) - 1;
-    std::uint64_t word = 0;
-    unsigned used = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-        word |= static_cast<std::uint64_t>(values[i] & mask) << used;
-        used += width;
-        if (used >= 32) {
-            put(out, static_cast<std::uint32_t>(word));
-            word >>= 32;
-            used -= 32;
-        }
+    const std::uint64_t mask = (1u << width) - 1;
+    BitWriter writer(out);
+    std::int64_t i = 0;
+    for (; width <= 14 && i + 4 <= count; i += 4) {
+        const std::uint64_t low = (values[i] & mask) | (values[i + 1] & mask) << width;
+        const std::uint64_t high = (values[i + 2] & mask) | (values[i + 3] & mask) << width;
+        writer.add(low | high << 2 * width, 4 * width);
     }
-    for (unsigned bit = 0; bit < used; bit += 8) put(out, static_cast<std::uint8_t>(word >> bit));
+    for (; i < count; ++i) writer.add(values[i] & mask, width);
+    writer.close();
 }
 
 unsigned tail_code(double tail, double rest, bool empty) {
@@ -51,6 +68,19 @@ unsigned tail_code(double tail, double rest, bool empty) {
     return static_cast<unsigned>(code < codec::kTailAll ? code : codec::kTailAll - 1);
 }
 
+// Of n values below 2^16, how many take more bits than 0 to 15; returns the bits of the longest.
+unsigned count_lengths(const std::uint32_t* values, std::int64_t n, std::int32_t* longer_than) {
+    std::uint32_t all = 0;
+    for (int w = 0; w < 16; w += W) {
+        const ivec largest = ((ivec{} + 1) << (lane_numbers() + w)) - 1;  // of w bits
+        ivec counts = {};
+        for (std::int64_t i = 0; i < n; ++i) counts = plus_greater(counts, ivec{} + static_cast<int>(values[i]), largest);
+        store_words(longer_than + w, counts);
+    }
+    for (std::int64_t i = 0; i < n; ++i) all |= values[i];
+    return bit_length(all);
+}
+
 // What p says more than q of one outcome, p (log p/q - 1 + q/p) / p, from y = q / p.
 inline vec surprise(vec y) { return (y - 1.0f) - log_fixed(y); }
 
@@ -58,6 +88,7 @@ class RowEncoder {
   public:
     RowEncoder(const Layout& layout, std::uint32_t* scratch)
         : layout_(layout), words_(static_cast<std::size_t>(layout.k) + 128), next_(scratch) {
+        tail_kl_ = take<double>(static_cast<std::size_t>(layout.n_t));  // first: aligned to 8 bytes
         raw_ids_ = take<std::int32_t>();
         ids_ = take<std::int32_t>();
         raw_draws_ = take<std::uint32_t>();
@@ -74,7 +105,7 @@ class RowEncoder {
     }
 
     Status read(const RowsIn& row);
-    float quantise(const RowsIn& row, double max_kl, int values_bits);
+    float quantise(double max_kl, int values_bits);
     void write(Bytes& out, unsigned count_width) const;
     std::int64_t count() const { return n_; }
 
@@ -86,12 +117,14 @@ class RowEncoder {
         return p;
     }
     Status gather(const RowsIn& row);
+    bool all_good(const RowsIn& row) const;
+    template <int vectors>
+    void rank(std::int64_t start);
     void sort();
     Status masses(const RowsIn& row);
-    double tail_kl(const RowsIn& row, int column) const;
     double entry_kl(int column, float unit) const;
     double coarsest() const;
-    double kl_at(const RowsIn& row, float levels_per_unit, float cap);
+    double kl_at(float levels_per_unit, float cap);
     std::uint16_t* codes() const { return reinterpret_cast<std::uint16_t*>(rank_); }  // the ranks are no longer needed
     void write_ids(Bytes& out) const;
     void write_blocks(Bytes& out, const std::uint32_t* values) const;
@@ -102,6 +135,7 @@ class RowEncoder {
     std::size_t words_;
     std::uint32_t* next_;
     std::int64_t n_ = 0;
+    double* tail_kl_;
     std::int32_t *raw_ids_, *ids_;
     std::uint32_t *raw_draws_, *draws_, *rank_, *levels_, *patches_;
     float *raw_logp_, *logp_, *root_, *trial_, *p_, *inverse_p_;
@@ -109,6 +143,13 @@ class RowEncoder {
 
 // The entries there are, in their order.
 Status RowEncoder::gather(const RowsIn& row) {
+    if (all_good(row)) {
+        n_ = layout_.k;
+        std::memcpy(raw_ids_, row.ids, static_cast<std::size_t>(n_) * 4);
+        std::memcpy(raw_logp_, row.logprobs, static_cast<std::size_t>(n_) * 4);
+        if (layout_.samples) std::memcpy(raw_draws_, row.draws, static_cast<std::size_t>(n_) * 4);
+        return codec::kOk;
+    }
     n_ = 0;
     for (std::int64_t i = 0; i < layout_.k; ++i) {
         const std::int32_t id = row.ids[i];
@@ -119,20 +160,42 @@ Status RowEncoder::gather(const RowsIn& row) {
         if (row.logprobs[i] == -kInf) continue;
         raw_ids_[n_] = id;
         raw_logp_[n_] = row.logprobs[i];
-        raw_draws_[n_] = layout_.samples ? static_cast<std::uint32_t>(row.draws[i]) : 0;
+        if (layout_.samples) raw_draws_[n_] = static_cast<std::uint32_t>(row.draws[i]);
         ++n_;
     }
     return codec::kOk;
 }
 
+// Whether every slot holds an entry that can happen.
+bool RowEncoder::all_good(const RowsIn& row) const {
+    const auto vocab = static_cast<std::uint32_t>(layout_.vocab);
+    std::int64_t i = 0;
+    ivec wrong = {};
+    for (; i + W <= layout_.k; i += W) {
+        const vec logp = load(row.logprobs + i);
+        wrong |= ~((uvec)load_words(row.ids + i) < vocab) | ~(logp <= 1e-3f) | ~(logp > -kInf);
+    }
+    bool good = !any(wrong);
+    for (; i < layout_.k; ++i)
+        good &= static_cast<std::uint32_t>(row.ids[i]) < vocab && row.logprobs[i] <= 1e-3f && row.logprobs[i] > -kInf;
+    return good;
+}
+
+// rank_ of `vectors` vectors of ids: how many are smaller.
+template <int vectors>
+void RowEncoder::rank(std::int64_t start) {
+    ivec x[vectors], smaller[vectors] = {};
+    for (int v = 0; v < vectors; ++v) x[v] = load_words(raw_ids_ + start + v * W);
+    for (std::int64_t j = 0; j < n_; ++j)
+        for (int v = 0; v < vectors; ++v) smaller[v] = plus_greater(smaller[v], x[v], ivec{} + raw_ids_[j]);
+    for (int v = 0; v < vectors; ++v) store_words(rank_ + start + v * W, smaller[v]);
+}
+
 void RowEncoder::sort() {
     if (n_ <= kSortByRank) {
-        for (std::int64_t i = 0; i < n_; i += W) {
-            const ivec x = load_words(raw_ids_ + i);
-            ivec smaller = {};
-            for (std::int64_t j = 0; j < n_; ++j) smaller -= x > raw_ids_[j];
-            store_words(rank_ + i, smaller);
-        }
+        std::int64_t i = 0;
+        for (; i + 3 * W < n_; i += 4 * W) rank<4>(i);
+        for (; i < n_; i += W) rank<1>(i);
     } else {
         for (std::int64_t i = 0; i < n_; ++i) ids_[i] = static_cast<std::int32_t>(i);
         const std::int32_t* raw = raw_ids_;
@@ -152,8 +215,8 @@ void RowEncoder::sort() {
     for (std::int64_t i = 0; i < n_; ++i) {
         ids_[rank_[i]] = raw_ids_[i];
         logp_[rank_[i]] = raw_logp_[i];
-        draws_[rank_[i]] = raw_draws_[i];
     }
+    for (std::int64_t i = 0; layout_.samples && i < n_; ++i) draws_[rank_[i]] = raw_draws_[i];
 }
 
 // Probabilities at every temperature and the tails' codes.
@@ -176,6 +239,8 @@ Status RowEncoder::masses(const RowsIn& row) {
         const double rest = sum.total(), tail = row.log_tail[j] == -kInf ? 0.0 : std::exp(static_cast<double>(row.log_tail[j]));
         if (n_ && !(std::fabs(rest + tail - 1.0) <= kMassSlack)) return codec::kInputMass;
         codes()[j] = static_cast<std::uint16_t>(tail_code(tail, rest, n_ == 0));
+        const double coded = tail_mass(codes()[j]).tail;
+        tail_kl_[j] = tail > 0 ? tail * std::log(tail / coded) - tail + coded : 0.0;
     }
     for (std::int64_t i = 0; i < n_; i += W) {
         store(root_ + i, sqrt(load(p(layout_.one) + i)));
@@ -187,26 +252,23 @@ Status RowEncoder::read(const RowsIn& row) {
     const Status status = gather(row);
     if (status != codec::kOk) return status;
     sort();
-    std::int32_t previous = -1;
-    bool rises = true;
-    std::uint64_t draws = 0;
-    bool exact = false;
-    for (std::int64_t i = 0; i < n_; ++i) {
-        rises &= ids_[i] > previous;
-        previous = ids_[i];
-        draws += draws_[i];
-        exact |= draws_[i] == 0;
+    ivec previous = ivec{} - 1, wrong = {};
+    for (std::int64_t i = 0; i < n_; i += W) {
+        const ivec id = load_words(ids_ + i);
+        wrong |= (id <= after(previous, id)) & (lane_numbers() + static_cast<int>(i) < static_cast<int>(n_));
+        previous = id;
     }
-    if (!rises) return codec::kInputTwice;
-    if (layout_.samples && n_ && (draws != static_cast<std::uint64_t>(layout_.samples) || (exact && !layout_.mixed)))
-        return codec::kInputDraws;
+    if (any(wrong)) return codec::kInputTwice;
+    if (layout_.samples && n_) {
+        std::uint64_t draws = 0;
+        bool exact = false;
+        for (std::int64_t i = 0; i < n_; ++i) {
+            draws += draws_[i];
+            exact |= draws_[i] == 0;
+        }
+        if (draws != static_cast<std::uint64_t>(layout_.samples) || (exact && !layout_.mixed)) return codec::kInputDraws;
+    }
     return masses(row);
-}
-
-double RowEncoder::tail_kl(const RowsIn& row, int column) const {
-    const double exact = row.log_tail[column] == -kInf ? 0.0 : std::exp(static_cast<double>(row.log_tail[column]));
-    const double coded = tail_mass(codes()[column]).tail;
-    return exact > 0 ? exact * std::log(exact / coded) - exact + coded : 0.0;
 }
 
 // sum p (log p/q - 1 + q/p) over the entries; unit: mass of an entry of level 0.
@@ -234,7 +296,7 @@ double RowEncoder::entry_kl(int column, float unit) const {
 }
 
 // KL(exact || decoded) over entries and tail, the worst over the temperatures.
-double RowEncoder::kl_at(const RowsIn& row, float levels_per_unit, float cap) {
+double RowEncoder::kl_at(float levels_per_unit, float cap) {
     vec squares = {};
     for (std::int64_t i = 0; i < n_; i += W) {
         const ivec level = __builtin_convertvector(min(load(root_ + i) * levels_per_unit, set(cap)), ivec);
@@ -251,7 +313,7 @@ double RowEncoder::kl_at(const RowsIn& row, float levels_per_unit, float cap) {
     }
     double worst = 0;
     for (int j = 0; j < layout_.n_t; ++j) {
-        const double kl = entry_kl(j, unit) + tail_kl(row, j);
+        const double kl = entry_kl(j, unit) + tail_kl_[j];
         worst = kl > worst ? kl : worst;
     }
     return worst;
@@ -267,13 +329,13 @@ double RowEncoder::coarsest() const {
     return least < codec::kMaxLevel ? least : codec::kMaxLevel;
 }
 
-float RowEncoder::quantise(const RowsIn& row, double max_kl, int values_bits) {
+float RowEncoder::quantise(double max_kl, int values_bits) {
     if (!n_) return 0.0f;
     if (values_bits) {
         float top = 0;
         for (std::int64_t i = 0; i < n_; ++i) top = root_[i] > top ? root_[i] : top;
         const auto levels = static_cast<float>(1 << values_bits);
-        return static_cast<float>(kl_at(row, levels / top, levels - 1));
+        return static_cast<float>(kl_at(levels / top, levels - 1));
     }
     // A uniform error of one level in sqrt(p) costs about 1 / (6 levels^2) an entry: KL falls as levels^-2, with noise.
     constexpr double most = codec::kMaxLevel + 1;
@@ -281,14 +343,14 @@ float RowEncoder::quantise(const RowsIn& row, double max_kl, int values_bits) {
     double levels = std::sqrt((static_cast<double>(n_) + 1) / (6 * max_kl)), kl = 0, good = most;
     for (int trial = 0; trial < kTrials; ++trial) {
         levels = levels < least ? least : levels < most ? levels : most;
-        kl = kl_at(row, static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
+        kl = kl_at(static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
         if (kl <= max_kl && levels <= good) good = levels;
         if (kl <= max_kl && (kl >= 0.85 * max_kl || levels == least)) return static_cast<float>(kl);
         const double step = std::sqrt(kl / (0.95 * max_kl));
         levels *= step < 0.5 ? 0.5 : step < 8 ? step : 8;
     }
     for (levels = good < most ? good : levels;; levels = levels * 1.09 < most ? levels * 1.09 : most) {
-        kl = kl_at(row, static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
+        kl = kl_at(static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
         if (kl <= max_kl || levels >= most) return static_cast<float>(kl);
     }
 }
@@ -297,25 +359,31 @@ void RowEncoder::write_ids(Bytes& out) const {
     const unsigned l = low_width(layout_.vocab, n_);
     pack(reinterpret_cast<const std::uint32_t*>(ids_), n_, l, out);
     const std::size_t bytes = packed_bytes(static_cast<std::size_t>(n_ + ((layout_.vocab - 1) >> l)), 1);
-    std::memset(out, 0, bytes);
+    std::memset(out, 0, bytes + 8);
+    std::uint64_t word = 0;  // of the 64 places at 64 * `at`; places rise
+    std::int64_t at = 0;
     for (std::int64_t i = 0; i < n_; ++i) {
         const std::int64_t place = (ids_[i] >> l) + i;
-        out[place >> 3] = static_cast<std::uint8_t>(out[place >> 3] | 1 << (place & 7));
+        if (place >> 6 != at) {
+            std::memcpy(out + 8 * at, &word, sizeof(word));
+            word = 0;
+            at = place >> 6;
+        }
+        word |= 1ull << (place & 63);
     }
+    std::memcpy(out + 8 * at, &word, sizeof(word));
     out += bytes;
 }
 
 void RowEncoder::write_blocks(Bytes& out, const std::uint32_t* values) const {
     for (std::int64_t start = 0; start < n_; start += codec::kBlock, values += codec::kBlock) {
         const std::int64_t n = n_ - start < codec::kBlock ? n_ - start : codec::kBlock;
-        std::uint32_t lengths[18] = {};  // how many values take more bits than the index
-        for (std::int64_t i = 0; i < n; ++i) ++lengths[bit_length(values[i])];
-        unsigned longest = 16;
-        while (longest && !lengths[longest]) --longest;
-        unsigned width = longest, patches = 0, longer = 0;
+        std::int32_t longer_than[16] = {};  // how many values take more bits than the index
+        const unsigned longest = count_lengths(values, n, longer_than);
+        unsigned width = longest, patches = 0;
         std::size_t least = packed_bytes(static_cast<std::size_t>(n), longest);
         for (unsigned w = longest; w-- > 0;) {
-            longer += lengths[w + 1];
+            const auto longer = static_cast<unsigned>(longer_than[w]);
             if (longer > codec::kMaxPatches) break;
             const std::size_t patch_bytes = packed_bytes(longer, longest - w + codec::kPlaceBits);
             const std::size_t bytes = packed_bytes(static_cast<std::size_t>(n), w) + patch_bytes;
@@ -328,10 +396,11 @@ void RowEncoder::write_blocks(Bytes& out, const std::uint32_t* values) const {
         const unsigned more = patches ? longest - width : 0;
         put(out, static_cast<std::uint16_t>(width | more << 5 | patches << 10));
         pack(values, n, width, out);
-        unsigned found = 0;
-        for (std::int64_t i = 0; patches && i < n; ++i) {
-            patches_[found] = static_cast<std::uint32_t>(i) | values[i] >> width << codec::kPlaceBits;
-            found += values[i] >> width != 0;
+        std::uint32_t* patch = patches_;
+        for (std::int64_t i = 0; patches && i < n; i += W) {
+            const ivec place = lane_numbers() + static_cast<int>(i), value = load_words(values + i);
+            const ivec high = (ivec)((uvec)value >> width);
+            patch += keep_where((high != 0) & (place < static_cast<int>(n)), place | high << codec::kPlaceBits, patch);
         }
         pack(patches_, patches, more + codec::kPlaceBits, out);
     }
@@ -355,7 +424,7 @@ codec::Status codec_encode(const Layout& layout, const RowsIn& row, const codec:
     RowEncoder encoder(layout, scratch);
     const Status status = encoder.read(row);
     if (status != codec::kOk) return status;
-    kl = encoder.quantise(row, options.max_kl, options.values_bits);
+    kl = encoder.quantise(options.max_kl, options.values_bits);
     count = static_cast<std::uint32_t>(encoder.count());
     encoder.write(out, options.count_width);
     return codec::kOk;

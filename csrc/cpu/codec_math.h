@@ -60,6 +60,32 @@ inline ivec after(ivec previous, ivec x) {
 #endif
 }
 
+// counts, one more in the lanes where x > y.
+inline ivec plus_greater(ivec counts, ivec x, ivec y) {
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_set1_epi32(1);
+    return (ivec)_mm512_mask_add_epi32((__m512i)counts, _mm512_cmpgt_epi32_mask((__m512i)x, (__m512i)y), (__m512i)counts, one);
+#else
+    return counts - (x > y);
+#endif
+}
+
+// The words of x where `kept` is all ones, to `out`; returns how many. Writes up to a vector.
+inline int keep_where(ivec kept, ivec x, std::uint32_t* out) {
+#if defined(__AVX512F__)
+    const __mmask16 mask = _mm512_test_epi32_mask((__m512i)kept, (__m512i)kept);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, (__m512i)x));
+    return __builtin_popcount(mask);
+#else
+    int n = 0;
+    for (int i = 0; i < W; ++i) {
+        out[n] = static_cast<std::uint32_t>(x[i]);
+        n += kept[i] != 0;
+    }
+    return n;
+#endif
+}
+
 using codec::low_width;
 using codec::packed_bytes;
 
