@@ -31,6 +31,7 @@ METHODS = (
     Method("half labels, half whole teacher", hard=0.5),
     Method("half labels, half top 1 and 32 drawn", 1, 32, "none", hard=0.5, max_kl=1e-3),
     Method("half labels, half top 24", 24, hard=0.5),
+    Method("top 1 and 32 drawn", 1, 32, "none", max_kl=1e-3),
     Method("top 4 and 22 drawn", 4, 22, "none", max_kl=1e-3),
     Method("top 24", 24),
     *(Method(f"top {k}", k) for k in (4, 12, 50, 64, 300)),

@@ -145,6 +145,8 @@ def test_a_capture_killed_and_resumed_is_the_one_in_one_go(tmp_path: Path) -> No
         assert len(writer) in (16, 24)
         with pytest.raises(CacheMismatch, match="groups of 4"):
             capture(Tiny(), docs, writer, batch_size=5)
+        with pytest.raises(CacheError, match=r"is not the one that .* holds as its record"):
+            capture(Tiny(), docs[1:] + docs[:1], writer, batch_size=BATCH)
         capture(Tiny(), docs, writer, batch_size=BATCH)
     run_capture(tmp_path / "whole", docs)
     verify(path)

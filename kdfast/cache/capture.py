@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -80,8 +81,8 @@ def capture(
         progress: called as progress(tokens_done, tokens_total), resumed tokens included.
 
     Raises:
-        CacheError: the writer has more records than there are documents, another batch size, labels are missing, or the
-            teacher's vocabulary is not the cache's.
+        CacheError: the writer has more records than there are documents, records of other documents, another batch size,
+            labels are missing, or the teacher's vocabulary is not the cache's.
     """
     settings = writer.settings
     if batch_size < 1:
@@ -91,8 +92,7 @@ def capture(
             f"top_p: expected a share in (0, 1] with kind 'topp' and None with others, got {top_p} with {settings.kind!r}"
         )
     examples = [d if isinstance(d, Example) else Example(d) for d in documents]
-    if len(writer) > len(examples):
-        raise CacheError(f"documents: the cache holds {len(writer)} records already, got only {len(examples)} documents")
+    _check_resumed(writer, examples)
     writer.begin_groups(batch_size)
     total = sum(len(e.input_ids) for e in examples)
     done = sum(len(e.input_ids) for e in examples[: len(writer)])
@@ -118,6 +118,18 @@ def capture(
         return
     finally:
         run.restore()
+
+
+def _check_resumed(writer: CacheWriter, examples: Sequence[Example]) -> None:
+    """Raises unless what the writer holds can be the beginning of the examples; the last record speaks for those before it."""
+    held, last = len(writer), writer.last_input_ids()
+    if held > len(examples):
+        raise CacheError(f"documents: the cache holds {held} records already, got only {len(examples)} documents")
+    if last is not None and not np.array_equal(last, examples[held - 1].input_ids.cpu().numpy()):
+        raise CacheError(
+            f"documents: document {held - 1} is not the one that {writer.path} holds as its record {held - 1}; go on with the"
+            " same documents in the same order, or capture to another path"
+        )
 
 
 def nucleus(targets: TopKTargets, top_p: float) -> TopKTargets:

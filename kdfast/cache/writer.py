@@ -138,6 +138,18 @@ class CacheWriter:
         """Records that are safe on disk: where to go on after an interruption."""
         return sum(s.records for s in self._manifest.shards)
 
+    def last_input_ids(self) -> np.ndarray | None:
+        """Input ids, int64 [L], of the last record that is safe on disk; None where there is none yet.
+
+        Raises:
+            CorruptCache: its shard or record is not what was written.
+        """
+        if not self._manifest.shards:
+            return None
+        entry = self._manifest.shards[-1]
+        held, last = shard.Shard(self.path, entry, self.settings), entry.records - 1
+        return record.unpack(held.read(last), int(held.tokens[last]), int(held.contexts[last])).input_ids
+
     @property
     def settings(self) -> Settings:
         return self._manifest.settings
