@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,15 +57,21 @@ def slower(*names: str, than: str = "kdfast") -> Value:
     return value
 
 
-def times_of(name: str) -> Value:
+def times_of(name: str, of: str = "kdfast") -> Value:
     """kdfast's time in units of another's."""
-    other = slower(name)
+    other = slower(name, than=of)
     return lambda rows: 1 / other(rows)
 
 
 def million_tokens_a_second(contestant: str) -> Value:
     """Of a row whose time is milliseconds a million tokens."""
     return lambda rows: next((1e3 / r.median_ms for r in rows if r.contestant == contestant), math.nan)
+
+
+def bytes_a_token(rows: Sequence[Row]) -> float:
+    """What the notes of the cache's rows say."""
+    found = (re.search(r"([\d.]+) bytes a token", r.note) for r in rows)
+    return next((float(m[1]) for m in found if m), math.nan)
 
 
 def share(rows: Sequence[Row]) -> float:
@@ -96,6 +103,10 @@ def marks() -> list[Mark]:
         Mark("the same, bfloat16 with bfloat16 logits", liger, ("linear", "bfloat16", linear), 1, half),
         Mark("`topk_targets`, top 64 and two temperatures, 64 x 151936", "torch.topk and two logsumexps",
              ("topk_capture", "float32", "N=64 V=151936 k=64"), 10, slower("torch.topk + logsumexps")),
+        Mark("`linear_topk_targets`, 256 x 151936, 1024 wide", "its matrix product alone, by torch",
+             ("linear_topk_capture", "float32", "N=256 V=151936 D=1024 k=64"), 1.10, times_of("one GEMM alone"), at_most=True),
+        Mark("`linear_topk_kd_loss`, the same size", "its three matrix products alone, by torch",
+             ("linear_topk", "float32", "N=256 V=151936 D=1024 k=64"), 1.10, times_of("three GEMMs alone"), at_most=True),
         Mark("`attention_mse` on scores, L = 2048", "materialised", ("attention_scores", "float32", "B=2 H=4 L=2048"), 15,
              slower("PyTorch")),
         Mark("the same, L = 128", "materialised", ("attention_scores", "float32", "B=2 H=4 L=128"), 1, slower("PyTorch")),
@@ -109,10 +120,15 @@ def marks() -> list[Mark]:
     ]  # fmt: skip
     cache, codec = ("cache", "", "V=151936 k=64"), "one core, synthetic law"
     found += [
+        Mark("cache: everything, at a mean KL of at most 5e-5", codec, cache, 170, bytes_a_token, at_most=True,
+             unit=" bytes a token"),
         Mark("cache: decode, codec alone", codec, cache, 8, million_tokens_a_second("decode, codec alone"), unit=" M tokens/s"),
         Mark("cache: `reader.batch` with checksums", codec, cache, 3,
              million_tokens_a_second("decode, reader.batch with checksums"), unit=" M tokens/s"),
         Mark("cache: encode, codec alone", codec, cache, 1, million_tokens_a_second("encode, codec alone"), unit=" M tokens/s"),
+        Mark("a training step from the cache", "a plain cross-entropy step of the same student",
+             ("train", "float32", "B=8 L=128 V=16384"), 1.15, times_of("plain cross-entropy", of="kdfast cached"),
+             at_most=True),
     ]  # fmt: skip
     for vocab, wanted in ((32000, 0.80), (50257, 0.80), (128256, 0.60), (151936, 0.60), (262208, 0.60)):
         case = ("logits", "bfloat16", f"N=4096 V={vocab}")
