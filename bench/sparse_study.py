@@ -229,8 +229,11 @@ class Study:
         return math.exp(nll / count), float((bins[:, 1] - bins[:, 2]).abs().sum() / count)
 
     def keep(self, model: nn.Module) -> None:
-        """Keeps the student that has learned from the whole teacher: the one whose gradients are compared."""
-        with replacing(self.out / "learned.safetensors") as part:
+        """Keeps the first student that has learned from the whole teacher: the one whose gradients are compared."""
+        file = self.out / "learned.safetensors"
+        if file.is_file():
+            return
+        with replacing(file) as part:
             save_file({k: v.clone() for k, v in model.state_dict().items()}, part)
 
     def bias(self, method: Method, draws: int = 32) -> tuple[float, float]:

@@ -28,9 +28,15 @@ METHODS = (
     WHOLE,
     HARD,
     Method("hard labels, two epochs", hard=1.0, epochs=2),
-    Method("half labels, half whole teacher", hard=0.5),
-    Method("half labels, half top 1 and 32 drawn", 1, 32, "none", hard=0.5, max_kl=1e-3),
-    Method("half labels, half top 24", 24, hard=0.5),
+    *(
+        method
+        for share, hard in (("half labels, half", 0.5), ("a tenth labels,", 0.1))
+        for method in (
+            Method(f"{share} whole teacher", hard=hard),
+            Method(f"{share} top 1 and 32 drawn", 1, 32, "none", hard=hard, max_kl=1e-3),
+            Method(f"{share} top 24", 24, hard=hard),
+        )
+    ),
     Method("top 1 and 32 drawn", 1, 32, "none", max_kl=1e-3),
     Method("top 4 and 22 drawn", 4, 22, "none", max_kl=1e-3),
     Method("top 24", 24),
@@ -72,7 +78,7 @@ def run(study: Study, methods: Sequence[Method], seeds: Sequence[int], path: Pat
                 continue
             with bar(f"{method.name}, seed {seed}", study.steps * method.epochs, "steps") as shown:
                 model = study.train(method, seed, shown.update)
-            if method == WHOLE and seed == seeds[0]:
+            if method == WHOLE:
                 study.keep(model)
             result = Result(method.name, seed, study.steps, study.ids.numel() * method.epochs, math.nan, *study.evaluate(model))
             if method.sparse:

@@ -1,6 +1,8 @@
 """Memory that nobody wrote is NaN: a kernel that leaves a hole in an output cannot pass."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers side by side share the cores; two threads each would wait for one another. Set before torch reads it, and in
@@ -19,6 +21,15 @@ _THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(_THREADS)  # an earlier test may have asked for others
+    # An earlier test may have asked for others. A module whose sizes give threads nothing to share says so by `THREADS`.
+    torch.set_num_threads(getattr(request.module, "THREADS", _THREADS))
+
+
+@pytest.fixture(scope="module")
+def imports_are_no_garbage() -> Iterator[None]:
+    """Measuring collects garbage before every call: what imports have left is none of it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

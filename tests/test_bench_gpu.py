@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torch.nn.functional as F
 
 from bench import gpu, linear_hard, peers, sweep, train
 from bench.report import Limits, read_csv
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads have nothing to share at these sizes, and on a busy machine wait for each other at every operation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # measuring collects garbage before every call: what imports have left is none of it
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+THREADS = 1  # on a busy machine two would wait for each other at every operation
 
 
 def test_ops_run_in_order_of_worth_and_none_twice() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,8 @@ from bench.plot import draw
 from bench.report import Limits, Row, read_csv, write_csv
 from bench.train_step import CACHED, EAGER, LIVE, PLAIN, SPARSE, Bench, Spec, Trainee
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads have nothing to share at these sizes, and on a busy machine wait for each other at every operation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # measuring collects garbage before every call: what imports have left is none of it
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+THREADS = 1  # on a busy machine two would wait for each other at every operation
 
 
 @pytest.fixture(scope="module")

@@ -315,9 +315,9 @@ def test_the_kernel_rounds_every_operation() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bench.aot import _codec_cases
+    from bench.aot_cases import codec_cases
 
-    for case in _codec_cases():
+    for case in codec_cases():
         source = ASTSource(case.kernel, case.signature(), case.constants, case.hints())
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(case.options)).asm["ptx"]
         found = set(re.findall(r"\b(?:add|sub|mul|div|fma|ex2|lg2|rcp|sqrt)\.[\w.]*f(?:32|64)\b", ptx))

@@ -1,0 +1,232 @@
+"""What `python -m bench aot` compiles: every Triton kernel at every size its launch function can pick, in representative types
+and flags, with the hints that the runtime would give."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdfast.options import DIVERGENCES
+
+_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_FLOATS = ("inv_t", "cap", "scale", "scale_s", "scale_t")
+#: What the row kernels' other pointers point to, by argument name.
+_FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32",
+          "drawn_ptr": "*i32", "points_ptr": "*fp64", "total_ptr": "*fp64", "log_mass_ptr": "*fp64",
+          "data_ptr": "*u8", "offsets_ptr": "*i64", "counts_ptr": "*i32",
+          "query_mask_ptr": "*i1", "key_mask_ptr": "*i1", "mask_ptr": "*i1"}  # fmt: skip
+#: One for each launch size, the widest and tightest first, and one whose rows are not aligned.
+_VOCABS = (151936, 57344, 16384, 1024, 50257)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one set of types, flags and sizes; `pointers` to tensors by argument, the teachers' as a tuple."""
+
+    kernel: Any
+    label: str
+    pointers: dict[str, torch.dtype | tuple[torch.dtype, ...]]
+    constants: dict[str, Any]
+    options: dict[str, int | bool]
+    aligned: bool = True
+
+    def signature(self) -> dict[str, Any]:
+        return {name: self._type(name) for name in self.kernel.arg_names}
+
+    def _type(self, name: str) -> Any:
+        if name in self.constants:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return _FIXED.get(name) or _POINTER[self.pointers.get(name.removesuffix("_ptr"), torch.float32)]
+        if name == "o":
+            from kdfast.backends.triton.logits import Scalars
+
+            return Scalars(*["fp32"] * len(Scalars._fields))
+        teachers = self.pointers.get("teachers", ())
+        if name in (of_each := {"teacher_ptrs": None, "teacher_strides": "i32", "weights": "fp32"}):
+            return tuple(of_each[name] or _POINTER[dtype] for dtype in teachers)
+        return "fp32" if name in _FLOATS else "i32"
+
+    def hints(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """Divisibility by 16 of every pointer and, in aligned rows, of every size and stride but the number of rows."""
+        found = {}
+        for at, (name, types) in enumerate(self.signature().items()):
+            leaves = {(at, i): t for i, t in enumerate(types)} if isinstance(types, tuple) else {(at,): types}
+            for path, leaf in leaves.items():
+                if leaf.startswith("*") or (self.aligned and leaf == "i32" and name != "rows"):
+                    found[path] = [["tt.divisibility", 16]]
+        return found
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at every launch size, in representative types and flags."""
+    yield from _logits_cases()
+    yield from _topk_cases()
+    yield from _attention_cases()
+    yield from _hidden_cases()
+    yield from codec_cases()
+    from kdfast.backends.triton import drawing, scale, selection, selection_rows
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        options = {"num_warps": scale.WARPS, "enable_fp_fusion": True}
+        yield Case(scale.scale_kernel, name, {"grad": dtype}, {"BLOCK": scale.BLOCK}, options)
+        options = {"num_warps": selection.SELECT_WARPS, "enable_fp_fusion": True}
+        for head, digits in ((0, selection.DIGITS[dtype]), (2, 4)):
+            flags = {"HEAD": head, "DIGITS": digits, "BLOCK": selection.SELECT_BLOCK}
+            yield Case(selection_rows.select_kernel, f"{name} head={head}", {"logits": dtype}, flags, options)
+            options = {"num_warps": drawing.WARPS, "enable_fp_fusion": True}
+            yield Case(
+                drawing.draw_kernel, f"{name} head={head}", {"logits": dtype}, {**flags, "BLOCK": drawing.BLOCK}, options
+            )
+
+
+def _logits_cases() -> Iterator[Case]:
+    """Forward KL at every size and mix of types; the rest where registers are tightest."""
+    from kdfast.backends.triton.logits_rows import backward_kernel, forward_kernel
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    mixes = {"bf16": (bf16, bf16), "fp32": (fp32, fp32), "fp32+bf16": (fp32, bf16)}
+    variants = _logits_variants()
+    for vocab, (mix, (student, teacher)) in itertools.product(_VOCABS, mixes.items()):
+        for name, flags in variants.items():
+            usual = flags.kind == 0 and flags.teachers == 1 and flags.student_head == 0
+            if not (usual or (mix, vocab) in (("bf16", 151936), ("bf16", 16384), ("bf16", 50257), ("fp32", 151936))):
+                continue
+            dtypes = (student, *(teacher,) * flags.teachers)
+            for kernel, own in ((forward_kernel, flags), (backward_kernel, dataclasses.replace(flags, parts=False))):
+                yield _logits_case(kernel, f"{mix} V={vocab} {name}", dtypes, own, vocab)
+
+
+def _logits_variants() -> dict[str, Any]:
+    """The usual flags, each divergence, and those that hold the most registers."""
+    from kdfast.backends.triton import divergence
+    from kdfast.backends.triton.logits import Flags
+
+    soft = Flags()
+    hard = Flags(labels=True, hard=True)
+    every = dataclasses.replace(hard, student_head=2, teacher_head=2, smooth=True, z=True)
+    kinds = {kind: int(getattr(divergence, kind.upper()).value) for kind in (*DIVERGENCES, "alpha_0", "beta_0", "both_0")}
+    return {
+        "soft": soft, "hard": hard,
+        "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
+        "hard parts extra": dataclasses.replace(hard, parts=True, extra=True),
+        **{kind: dataclasses.replace(hard, kind=number) for kind, number in kinds.items() if number != 0},
+        "jsd parts, all options": dataclasses.replace(every, kind=kinds["jsd"], parts=True),
+        "all options": every,
+        "2 teachers' probs": dataclasses.replace(hard, teachers=2, mixed=True),
+        "3 teachers' logits": dataclasses.replace(hard, teachers=3),
+        "4 teachers' probs, jsd parts": dataclasses.replace(hard, teachers=4, mixed=True, kind=kinds["jsd"], parts=True),
+    }  # fmt: skip
+
+
+def _logits_case(kernel: Any, label: str, dtypes: tuple[torch.dtype, ...], flags: Any, vocab: int) -> Case:
+    from kdfast.backends.triton import tiles
+
+    size = tiles.launch(vocab, *dtypes, heavy=flags.heavy, ragged=vocab % 16 != 0)
+    pointers = {"student": dtypes[0], "grad": dtypes[0], "teachers": dtypes[1:]}
+    return _row_case(kernel, label, pointers, {"F": flags}, size)
+
+
+def _topk_cases() -> Iterator[Case]:
+    """The usual losses at every size, the rest where registers are tightest; capture, and draws."""
+    from kdfast.backends.triton import drawing, selection, selection_rows, tiles, topk_rows
+    from kdfast.backends.triton.logits import Flags
+
+    variants = _topk_variants()
+    for vocab, (name, dtype) in itertools.product(_VOCABS, (("bf16", torch.bfloat16), ("fp32", torch.float32))):
+        ragged = vocab % 16 != 0
+        for flag, flags in variants.items():
+            if not (flag in ("soft", "hard") or vocab in (151936, 50257)):
+                continue
+            size = tiles.launch(vocab, dtype, heavy=flags.heavy, ragged=ragged)
+            pointers = {"student": dtype, "grad": dtype, "teachers": (torch.float32,) * flags.teachers}
+            for kernel, own in ((topk_rows.forward_kernel, flags), (topk_rows.backward_kernel, _in_backward(flags))):
+                yield _row_case(kernel, f"{name} V={vocab} k=64 {flag}", pointers, {"F": own, "K": 64}, size)
+        size = tiles.launch(vocab, dtype, ragged=ragged)
+        for head, digits in ((0, selection.DIGITS[dtype]), (2, 4)):
+            flags = {"HEAD": head, "DIGITS": digits}
+            yield _row_case(selection_rows.sums_kernel, f"{name} V={vocab} head={head}", {"logits": dtype}, flags, size)
+        yield _row_case(drawing.unlisted_kernel, f"{name} V={vocab} k=64", {"logits": dtype}, {"F": Flags(), "K": 64}, size)
+
+
+def _in_backward(flags: Any) -> Any:
+    return dataclasses.replace(flags, parts=False, grad=True)
+
+
+def _topk_variants() -> dict[str, Any]:
+    """The usual flags, each tail's divergences, and those that hold the most registers."""
+    from kdfast.backends.triton import divergence
+    from kdfast.backends.triton.topk import Flags
+
+    hard, reverse, jsd = Flags(labels=True, hard=True), divergence.REVERSE_KL.value, divergence.JSD.value
+    every = dataclasses.replace(hard, student_head=2, smooth=True, z=True, parts=True, extra=True)
+    return {
+        "soft": Flags(), "hard": hard, "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
+        "reverse": dataclasses.replace(hard, kind=reverse), "jsd": dataclasses.replace(hard, kind=jsd),
+        "uniform": dataclasses.replace(hard, spread=True), "uniform jsd": dataclasses.replace(hard, spread=True, kind=jsd),
+        "all options": every,
+        "3 targets, uniform jsd parts": dataclasses.replace(hard, spread=True, kind=jsd, teachers=3, parts=True),
+    }  # fmt: skip
+
+
+def _attention_cases() -> Iterator[Case]:
+    from kdfast.backends.triton import attention
+    from kdfast.backends.triton import attention_tiles as tiles
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    for (name, dtype), (ds, dt), kind in itertools.product(dtypes.items(), ((64, 64), (128, 128), (32, 256)), (2, 1, 0)):
+        pointers = dict.fromkeys(("q_s", "k_s", "q_t", "k_t", "grad"), dtype)
+        flags = tiles.flags(kind, ds, dt, dtype, True, True, True)
+        size = tiles.launch(ds, dt, dtype)
+        label = f"{name} D={ds},{dt} {('scores', 'probs', 'kl')[kind]}"
+        constants = {**flags, **size.shape}
+        yield Case(tiles.queries_kernel, label, pointers, {**constants, "GRAD": True}, size.options)
+        yield Case(tiles.keys_kernel, label, pointers, constants, size.options)
+    for name, dtype in dtypes.items():
+        flags = {"MASK": True, "GRAD": True, "BLOCK": attention.MAP_BLOCK}
+        options = {"num_warps": attention.MAP_WARPS, "enable_fp_fusion": True}
+        pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
+        yield Case(tiles.map_kernel, name, pointers, flags, options)
+
+
+def _hidden_cases() -> Iterator[Case]:
+    from kdfast.backends.triton import hidden
+
+    bm, bn, bk = hidden.PROJECT_TILE
+    tile = {"BIAS": True, "WIDEN": False, "BM": bm, "BN": bn, "BK": bk}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        options = {"num_warps": hidden.WARPS, "enable_fp_fusion": True}
+        for kernel, block in itertools.product((hidden.mse_kernel, hidden.cosine_kernel), (1024, hidden.BLOCK)):
+            pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
+            yield Case(kernel, f"{name} block={block}", pointers, {"BLOCK": block, "GRAD": True}, options)
+        options = {"num_warps": hidden.PROJECT_WARPS, "enable_fp_fusion": True}
+        for precision in ("ieee", "tf32"):
+            pointers = {"student": dtype, "projection": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
+            yield Case(hidden.project_kernel, f"{name} {precision}", pointers, {**tile, "PRECISION": precision}, options)
+
+
+def codec_cases() -> Iterator[Case]:
+    """The usual rows, and those with the most to hold."""
+    from kdfast.backends.triton import codec
+    from kdfast.backends.triton.codec_rows import decode_kernel
+    from kdfast.options import CodecLayout
+
+    layouts = {
+        "topk": CodecLayout(64, 151936, (1.0,)), "topk 3 T": CodecLayout(64, 151936, (0.5, 1.0, 2.0)),
+        "sampled": CodecLayout(64, 151936, (1.0,), samples=64),
+        "mixed 3 T": CodecLayout(64, 151936, (1.0, 2.0, 4.0), 32, True, 2.0),
+    }  # fmt: skip
+    for name, layout in layouts.items():
+        constants = {"F": codec.Flags.of(layout), "BITS": codec.BITS}
+        yield Case(decode_kernel, name, {}, constants, codec.OPTIONS, aligned=False)
+        if layout.samples:  # arguments that are 1 are compiled in
+            yield Case(decode_kernel, f"{name}, ones", {}, {**constants, "k": 1, "vocab": 1, "samples": 1}, codec.OPTIONS)
+
+
+def _row_case(kernel: Any, label: str, pointers: dict[str, Any], flags: dict[str, Any], size: Any) -> Case:
+    return Case(kernel, label, pointers, {**flags, **size.shape}, size.options, not size.ragged)
