@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -27,6 +28,8 @@ _HEAD_START_CYCLES = 2_000_000
 _FLUSH_BYTES = 256 << 20
 # Twice the third-level cache that a few cores share; 5 ms of a memory of 25 GB/s.
 _SWEEP_BYTES = 64 << 20
+# From malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,18 @@ def reason(error: BaseException) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
+def keep_freed_memory() -> None:
+    """From now on glibc keeps what is freed, up to tensors of 32 MiB, its own largest choice; nothing elsewhere.
+
+    Left alone it comes to that in some processes and in others returns memory to the system after every call, whose pages
+    then fault again: the same eager loss took 90 ms in one run and 117 in the next. Larger tensors are always returned.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 1 << 30)):
+            library.mallopt(option, value)
+
+
 class _CpuClock:
     """Wall time of a call that comes cold, as a loss does in a training step: other memory went through the caches just
     before, and torch's threads are awake.
@@ -105,9 +120,11 @@ class _CpuClock:
     Without that sweep a call took its time from whoever ran before it (docs/cost.md: 0.15 ms of Python after itself, 0.5 to
     0.7 after a contestant that fills the caches), and the median of a millisecond case fell now among the ones, now among
     the others. Outputs are dropped between calls, as in training: what an allocator makes of that is part of its time.
+    The C library's is put in the state that its own rules lead to as a rule (`keep_freed_memory`).
     """
 
     def __init__(self, cold: bool = True) -> None:
+        keep_freed_memory()
         self._sweep = torch.zeros(_SWEEP_BYTES // 4) if cold else None
 
     def __call__(self, work: Work, turn: int) -> float:
