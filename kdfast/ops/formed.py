@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.ops.autograd import known_signature
 from kdfast.ops.scale import scale_grad
 
 
@@ -29,6 +30,7 @@ class InForward(torch.autograd.Function):
     """`InForward.apply(op name, number of needs, *inputs of the op)` -> (sum of the loss, *grads)."""
 
     @staticmethod
+    @known_signature
     def forward(name: str, n_needs: int, *inputs: Any) -> tuple[Tensor, ...]:
         loss, *grads = getattr(torch.ops.kdfast, name)(*inputs)
         return loss.sum(), *grads
@@ -60,6 +62,7 @@ class InBackward(torch.autograd.Function):
     """
 
     @staticmethod
+    @known_signature
     def forward(name: str, n_needs: int, n_tensors: int, *inputs: Any) -> Tensor:
         loss, *_ = getattr(torch.ops.kdfast, name)(*inputs[:-n_needs], *(False,) * n_needs)
         return loss

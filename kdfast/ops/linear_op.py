@@ -16,6 +16,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.chunks import Chunking, Needs, Side, grad_buffers
 from kdfast.ops import parallel, parallel_topk, rows, tails
+from kdfast.ops.autograd import known_signature
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
 
@@ -178,6 +179,7 @@ class _InForward(torch.autograd.Function):
     """Gradients are formed chunk by chunk while the logits are at hand; backward only scales them."""
 
     @staticmethod
+    @known_signature
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         loss, parts, *grads = _op(inputs, check=True)
         return loss.sum(), parts, *grads
@@ -201,6 +203,7 @@ class _InBackward(torch.autograd.Function):
     """Losses per row: their incoming gradients differ, so the chunks are run again with those folded into the scale."""
 
     @staticmethod
+    @known_signature
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         loss, parts, *_ = _op((*inputs[:-3], False, False, False), check=True)
         return loss, parts

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdfast import dispatch, memory
 from kdfast.ops import rows
+from kdfast.ops.autograd import known_signature
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
 
@@ -176,6 +177,7 @@ def _scaled(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 
 class _InForward(torch.autograd.Function):
     @staticmethod
+    @known_signature
     def forward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
         loss, _, parts, grad = _op(name, *inputs, True)
         return loss.sum(), parts, grad
@@ -213,6 +215,7 @@ class _Overwrite(torch.autograd.Function):
 
 class _InBackward(torch.autograd.Function):
     @staticmethod
+    @known_signature
     def forward(name: str, *inputs: Any) -> tuple[Tensor, ...]:
         loss, stats, parts, _ = _op(name, *inputs, False)
         return loss, parts, stats

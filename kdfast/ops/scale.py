@@ -42,5 +42,8 @@ def scale_grad(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """grad * upstream: in place when the graph is done with, a copy when it is kept or being compiled."""
     if torch.compiler.is_compiling() or _graph_is_kept():
         return torch.ops.kdfast.scale(grad, upstream, backend)
+    # On a CPU looking at the number costs nothing, and it is 1 whenever the loss itself is differentiated.
+    if upstream.device.type == "cpu" and upstream.item() == 1:
+        return grad
     torch.ops.kdfast.scale_(grad.detach(), upstream, backend)
     return grad
