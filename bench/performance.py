@@ -154,25 +154,28 @@ def of_case(rows: Sequence[Row], mark: Mark) -> list[Row]:
     return exact or [r for r in rows if (r.op, r.dtype) == (op, dtype) and r.shape.startswith(shape + " ")]
 
 
+def is_gpu(row: Row) -> bool:
+    return "NVIDIA" in row.device or "AMD Instinct" in row.device
+
+
 def page(rows: Sequence[Row]) -> str:
-    """The table of marks, and every case that was measured."""
+    """The table of marks, a line for every machine they were measured on, and every case that was measured."""
     lines = ["", "| work | against | mark | measured | on, at |", "|---|---|---|---|---|"]
     for mark in marks():
-        device = [
-            r for r in rows if r.device and (mark.device == "gpu") == ("NVIDIA" in r.device or "AMD Instinct" in r.device)
-        ]
-        case = of_case(device, mark)
-        found = mark.value(case) if case else math.nan
-        if math.isnan(found):
-            measured, where = "not measured", ""
-        else:
-            measured = f"{'' if mark.met(found) else '**short** '}{found:.3g}{mark.unit}"
-            where = f"{case[0].device}, {case[0].threads} threads, {case[0].commit}"
-        lines.append(f"| {mark.work} | {mark.against} | {mark.text} | {measured} | {where} |")
+        case = of_case([r for r in rows if r.device and (mark.device == "gpu") == is_gpu(r)], mark)
+        machines = dict.fromkeys((r.device, r.threads) for r in case)
+        found = {machine: [r for r in case if (r.device, r.threads) == machine] for machine in machines}
+        measured = [(mark.value(mine), mine[0]) for mine in found.values() if not math.isnan(mark.value(mine))]
+        if not measured:
+            lines.append(f"| {mark.work} | {mark.against} | {mark.text} | not measured |  |")
+        for value, r in measured:
+            figure = f"{'' if mark.met(value) else '**short** '}{value:.3g}{mark.unit}"
+            where = f"{r.device}, {r.threads} threads, {r.commit}"
+            lines.append(f"| {mark.work} | {mark.against} | {mark.text} | {figure} | {where} |")
     lines += ["", "## Every measured case", "", "Milliseconds, forward and backward, medians; the spread is p10 to p90.",
               "x kdfast: the time over kdfast's in the same round, the median over rounds, and between what it lies 95 times",
               "in 100; where that is missing, a ratio of medians.", ""]  # fmt: skip
-    lines += ["| case | contestant | ms | spread | x kdfast | between | peak MiB | error |", "|---" * 8 + "|"]
+    lines += ["| case | contestant | ms | spread | x kdfast | between | peak MiB | error | on |", "|---" * 9 + "|"]
     for r in rows:
         if not math.isnan(r.median_ms) and "(again)" not in r.contestant:
             case = " ".join(x for x in r.case if x)
@@ -180,7 +183,9 @@ def page(rows: Sequence[Row]) -> str:
             peak = "" if math.isnan(r.peak_mib) else f"{r.peak_mib:.3g}"
             spread = f"{r.p10_ms:.3g} - {r.p90_ms:.3g}"
             times = f"{r.time_ratio:.2f} | {interval(r)}"
-            lines.append(f"| {case} | {r.contestant} | {r.median_ms:.3g} | {spread} | {times} | {peak} | {error} |")
+            lines.append(
+                f"| {case} | {r.contestant} | {r.median_ms:.3g} | {spread} | {times} | {peak} | {error} | {r.device} |"
+            )
     return "\n".join([*lines, ""])
 
 

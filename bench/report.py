@@ -118,14 +118,17 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's model as the system tells it."""
+    """The GPU's name; or the processor's as the system tells it, with family and model: "AMD EPYC" alone is any of them."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in facts or "model" not in facts:
+        return facts["model name"]
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
 
 
 def stamp(row: Row, device: str) -> Row:

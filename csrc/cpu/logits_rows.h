@@ -123,7 +123,7 @@ RowSums first_pass(Source s, Room& room, int64_t common, int64_t vs, const Logit
     return sums;
 }
 
-// p, q and what the divergence needs of them, from shifted tempered logits.
+// p, q and what the divergence needs of them, from shifted tempered logits in powers of 2.
 struct Tempered {
     Softmax q, p;
     float log_ratio;
@@ -134,13 +134,14 @@ struct Tempered {
           log_ratio(float((sums.lse_s - double(sums.anchor_s) * inverse_t) - (sums.lse_t - double(sums.anchor_t) * inverse_t))) {}
 
     Pair pair(vec us, vec ut, vec es, vec et) const {
-        const vec d = (ut - us) + log_ratio;
+        const vec ln2 = set(0.693147180559945309f);
+        const vec d = fma(ut - us, ln2, set(log_ratio));
         const ivec both = (us <= set(kLowest)) & (ut <= set(kLowest));
-        return {et * p.factor, es * q.factor, both ? vec{} : d, ut - p.log_sum, us - q.log_sum};
+        return {et * p.factor, es * q.factor, both ? vec{} : d, fma(ut, ln2, set(-p.log_sum)), fma(us, ln2, set(-q.log_sum))};
     }
     Pair pair(vec x, vec y) const {
-        const vec us = q.shifted(x), ut = p.shifted(y);
-        return pair(us, ut, exp(us), exp(ut));
+        const vec us = q.shifted_2(x), ut = p.shifted_2(y);
+        return pair(us, ut, exp2(us), exp2(ut));
     }
 };
 
@@ -171,8 +172,8 @@ Values next_pass(Source s, Room& room, Sink g, int64_t common, const RowSums& su
         vec soft{}, slope{}, kl{}, entropy{};
         for (int64_t i = 0; i < padded(n); i += W) {
             const vec x = load(zs + i), y = load(zt + i);
-            const vec us = q.shifted(x), ut = p.shifted(y);
-            const vec es = exp(us), et = exp(ut);
+            const vec us = q.shifted_2(x), ut = p.shifted_2(y);
+            const vec es = exp2(us), et = exp2(ut);
             const Pair pair = at_t.pair(us, ut, es, et);
             if (kValue) {
                 soft += D::value(pair, c);

@@ -125,11 +125,12 @@ struct Sink {
 
 // exp((z - anchor) / T - log_sum), with the parts a loop over z needs.
 struct Softmax {
-    float anchor, inverse_t, log_sum, factor;
+    float anchor, inverse_t, binary_t, log_sum, factor;
 
     Softmax(float anchor_, float inverse_t_, double lse)
         : anchor(anchor_),
           inverse_t(inverse_t_),
+          binary_t(inverse_t_ * kLog2e),
           log_sum(float(lse - double(anchor_) * inverse_t_)),
           factor(float(std::exp(-double(log_sum)))) {}
 
@@ -137,6 +138,8 @@ struct Softmax {
     static Softmax from_lse(double lse, float inverse_t) { return {float(lse / inverse_t), inverse_t, lse}; }
 
     vec shifted(vec z) const { return max(set(kLowest), (z - anchor) * inverse_t); }
+    // The same in powers of 2, one product less on the way to an exponential.
+    vec shifted_2(vec z) const { return max(set(kLowest), (z - anchor) * binary_t); }
 };
 
 // e = exp((z - anchor) / T) raised to T, where T is 1 or 2; else computed afresh.
@@ -151,7 +154,7 @@ inline vec exp_at_1(vec e, vec z, float anchor) {
 template <bool kAt1, int kPower>
 class OnlineSum {
   public:
-    explicit OnlineSum(float inverse_t) : inverse_t_(inverse_t) {}
+    explicit OnlineSum(float inverse_t) : inverse_t_(inverse_t), binary_t_(inverse_t * kLog2e) {}
 
     // z holds padded(n) floats, -inf in the padding.
     void add(const float* z, int64_t begin, int64_t n) {
@@ -177,7 +180,7 @@ class OnlineSum {
         vec sum{}, sum_1{};
         for (int64_t i = 0; i < m; i += W) {
             const vec x = load(z + i);
-            const vec e = exp(max(set(kLowest), (x - anchor) * inverse_t_));
+            const vec e = exp2(max(set(kLowest), (x - anchor) * binary_t_));
             sum += e;
             if (kAt1) sum_1 += exp_at_1<kPower>(e, x, anchor);
         }
@@ -199,7 +202,7 @@ class OnlineSum {
     }
 
   private:
-    float inverse_t_, anchor_ = -kInf, lowest_ = kInf;
+    float inverse_t_, binary_t_, anchor_ = -kInf, lowest_ = kInf;
     double sum_ = 0, sum_1_ = 0;
     int64_t best_begin_ = 0;
     bool started_ = false;

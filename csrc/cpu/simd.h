@@ -105,22 +105,20 @@ inline float reduce_max(vec x) {
 
 inline float reduce_min(vec x) { return -reduce_max(-x); }
 
-// exp(x) for x <= 88, relative error below 2e-7; 0 below about -87. NaN stays NaN. x must be above -4e6.
-inline vec exp(vec x) {
-    constexpr float log2e = 1.44269504088896341f;
-    const vec t = x * log2e;
+constexpr float kLog2e = 1.44269504088896341f;
+
+// The nearest integer to t, |t| < 4e6 without AVX-512. NaN stays NaN.
+inline vec nearest(vec t) {
 #if defined(__AVX512F__)
-    const vec n = (vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const vec magic = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const vec n = (t + magic) - magic;
+    return (t + magic) - magic;
 #endif
-#if defined(__FMA__) || defined(__AVX512F__)
-    const vec r = fma(x, set(log2e), -n);
-#else
-    // Without a fused product the reduction is done in two steps, or x * log2e would lose its last bits.
-    const vec r = ((x - n * 0.693359375f) - n * -2.12194440e-4f) * log2e;
-#endif
+}
+
+// 2^(n + r) for an integer n and |r| <= 1/2.
+inline vec power_of_2(vec n, vec r) {
     // Minimax in relative error of 2^r on [-1/2, 1/2], 2e-9 before rounding.
     vec y = set(1.5353361818e-4f);
     y = fma(y, r, set(1.3398874446e-3f));
@@ -134,6 +132,23 @@ inline vec exp(vec x) {
 #else
     const ivec e = __builtin_convertvector(max(set(-127.0f), n), ivec);
     return y * bits_as<vec>((e + 127) << 23);
+#endif
+}
+
+// 2^t for t <= 127, relative error below 2e-7; 0 below about -126. NaN stays NaN. t must be above -4e6.
+inline vec exp2(vec t) {
+    const vec n = nearest(t);
+    return power_of_2(n, t - n);
+}
+
+// exp(x) for x <= 88, relative error below 2e-7; 0 below about -87. NaN stays NaN. x must be above -2.7e6.
+inline vec exp(vec x) {
+    const vec n = nearest(x * kLog2e);
+#if defined(__FMA__) || defined(__AVX512F__)
+    return power_of_2(n, fma(x, set(kLog2e), -n));
+#else
+    // Without a fused product the reduction is done in two steps, or x * log2e would lose its last bits.
+    return power_of_2(n, ((x - n * 0.693359375f) - n * -2.12194440e-4f) * kLog2e);
 #endif
 }
 
