@@ -61,7 +61,7 @@ void teacher_sums(Room& room, int64_t common, float inverse_t, RowSums& sums) {
         OnlineSum<kWithParts, kPower> teacher(inverse_t);
         for (int64_t begin = 0; begin < common; begin += kBlock) {
             const int64_t n = std::min(kBlock, common - begin);
-            teacher.add(t.block(begin, n, room.teacher), begin, n);
+            teacher.add(t.block(begin, n, room.teacher), begin, n, &t.members[0]);
         }
         sums.anchor_t = teacher.anchor();
         sums.lse_t = room.lse[0] = teacher.lse();
@@ -75,7 +75,7 @@ void teacher_sums(Room& room, int64_t common, float inverse_t, RowSums& sums) {
         OnlineSum<true, 0> member(inverse_t);
         for (int64_t begin = 0; begin < common; begin += kBlock) {
             const int64_t n = std::min(kBlock, common - begin);
-            member.add(t.members[i].block(begin, n, room.teacher), begin, n);
+            member.add(t.members[i].block(begin, n, room.teacher), begin, n, &t.members[i]);
         }
         room.lse[i] = member.lse();
         room.lse_1[i] = member.lse_at_1();
@@ -95,7 +95,7 @@ RowSums first_pass(Source s, Room& room, int64_t common, int64_t vs, const Logit
     for (int64_t begin = 0; begin < common; begin += kBlock) {
         const int64_t n = std::min(kBlock, common - begin);
         const float* z = s.block(begin, n, room.student);
-        student.add(z, begin, n);
+        student.add(z, begin, n, &s);
         if (options.label_smoothing != 0) sums.student_sum += sum_of(z, n);
     }
     sums.anchor_s = student.anchor();

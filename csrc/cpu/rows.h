@@ -76,6 +76,8 @@ struct Source {
         return buffer.data;
     }
 
+    const char* from(int64_t i) const { return data + i * bytes_of(dtype); }
+
     float at(int64_t i) const {
         const float x = head.scale * raw(i);
         return head.softcap == 0 ? x : head.softcap * std::tanh(x / head.softcap);
@@ -156,9 +158,11 @@ class OnlineSum {
   public:
     explicit OnlineSum(float inverse_t) : inverse_t_(inverse_t), binary_t_(inverse_t * kLog2e) {}
 
-    // z holds padded(n) floats, -inf in the padding.
-    void add(const float* z, int64_t begin, int64_t n) {
-        const int64_t m = padded(n);
+    // z holds padded(n) floats, -inf in the padding. `row`: what they come from. The first loop waits for memory and the second
+    // does not: fetched there, the row's next block is at hand when its turn comes.
+    void add(const float* z, int64_t begin, int64_t n, const Source* row = nullptr) {
+        const int64_t m = padded(n), element = row ? bytes_of(row->dtype) : 0;
+        const char* ahead = row ? row->from(begin + n) : reinterpret_cast<const char*>(z);
         vec high = set(-kInf), low = set(kInf);
         for (int64_t i = 0; i < m; i += W) {
             const vec x = load(z + i);
@@ -179,6 +183,7 @@ class OnlineSum {
         const float anchor = started_ ? anchor_ : 0;
         vec sum{}, sum_1{};
         for (int64_t i = 0; i < m; i += W) {
+            __builtin_prefetch(ahead + i * element);
             const vec x = load(z + i);
             const vec e = exp2(max(set(kLowest), (x - anchor) * binary_t_));
             sum += e;

@@ -37,7 +37,7 @@ RowSums first_pass(const TopKArgs& a, Source s, Room& room) {
         const int64_t n = std::min(kBlock, a.vocab - begin);
         const float* z = s.block(begin, n, room.student);
         if (smooth) sums.student_sum += sum_of(z, n);
-        out.add(without(z, begin, n, e.ids, next, room.student), begin, n);
+        out.add(without(z, begin, n, e.ids, next, room.student), begin, n, &s);
     }
     for (int64_t begin = 0; begin < e.size(); begin += kBlock) {
         in.add(&e.z[size_t(begin)], begin, std::min(kBlock, e.size() - begin));
