@@ -36,7 +36,7 @@ def test_a_quick_run_of_one_op_as_json_csv_and_picture(tmp_path: Path, capsys: p
 
 def test_an_op_or_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "logitz"]) == 2
-    assert "op: expected one of logits, linear" in capsys.readouterr().err
+    assert "op: expected one of logits, topk" in capsys.readouterr().err
 
 
 def test_the_summary_names_the_fastest_peer_and_what_is_not_first(capsys: pytest.CaptureFixture[str]) -> None:
