@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
@@ -153,13 +154,16 @@ def _cell(x: float, form: str) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Perplexity, calibration error and gradient bias against bytes a token; the whole teacher and hard labels as lines."""
+    """Perplexity, calibration error and gradient bias against bytes a token, of students that saw the sequences once
+    and nothing but targets; the whole teacher and hard labels as lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_method = {m: [r for r in results if r.method == m.name] for m in METHODS}
+    shown = [m for m in METHODS if m.epochs == 1 and m.hard in (0, 1)]
+    by_method = {m: [r for r in results if r.method == m.name] for m in shown}
+    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7}
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.6))
     for axis, name, title in zip(
         axes, ("ppl", "ece", "bias"), ("perplexity", "calibration error (ECE)", "gradient bias"), strict=True
@@ -170,13 +174,14 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 continue
             mean, spread = sum(values) / len(values), (min(values), max(values))
             if not method.sparse:
-                colour = "#333333" if not method.hard else "#b9b9b9" if method.hard == 1 else "#8a6fb0"
+                colour = "#b9b9b9" if method.hard else "#333333"
                 axis.axhspan(*spread, color=colour, alpha=0.15)
                 axis.axhline(mean, color=colour, linewidth=1, label=method.name)
                 continue
             colour = "#c0562f" if method.tail == "renormalize" else "#1b6ca8" if not method.samples else "#2e8b57"
-            axis.errorbar(of_method[0].bytes, mean, [[mean - spread[0]], [spread[1] - mean]], fmt="o", color=colour, capsize=3)
-            axis.annotate(method.name, (of_method[0].bytes, mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            bars = [[max(mean - spread[0], 0)], [max(spread[1] - mean, 0)]]  # a mean of equal numbers may be rounded past them
+            axis.errorbar(of_method[0].bytes, mean, bars, fmt="o", color=colour, capsize=3)
+            axis.annotate(method.name, (of_method[0].bytes, mean), xytext=(4, 4 if method.k != 4 else -9), **text)
         sizes = [r.bytes for r in results if not math.isnan(r.bytes)]
         if sizes:  # room on the right for the last names
             wide = max(sizes) > 2 * min(sizes)
@@ -184,6 +189,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
             right = max(sizes) * (max(sizes) / min(sizes)) ** 0.5 if wide else max(sizes) + (max(sizes) - min(sizes) + 1) * 1.2
             axis.set_xlim(min(sizes) * 0.98, right)
         axis.set(xlabel="bytes a token in the cache", title=title)
+        if name == "ppl":
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
