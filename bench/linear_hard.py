@@ -19,7 +19,7 @@ from kdfast.ops.targets import TopKTargets
 from .cases import LinearCase, Objective
 from .contest import Contest
 from .linear_topk import Products
-from .peer import Peer, needs_gpu, trained, wide
+from .peer import Peer, needs_gpu, ours_through_heads, trained, wide
 from .peers_linear import no_linear_ce, torch_linear_ce
 from .report import Model
 
@@ -70,10 +70,7 @@ def _liger(c: HardCase) -> Tensor:
 def hard_peers(device: str, *, compiled: bool = True, half: bool = False) -> list[Peer]:
     """For `HardCase`; `half`: the case is in bfloat16."""
     cut = needs_gpu(device, "cut_cross_entropy", "cut-cross-entropy")
-    peers = [Peer("kdfast", trained(_ours), ours=True, note="float32 logits" if half else "")]
-    if half:
-        run = trained(functools.partial(_ours, logits_dtype=torch.bfloat16))
-        peers.append(Peer("kdfast bfloat16 logits", run, ours=True, note="the precision of the others"))
+    peers = ours_through_heads(_ours, half)
     peers += [
         Peer("three GEMMs alone", Products(), comparable=False, note="floor: no loss, outputs preallocated"),
         Peer("eager", trained(_eager), note="logits materialised"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,15 @@ def trained(loss: Callable[[Any], Tensor]) -> Run:
         return value.detach(), torch.autograd.grad(value, case.wanted)
 
     return run
+
+
+def ours_through_heads(loss: Callable[..., Tensor], half: bool) -> list[Peer]:
+    """kdfast through a head; `half`: with logits rounded to bfloat16 as well, which `loss` takes as `logits_dtype`."""
+    peers = [Peer("kdfast", trained(loss), ours=True, note="float32 logits" if half else "")]
+    if half:
+        run = trained(functools.partial(loss, logits_dtype=torch.bfloat16))
+        peers.append(Peer("kdfast bfloat16 logits", run, ours=True, note="the precision of the others"))
+    return peers
 
 
 def agree(peer: Peer, ours: Peer, case: Any, tolerance: float = 1e-5) -> str:

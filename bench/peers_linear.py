@@ -11,17 +11,14 @@ from torch import Tensor
 import kdfast
 
 from .cases import LinearCase, Outcome
-from .peer import Peer, Run, needs_gpu, not_installed, options, trained
+from .peer import Peer, Run, needs_gpu, not_installed, options, ours_through_heads, trained
 from .peers_logits import Plain, eager_log_target
 
 
 def linear_peers(device: str, *, compiled: bool = True, half: bool = False) -> list[Peer]:
     """For `LinearCase`; `compiled=False` leaves out what needs torch.compile, `half` adds logits rounded to bfloat16."""
     liger = not_installed("liger_kernel", "liger-kernel")
-    peers = [Peer("kdfast", trained(_linear_ours), ours=True, note="float32 logits" if half else "")]
-    if half:
-        run = trained(functools.partial(_linear_ours, logits_dtype=torch.bfloat16))
-        peers.append(Peer("kdfast bfloat16 logits", run, ours=True, note="the precision of the others"))
+    peers = ours_through_heads(_linear_ours, half)
     peers += [
         Peer("four GEMMs alone", FourGemms(), comparable=False, note="floor: no loss, outputs preallocated"),
         Peer("eager log_target", _on_hidden(eager_log_target), note="logits materialised"),
