@@ -28,9 +28,11 @@ ROOMS = {
     "ops": {"options", "dispatch", "memory", "chunks"},
     "losses": {"options", "ops"},
     "cache": {"options", "ops", "memory", "_C"},
-    "train": {"options", "ops", "losses", "cache"},
+    "strict": set(),
     "integrations": set(),
-    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C", "_cuda"},
+    "models": {"options", "strict", "integrations"},
+    "train": {"options", "ops", "losses", "cache", "strict", "integrations", "models"},
+    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "strict", "models", "_C", "_cuda"},
 }
 OPS = ["attention", "codec", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 

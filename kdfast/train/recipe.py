@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kdfast.train.schema import build, one_of, override, plain, ranged
+from kdfast.strict import build, one_of, override, plain, ranged
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 import yaml
 
 import kdfast
+from kdfast.strict import plain
 from kdfast.train.evaluate import Evaluation
 from kdfast.train.recipe import Recipe
-from kdfast.train.schema import plain
 
 #: Keys that change how a run is watched, not what it computes.
 _FREE = ("log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")

@@ -1,0 +1,215 @@
+"""Models from a folder, a hub name, a configuration or a function, in the dtype asked for; weights as safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from kdfast.strict import unknown_key
+
+#: Kind of model -> the class of `transformers` that makes it.
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "image_classification": "AutoModelForImageClassification",
+    "encoder": "AutoModel",
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def auto_class(kind: str) -> Any:
+    """The `transformers` class for a kind of `AUTO_CLASSES`."""
+    return getattr(importlib.import_module("transformers"), AUTO_CLASSES[kind])
+
+
+def torch_dtype(name: str, folder: str | Path | None = None) -> torch.dtype:
+    """`auto`: what the folder's config says its weights are, float32 where it says nothing."""
+    if name == "auto":
+        config = Path(folder) / "config.json" if folder is not None else None
+        values = json.loads(config.read_text(encoding="utf-8")) if config is not None and config.is_file() else {}
+        name = values.get("dtype") or values.get("torch_dtype") or "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
+
+def resolve_folder(name: str | Path, key: str) -> Path:
+    """A local folder as it is; otherwise the hub's copy of that name, from local files when offline.
+
+    Raises:
+        ValueError: neither is there; one line that names `key`.
+    """
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise ValueError(f"{key}: expected a folder with config.json and safetensors weights, got {str(name)!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        try:
+            return Path(snapshot_download(str(name), allow_patterns=wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(snapshot_download(str(name), allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{key}: expected a folder with config.json and safetensors weights, or a name the model hub knows, got"
+            f" {str(name)!r}: {reason}"
+        ) from None
+
+
+def load_folder(path: str | Path, key: str, *, kind: str = "causal_lm", dtype: str = "float32", **config: Any) -> nn.Module:
+    """The model in a local folder or of a hub name.
+
+    Args:
+        path: the folder or name. key: what an error calls it. kind: one of `AUTO_CLASSES`.
+        dtype: one of `DTYPES`; weights are never widened unless asked for.
+        config: fields of the model's configuration to set, such as `num_labels`.
+    """
+    folder = resolve_folder(path, key)
+    with quiet():
+        try:
+            return auto_class(kind).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch_dtype(dtype, folder), **config
+            )
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{key}: {folder} does not load as a model for {kind}: {' '.join(str(error).split())[:300]}"
+            ) from None
+
+
+def from_config(model_type: str, fields: dict[str, Any], key: str, *, kind: str = "causal_lm", **defaults: Any) -> nn.Module:
+    """A `transformers` architecture with random weights from torch's global generator, in float32.
+
+    Args:
+        model_type: such as "llama". fields: of its configuration; `defaults` (`vocab_size`, `num_labels`) give way to them.
+        key: the recipe's key, for errors.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(unknown_key(f"{key}.model_type {model_type!r}", model_type, list(CONFIG_MAPPING.keys())))
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    for name in fields:
+        if name not in known and name not in ("num_labels",):
+            raise ValueError(unknown_key(f"{key}.config.{name}", name, known))
+    # Token ids of the architecture's own tokenizer mean nothing here and may lie outside the vocabulary.
+    ids: dict[str, Any] = {k: None for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in known}
+    config = AutoConfig.for_model(model_type, **{**ids, **{k: v for k, v in defaults.items() if v is not None}, **fields})
+    try:
+        return auto_class(kind).from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{key}: {model_type} does not make a model for {kind}: {reason}") from None
+
+
+def from_function(name: str, arguments: dict[str, Any], key: str) -> nn.Module:
+    """What `module:function` returns when it is called with `arguments`.
+
+    Raises:
+        ValueError: it cannot be imported, or what it returns is no module.
+    """
+    module_name, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"{key}: expected module:function, got {name!r}")
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{key}: {name!r} cannot be imported: {error}") from None
+    model = make(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{key}: expected {name!r} to return an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def kind_of(folder: Path) -> str:
+    """Kind of the model in a folder, by the architecture its config names; `causal_lm` where that says nothing."""
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    tables = {"masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+              "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}  # fmt: skip
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    for kind, table in tables.items():
+        if names[0] in table.values() and names[0] not in causal:
+            return kind
+    return "causal_lm"
+
+
+def weight_files(path: str | Path, key: str) -> list[Path]:
+    """The safetensors files of a folder, sharded or not, or the one file named.
+
+    Raises:
+        ValueError: there are none, or a shard that the index names is missing.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"{key}: expected a safetensors file or a folder with {missing[0]}, got {str(path)!r}")
+    return [path / name for name in names]
+
+
+def weights_hash(path: str | Path) -> str:
+    """sha256 over the safetensors files of a folder in the order of their names: a teacher's identity."""
+    digest = hashlib.sha256()
+    for file in weight_files(path, "teacher"):
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> None:
+    """Puts the weights of a folder (sharded or not) or a safetensors file into `model`; every one must fit, tied ones once."""
+    tensors = {name: tensor for file in weight_files(path, key) for name, tensor in load_file(str(file)).items()}
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{key}: the weights in {path} do not fit the student: {name} is {list(tensor.shape)},"
+                f" expected {list(own[name].shape)}"
+            )
+    found = model.load_state_dict(tensors, strict=False)
+    missing, surplus = set(found.missing_keys) - _tied(model, tensors), found.unexpected_keys
+    if missing or surplus:
+        what = f"missing {', '.join(sorted(missing)[:4])}" if missing else f"not in the student: {', '.join(surplus[:4])}"
+        raise ValueError(f"{key}: the weights in {path} do not fit the student: {what}")
+
+
+def _tied(model: nn.Module, given: dict[str, Any]) -> set[str]:
+    """Names of parameters that share their tensor with one that was given."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if any(n in given for n in group) for name in group}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers draws a bar for every file it touches and reports what it loaded, even when the output is piped."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
