@@ -27,10 +27,11 @@ ROOMS = {
     "backends.triton": {"options", "dispatch", "chunks", "grams", "logit_grams"},
     "ops": {"options", "dispatch", "memory", "chunks"},
     "losses": {"options", "ops"},
-    "cache": {"options", "ops", "memory", "_C"},
-    "train": {"options", "ops", "losses", "cache"},
+    "text": set(),
+    "cache": {"options", "ops", "memory", "text", "_C"},
+    "train": {"options", "ops", "losses", "text", "cache"},
     "integrations": set(),
-    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "_C", "_cuda"},
+    "cli": {"options", "dispatch", "ops", "losses", "text", "cache", "train", "_C", "_cuda"},
 }
 OPS = ["attention", "codec", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 
