@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -118,7 +118,7 @@ def learned(ids: list[int], offsets: list[tuple[int, int]], said: Written, speci
 class _Generation(Extension):
     """The block {% generation %} around what the assistant says: here its content as it stands."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (the base class has it so)
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -77,9 +77,10 @@ class Corpus:
         self._plain = without_post_processor(tokenizer)
         self.specials = self._special_tokens()
         if task == "masked":
-            self._mask_id = tokenizer.token_to_id(data.mask_token)
-            if self._mask_id is None:
+            mask_id = tokenizer.token_to_id(data.mask_token)
+            if mask_id is None:
                 raise ValueError(f"{name('mask_token')}: expected a token of the tokenizer, got {data.mask_token!r}")
+            self._mask_id: int = mask_id
         self._forget()
 
     def __iter__(self) -> Iterator[Example]:
@@ -156,10 +157,11 @@ class Corpus:
                 source.done += characters
 
             pieces = token_ids(self.tokenizer, source.texts, self.specials, done)
-            number = -1
-            for number, ids in enumerate(packed(pieces, length)):
+            found = False
+            for ids in packed(pieces, length):
+                found = True
                 yield Example(ids)
-            if number < 0:
+            if not found:
                 raise ValueError(
                     f"{source.option}: expected at least one sequence of {length} tokens, found less in"
                     f" {len(source.texts)} files"
@@ -169,8 +171,8 @@ class Corpus:
             encodings = iter(self._plain.encode_batch(texts, add_special_tokens=False))
             for draft in drafts:
                 if draft.form == "long":
-                    pieces = long_text(self._plain, *_in_pieces(draft.texts[0]))
-                    yield from self._text(np.concatenate([np.asarray(ids, np.int64) for ids in pieces]))
+                    parts = long_text(self._plain, *_in_pieces(draft.texts[0]))
+                    yield from self._text(np.concatenate([np.asarray(ids, np.int64) for ids in parts]))
                 else:
                     yield from self._finish(draft, [next(encodings) for _ in draft.texts])
 

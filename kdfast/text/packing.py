@@ -16,13 +16,13 @@ from kdfast.text.tokenizers import without_post_processor
 
 #: Characters that are tokenised at once, and how far the next piece of a longer file reaches back into the last one.
 _PIECE, _OVERLAP = 1 << 18, 1 << 12
+#: No special tokens.
+_NONE = Specials()
 #: Tokens that both pieces must agree on around the place where they are joined.
 _AGREE = 8
 
 
-def pack(
-    tokenizer: Tokenizer, files: Sequence[Path], length: int, specials: Specials = Specials(), key: str = "data"
-) -> Tensor:
+def pack(tokenizer: Tokenizer, files: Sequence[Path], length: int, specials: Specials = _NONE, key: str = "data") -> Tensor:
     """The files end to end as sequences, int32 `[n, length]`, held in memory; what is left over is dropped.
 
     Raises:
