@@ -68,7 +68,7 @@ def test_every_assistant_turn_counts_and_special_tokens_of_the_config_are_writte
     assert build(world, tmp_path, [{"messages": TURNS}]) == 0
     record, tokenizer = CacheReader(tmp_path / "cache")[0], tokenizer_of(world)
     assert record.input_ids[:2].tolist() == [0, 1]
-    assert learned(tokenizer, record) == "the cat sat<|im_end|>\nthe old dog ran far<|im_end|>\n"
+    assert learned(tokenizer, record) == "the cat sat<|im_end|>the old dog ran far<|im_end|>"
     text = tokenizer.decode(record.input_ids.tolist(), skip_special_tokens=False)
     assert text.startswith("<|endoftext|><|im_start|>user\nthe cat?<|im_end|>\n<|im_start|>assistant\nthe cat sat")
 
@@ -156,7 +156,7 @@ def test_the_template_comes_from_the_file_the_folder_or_its_config(
         (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(config))
         assert build(tmp_path, tmp_path, rows, teacher="bare", name=name) == 0
         record = CacheReader(tmp_path / name)[0]
-        assert learned(tokenizer_of(tmp_path, "bare"), record) == "the cat sat<|im_end|>\n"
+        assert learned(tokenizer_of(tmp_path, "bare"), record) == "the cat sat<|im_end|>"
 
 
 REFUSING = (

@@ -27,12 +27,13 @@ ROOMS = {
     "backends.triton": {"options", "dispatch", "chunks", "grams", "logit_grams"},
     "ops": {"options", "dispatch", "memory", "chunks"},
     "losses": {"options", "ops"},
-    "cache": {"options", "ops", "memory", "_C"},
     "strict": set(),
     "integrations": set(),
     "models": {"options", "strict", "integrations"},
-    "train": {"options", "ops", "losses", "cache", "strict", "integrations", "models"},
-    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "strict", "models", "_C", "_cuda"},
+    "text": {"strict"},
+    "cache": {"options", "ops", "memory", "text", "models", "_C"},
+    "train": {"options", "ops", "losses", "text", "cache", "strict", "integrations", "models"},
+    "cli": {"options", "dispatch", "ops", "losses", "text", "cache", "train", "strict", "models", "_C", "_cuda"},
 }
 OPS = ["attention", "codec", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from kdfast import topk_targets
 from kdfast.cache import AlignmentError, CacheMismatch, CacheWriter, capture
+from kdfast.text import IGNORE
+from kdfast.text.files import list_files, share_of, split_files
+from kdfast.text.tokenizers import file_hash
 from kdfast.train import Recipe, distill
-from kdfast.train.data import IGNORE, Batch, Order, Sequences, list_files, share_of, split_files
+from kdfast.train.data import Batch, Order, Sequences
 from kdfast.train.evaluate import evaluate
-from kdfast.train.inputs import file_hash
 from kdfast.train.loop import lr_at
 from kdfast.train.models import build_student, build_teacher, logits_of
 from kdfast.train.recipe import Model, Optimizer, Teacher

@@ -6,7 +6,8 @@ import json as some_package
 from pathlib import Path
 from typing import Any
 
-from kdfast.train.data import Sequences, load_tokenizer, tokenize, train_tokenizer
+from kdfast.text.tokenizers import load_tokenizer, train_tokenizer
+from kdfast.train.data import Sequences, tokenize
 
 TEXT = Path(some_package.__file__).parent
 STUDENT = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.1}

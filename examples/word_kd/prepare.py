@@ -8,7 +8,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from kdfast.train.data import list_files, split_files, train_tokenizer
+from kdfast.text.files import list_files, split_files
+from kdfast.text.tokenizers import train_tokenizer
 
 EXCLUDE = ("test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "encodings", "lib2to3")
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,22 +17,9 @@ from kdfast.cache.format import IGNORE, CacheError, CacheFull, Settings
 from kdfast.cache.writer import CacheWriter
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import topk_targets
+from kdfast.text import Example
 
 _T = TypeVar("_T")
-
-
-class Example(NamedTuple):
-    """A document that is more than text to predict.
-
-    Masked language model: input_ids with masks in, labels (-100 where nothing is asked). Encoder-decoder: input_ids are the
-    decoder's inputs, labels what it should say, context_ids the encoder's inputs. 1-D int64 tensors. Instruction data:
-    loss_mask, bool `[L]`, True where row t counts; with alignment `next` that row predicts input_ids[t + 1].
-    """
-
-    input_ids: Tensor
-    labels: Tensor | None = None
-    context_ids: Tensor | None = None
-    loss_mask: Tensor | None = None
 
 
 def share_of(documents: Sequence[_T], batch_size: int, rank: int, world: int) -> Sequence[_T]:

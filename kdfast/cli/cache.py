@@ -149,7 +149,7 @@ def _cat(args: argparse.Namespace) -> dict[str, Any]:
     reader = CacheReader(args.path)
     show: Any = str
     if args.tokenizer:
-        from kdfast.train.data import load_tokenizer
+        from kdfast.text.tokenizers import load_tokenizer
 
         tokenizer = load_tokenizer(args.tokenizer)[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import hashlib
 import sys
 import tempfile
@@ -50,7 +50,14 @@ def add_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument("--mask-token", default="[MASK]", help="the tokenizer's mask (masked; default %(default)s)")
     build.add_argument("--mask-share", type=float, default=0.15, help="share of ids masked (masked; default %(default)s)")
     build.add_argument("--sequence-length", type=int, default=512, help="tokens of a record (default %(default)s)")
-    build.add_argument("--separator", default="<|endoftext|>", help="token after each file, if the tokenizer has it")
+    build.add_argument(
+        "--special-tokens", choices=["auto", "none"], default="auto", help="auto: around texts and completions what the"
+        " tokenizer and the model's configuration say; none: only what --separator and --end name",
+    )  # fmt: skip
+    build.add_argument("--separator", metavar="TOKEN", help="after each text (default: as --special-tokens says)")
+    build.add_argument(
+        "--end", metavar="TOKEN", help="after each completion (default: --separator, else as --special-tokens says)"
+    )
     build.add_argument("--k", type=int, default=64, help="ids kept a token (default %(default)s)")
     build.add_argument("--top-p", type=float, help="keep only the fewest of them that hold this mass")
     build.add_argument(
@@ -87,8 +94,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from kdfast.cache import CacheReader, CacheWriter, capture, part_path, remote, share_of
     from kdfast.cache.manifest import is_unfinished
     from kdfast.cli.progress import bar
-    from kdfast.train.data import load_tokenizer
-    from kdfast.train.inputs import file_hash
+    from kdfast.text.documents import Corpus
+    from kdfast.text.tokenizers import file_hash, load_tokenizer
 
     remote.writable(args.out, "--out")  # before the teacher is loaded
     out = Path(args.out) if args.world == 1 else part_path(args.out, args.rank, args.world)
@@ -97,8 +104,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, tokenizer_file = load_tokenizer(args.teacher)
     task = task_of(Path(args.teacher), args.task)
+    if task != "causal" and args.drop_masked:
+        raise ValueError(f"--drop-masked: expected a causal teacher, got a {task} one; leave it out")
+    corpus = Corpus(_data(args), tokenizer, args.teacher, task=task, seed=args.seed, name=_flag)
+    documents = list(corpus)
+    if report := corpus.report():
+        print(f"kdfast cache build: {report}", file=sys.stderr)
     teacher = load_teacher(args.teacher, task).to(device)
-    documents = _documents(args, task, tokenizer, teacher.config)
     settings = {
         "vocab_size": _vocab_size(teacher, documents[0], device), **_entries(args), "temperatures": tuple(args.temperatures),
         "max_kl": args.max_kl, "teacher": weights_hash(Path(args.teacher)), "tokenizer_hash": file_hash(tokenizer_file),
@@ -173,61 +185,16 @@ def weights_hash(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _documents(args: argparse.Namespace, task: str, tokenizer: Any, config: Any) -> list[Any]:
-    from kdfast.cli import cache_documents
-    from kdfast.cli.cache_rows import open_source
-
-    for option in ("messages_field", "prompt_field", "completion_field", "chat_template", "prompt_loss", "drop_masked"):
-        if task != "causal" and getattr(args, option):
-            raise ValueError(f"--{option.replace('_', '-')}: expected a causal teacher, got a {task} one; leave it out")
-    if task == "seq2seq":
-        fields = args.source_field, args.target_field
-        source = open_source(args, fields)
-        if source.texts:
-            raise ValueError(
-                f"--data: expected .jsonl files for an encoder-decoder, got {source.texts[0]}; set --glob '**/*.jsonl'"
-            )
-        start = config.decoder_start_token_id
-        if start is None:
-            raise ValueError("teacher: expected decoder_start_token_id in its config.json, found none")
-        return cache_documents.pairs(tokenizer, source, args.sequence_length, fields, start, config.eos_token_id)
-    forms = _forms(args, task)
-    source = open_source(args, [field for fields in forms.values() for field in fields])
-    reading = _reading(args, tokenizer, forms)
-    documents = reading.documents(source)
-    if report := reading.report():
-        print(f"kdfast cache build: {report}", file=sys.stderr)
-    if task == "causal":
-        return documents
-    mask_id = tokenizer.token_to_id(args.mask_token)
-    if mask_id is None:
-        raise ValueError(f"--mask-token: expected a token of the tokenizer, got {args.mask_token!r}")
-    return cache_documents.masked(documents, mask_id, args.mask_share, args.seed)
+def _flag(option: str) -> str:
+    return "--data" if option == "paths" else f"--{option.replace('_', '-')}"
 
 
-def _forms(args: argparse.Namespace, task: str) -> dict[str, tuple[str, ...]]:
-    """The fields that a row may be read from; the named ones alone when one is named."""
-    named = {"chat": args.messages_field, "prompt": args.prompt_field or args.completion_field, "text": args.field}
-    forms = {
-        "chat": (args.messages_field or "messages",),
-        "prompt": (args.prompt_field or "prompt", args.completion_field or "completion"),
-        "text": (args.field or "text",),
-    }
-    if task == "masked":
-        return {"text": forms["text"]}
-    return {form: fields for form, fields in forms.items() if named[form]} or forms
+def _data(args: argparse.Namespace) -> Any:
+    """The corpus that the command line names."""
+    from kdfast.text import TextData
 
-
-def _reading(args: argparse.Namespace, tokenizer: Any, forms: dict[str, tuple[str, ...]]) -> Any:
-    from kdfast.cli.cache_documents import Reading
-
-    @functools.cache
-    def chat() -> Any:
-        from kdfast.cli.cache_chat import Chat
-
-        return Chat(Path(args.teacher), tokenizer, args.chat_template)
-
-    return Reading(tokenizer, args.sequence_length, args.separator, forms, chat, args.prompt_loss)
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(TextData) if hasattr(args, f.name)}
+    return TextData(**fields, paths=tuple(args.data or ()))
 
 
 def _input_ids(document: Any) -> Any:

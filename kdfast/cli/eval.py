@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from kdfast.train.data import list_files, load_tokenizer, tokenize
+    from kdfast.text.files import list_files
+    from kdfast.text.tokenizers import load_tokenizer
+    from kdfast.train.data import tokenize
     from kdfast.train.evaluate import evaluate
     from kdfast.train.models import load_folder
 

@@ -20,10 +20,11 @@ from tokenizers import Tokenizer
 
 from kdfast.cache import CacheReader, CacheWriter, capture
 from kdfast.cache.manifest import read_manifest
+from kdfast.text.files import list_files, split_files
+from kdfast.text.tokenizers import SEPARATOR, file_hash, train_tokenizer
 from kdfast.train import Recipe, Result, distill
-from kdfast.train.data import SEPARATOR, Order, Sequences, list_files, split_files, tokenize, train_tokenizer
+from kdfast.train.data import Order, Sequences, tokenize
 from kdfast.train.evaluate import evaluate
-from kdfast.train.inputs import file_hash
 from kdfast.train.loop import Bar
 from kdfast.train.models import load_folder
 from kdfast.train.recipe import Teacher

@@ -51,7 +51,7 @@ class LinearHead:
         logits = entrance.hidden @ head.weight.T   # + bias, then form
         """
         entrance = _Entrance()
-        self.module.forward = entrance
+        self.module.forward = entrance  # type: ignore[method-assign,assignment]
         added = None
         if self.biased_by is not None:
             added = self.biased_by.final_logits_bias

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdfast.train.data import IGNORE, Source
+from kdfast.text import IGNORE
+from kdfast.train.data import Source
 from kdfast.train.models import logits_of
 
 

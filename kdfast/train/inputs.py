@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from kdfast.train.data import Sequences, Source, list_files, load_tokenizer, split_files, tokenize
+from kdfast.text.files import list_files, split_files
+from kdfast.text.tokenizers import file_hash, load_tokenizer
+from kdfast.train.data import Sequences, Source, tokenize
 from kdfast.train.models import build_teacher
 from kdfast.train.recipe import Recipe
 from kdfast.train.teacher import CachedTeacher, LiveTeacher, Signal
@@ -76,11 +78,6 @@ def _read_text(recipe: Recipe, tokenizer: object, needs_train: bool) -> tuple[Se
     if held_out:
         validation = tokenize(tokenizer, held_out, data.sequence_length, data.separator, "data.validation")  # type: ignore[arg-type]
     return train, validation
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal: a tokenizer's identity."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def digest_of(data: Source) -> str:

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from kdfast.text import IGNORE
 from kdfast.train import checkpoint, run_folder
-from kdfast.train.data import IGNORE, Batch, Order, Source
+from kdfast.train.data import Batch, Order, Source
 from kdfast.train.evaluate import Evaluation, evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog

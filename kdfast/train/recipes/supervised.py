@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast import Part
-from kdfast.train.data import IGNORE
+from kdfast.text import IGNORE
 from kdfast.train.recipe import Recipe
 from kdfast.train.step import Loss, Metrics
 

@@ -1,0 +1,273 @@
+"""`Corpus`: what a `TextData` names as documents, streamed: causal, masked and encoder-decoder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Encoding, Tokenizer
+from torch import Tensor
+
+from kdfast.text.chat import Chat, Written, learned
+from kdfast.text.example import IGNORE, Example
+from kdfast.text.packing import long_text, packed, token_ids
+from kdfast.text.rows import Row, open_source
+from kdfast.text.spec import Naming, TextData, python_name
+from kdfast.text.specials import Specials, read_json, special_tokens
+from kdfast.text.tokenizers import without_post_processor
+
+#: Rows, and characters of them, that are tokenised together.
+_ROWS, _CHARACTERS = 256, 1 << 18
+
+
+class Draft(NamedTuple):
+    """A row as the texts that its document is made of."""
+
+    row: Row
+    form: str
+    texts: tuple[str, ...]
+    written: Written | None = None
+
+
+class Corpus:
+    """The documents that `data` names, in a fixed order; walked anew by every `iter`, a window of them in memory.
+
+    Text files end to end in sequences; rows of text each by itself, cut to sequences; instruction data cut once.
+
+    Args:
+        tokenizer, folder: `load_tokenizer`'s, and the model's folder where there is one, which says what stands around
+            documents (`special_tokens`) and holds the chat template.
+        task: causal, masked or seq2seq.
+        seed: of the masks of a masked language model.
+        name: how an error calls an option.
+
+    Raises:
+        ValueError: what is named is not there, or options do not go together.
+        ImportError: a package that reads it is missing.
+    """
+
+    def __init__(
+        self,
+        data: TextData,
+        tokenizer: Tokenizer,
+        folder: str | Path | None = None,
+        *,
+        task: str = "causal",
+        seed: int = 0,
+        name: Naming = python_name,
+    ) -> None:
+        self.data, self.tokenizer, self.task = data, tokenizer, task
+        self._folder = None if folder is None else Path(folder)
+        self._seed, self._name = seed, name
+        for option in ("messages_field", "prompt_field", "completion_field", "chat_template", "prompt_loss"):
+            if task != "causal" and getattr(data, option):
+                raise ValueError(f"{name(option)}: expected a causal teacher, got a {task} one; leave it out")
+        self._forms = data.forms(task)
+        self._source = open_source(data, [field for fields in self._forms.values() for field in fields], name)
+        if task == "seq2seq" and self._source.texts:
+            raise ValueError(
+                f"{name('paths')}: expected .jsonl files for an encoder-decoder, got {self._source.texts[0]}; set"
+                f" {name('glob')} '**/*.jsonl'"
+            )
+        self._plain = without_post_processor(tokenizer)
+        self.specials = self._special_tokens()
+        if task == "masked":
+            mask_id = tokenizer.token_to_id(data.mask_token)
+            if mask_id is None:
+                raise ValueError(f"{name('mask_token')}: expected a token of the tokenizer, got {data.mask_token!r}")
+            self._mask_id: int = mask_id
+        self._forget()
+
+    def __iter__(self) -> Iterator[Example]:
+        """Raises:
+        ValueError: a row has none of the forms, or nothing is left.
+        """
+        self._forget()
+        found = self._documents()
+        for number, example in enumerate(found):
+            yield self._masked(example.input_ids, number) if self.task == "masked" else example
+            self.documents = number + 1
+        if self.documents:
+            return
+        option, length = self._source.option, self.data.sequence_length
+        if self.taught:
+            raise ValueError(
+                f"{option}: expected a completion within {self._name('sequence_length')} {length}, found none in"
+                f" {self.taught} documents; allow more tokens"
+            )
+        raise ValueError(f"{option}: expected at least one document with two tokens, found none")
+
+    def count(self) -> tuple[int, int]:
+        """Documents and tokens, by walking through them."""
+        documents = tokens = 0
+        for example in self:
+            documents, tokens = documents + 1, tokens + len(example.input_ids)
+        return documents, tokens
+
+    @property
+    def share_read(self) -> float | None:
+        """How much of the corpus the current walk has read; None where its size is unknown, as of a streamed dataset."""
+        size = self._source.size
+        return None if not size else min(self._source.done / size, 1.0)
+
+    def report(self) -> str:
+        """One line about documents of the last walk that are not whole, empty when all are."""
+        if not self.cut:
+            return "" if not self.dropped else f"{self.dropped} of {self.taught} documents dropped: nothing to learn in them"
+        dropped = f", {self.dropped} dropped: nothing to learn within it" if self.dropped else ""
+        length = f"{self._name('sequence_length')} {self.data.sequence_length}"
+        return f"{self.cut} of {self.taught} documents cut to {length}{dropped}"
+
+    def describe(self) -> dict[str, Any]:
+        """What the documents depend on, as JSON values: options, special tokens by name, and a digest of the files' names
+        and sizes."""
+        state = hashlib.blake2b(digest_size=16)
+        for name, size in self._source.files:
+            state.update(f"{name}\0{size}\0".encode())
+        chosen = self.specials.describe(self.tokenizer)
+        return {**self.data.as_json(), "task": self.task, "files": state.hexdigest(), "chosen_tokens": chosen}
+
+    def _forget(self) -> None:
+        self.documents = self.taught = self.cut = self.dropped = 0
+        self._source.done = 0
+
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        return Chat(self._folder, self.data.chat_template, self._name)
+
+    def _special_tokens(self) -> Specials:
+        def turn_end() -> int | None:
+            try:
+                return self._chat.turn_end(self.tokenizer)
+            except ValueError:  # no template, which only conversations need
+                return None
+
+        return special_tokens(self.tokenizer, self._folder, self.data, turn_end, self._name)
+
+    def _documents(self) -> Iterator[Example]:
+        length, source = self.data.sequence_length, self._source
+        if source.texts:
+
+            def done(characters: int) -> None:
+                source.done += characters
+
+            pieces = token_ids(self.tokenizer, source.texts, self.specials, done)
+            found = False
+            for ids in packed(pieces, length):
+                found = True
+                yield Example(ids)
+            if not found:
+                raise ValueError(
+                    f"{source.option}: expected at least one sequence of {length} tokens, found less in"
+                    f" {len(source.texts)} files"
+                )
+        for drafts in self._batches(source.rows()):
+            texts = [text for draft in drafts if draft.form != "long" for text in draft.texts]
+            encodings = iter(self._plain.encode_batch(texts, add_special_tokens=False))
+            for draft in drafts:
+                if draft.form == "long":
+                    parts = long_text(self._plain, *_in_pieces(draft.texts[0]))
+                    yield from self._text(np.concatenate([np.asarray(ids, np.int64) for ids in parts]))
+                else:
+                    yield from self._finish(draft, [next(encodings) for _ in draft.texts])
+
+    def _batches(self, rows: Iterable[Row]) -> Iterator[list[Draft]]:
+        waiting: list[Draft] = []
+        held = 0
+        for draft in map(self._draft, rows):
+            size = sum(map(len, draft.texts))
+            if waiting and (held + size > _CHARACTERS or len(waiting) == _ROWS):
+                yield waiting
+                waiting, held = [], 0
+            waiting.append(draft)
+            held += size
+        if waiting:
+            yield waiting
+
+    def _draft(self, row: Row) -> Draft:
+        form = next((form for form, fields in self._forms.items() if row.has(fields)), None)
+        if form is None:
+            wanted = ", or ".join(" and ".join(fields) for fields in self._forms.values())
+            raise ValueError(f"{row.where}: expected an object with {wanted}, got {', '.join(row.values) or 'nothing'}")
+        fields = self._forms[form]
+        if form == "chat":
+            written = self._chat.write(row.values[fields[0]], row.where)
+            return Draft(row, form, (written.text,), written)
+        texts = row.texts(fields)
+        return Draft(row, "long" if form == "text" and len(texts[0]) > 2 * _CHARACTERS else form, texts)
+
+    def _finish(self, draft: Draft, encodings: list[Encoding]) -> Iterator[Example]:
+        begin, _, end, known = self.specials
+        first = encodings[0]
+        if draft.form == "text":
+            yield from self._text(first.ids)
+        elif draft.form == "pair":
+            yield from self._pair(draft.texts[0], encodings[1].ids)
+        elif draft.written is not None:
+            yield from self._taught(first.ids, learned(first.ids, first.offsets, draft.written, known))
+        else:
+            prompt, completion = [*begin, *first.ids], [*encodings[1].ids, *end]
+            yield from self._taught(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+
+    def _text(self, ids: Any) -> Iterator[Example]:
+        """A text by itself, in as many sequences as it takes."""
+        if len(ids):
+            whole = torch.from_numpy(np.concatenate([self.specials.begin, ids, self.specials.separator]).astype(np.int64))
+            yield from (Example(part) for part in whole.split(self.data.sequence_length) if len(part) > 1)
+
+    def _taught(self, ids: list[int], said: list[bool]) -> Iterator[Example]:
+        self.taught += 1
+        length = self.data.sequence_length
+        self.cut += len(ids) > length
+        kept, counts = torch.tensor(ids[:length], dtype=torch.int64), torch.tensor(said[:length], dtype=torch.bool)
+        # Row t says what follows token t, so it counts when token t + 1 is to be learned; nothing follows the last.
+        rows = torch.cat([counts[1:], torch.zeros(1, dtype=torch.bool)])
+        if len(kept) > 1 and self.data.prompt_loss:
+            yield Example(kept)
+        elif len(kept) > 1 and bool(rows.any()):
+            yield Example(kept, loss_mask=rows)
+        else:
+            self.dropped += 1
+
+    def _pair(self, asked: str, answer: list[int]) -> Iterator[Example]:
+        """A source and a target, each cut to the length; the decoder starts from the model's own start."""
+        length, special = self.data.sequence_length, self.data.special_tokens == "auto"
+        start, end = self._decoder
+        context = torch.tensor(self.tokenizer.encode(asked, add_special_tokens=special).ids[:length], dtype=torch.int64)
+        labels = torch.tensor([*answer, *end][:length], dtype=torch.int64)
+        if len(context) and len(labels):
+            yield Example(torch.cat([torch.tensor([start]), labels[:-1]]), labels, context)
+
+    @functools.cached_property
+    def _decoder(self) -> tuple[int, tuple[int, ...]]:
+        """The id a decoder starts from, and those that end it, as the model's configuration has them."""
+        said = {**read_json(self._folder, "generation_config.json"), **read_json(self._folder, "config.json")}
+        start, end = said.get("decoder_start_token_id"), said.get("eos_token_id")
+        if not isinstance(start, int):
+            raise ValueError("teacher: expected decoder_start_token_id in its config.json, found none")
+        if self.data.end is not None or self.data.separator is not None:
+            return start, self.specials.end
+        first = end[0] if isinstance(end, list) and end else end
+        return start, (first,) if isinstance(first, int) and self.data.special_tokens == "auto" else ()
+
+    def _masked(self, ids: Tensor, number: int) -> Example:
+        """The document with a share of its ids masked, the same for the same seed and place; the labels are what was there."""
+        drawn = hashlib.blake2b(f"{self._seed}:{number}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(drawn, "big"))
+        free = ~torch.isin(ids, torch.tensor(sorted(self.specials.known), dtype=torch.int64))
+        chosen = (torch.rand(len(ids), generator=generator) < self.data.mask_share) & free
+        places = free.nonzero().flatten()
+        if len(places):
+            chosen[places[int(torch.randint(len(places), (), generator=generator))]] = True
+        return Example(ids.masked_fill(chosen, self._mask_id), ids.masked_fill(~chosen, IGNORE))
+
+
+def _in_pieces(text: str) -> tuple[str, Callable[[], str]]:
+    """The beginning of a text, and what gives the next piece of it."""
+    pieces = (text[at : at + _CHARACTERS] for at in range(_CHARACTERS, len(text), _CHARACTERS))
+    return text[:_CHARACTERS], lambda: next(pieces, "")
