@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kdfast.files import json_text
 
 from .aot_cases import Case, cases
 
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'kernel':25} {'case':42} target  warps registers spills shared 128-bit / narrower loads")
     for report in reports:
         failures += _failed(report)
-        print(json.dumps(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
+        print(json_text(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
     if aot_cuda.missing() and not options.json:
         print(f"CUDA sources left out: {aot_cuda.missing()}")
     if not options.json:

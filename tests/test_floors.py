@@ -14,6 +14,8 @@ PACKAGE = ROOT / "kdfast"
 ROOMS = {
     "_C": set(),
     "_cuda": set(),
+    "files": set(),
+    "extras": set(),
     "options": set(),
     "dispatch": set(),
     "memory": set(),
@@ -27,12 +29,14 @@ ROOMS = {
     "backends.triton": {"options", "dispatch", "chunks", "grams", "logit_grams"},
     "ops": {"options", "dispatch", "memory", "chunks"},
     "losses": {"options", "ops"},
-    "cache": {"options", "ops", "memory", "_C"},
+    "cache": {"files", "extras", "options", "ops", "memory", "_C"},
     "strict": set(),
     "integrations": set(),
-    "models": {"options", "strict", "integrations"},
-    "train": {"options", "ops", "losses", "cache", "strict", "integrations", "models"},
-    "cli": {"options", "dispatch", "ops", "losses", "cache", "train", "strict", "models", "_C", "_cuda"},
+    "models": {"files", "extras", "options", "strict", "integrations"},
+    "train": {"files", "extras", "options", "ops", "losses", "cache", "strict", "integrations", "models"},
+    "cli": {
+        "files", "extras", "options", "dispatch", "ops", "losses", "cache", "train", "strict", "models", "_C", "_cuda",
+    },  # fmt: skip
 }
 OPS = ["attention", "codec", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from typing import Any
 
 from kdfast.cli.plan_model import GPUS, Job, Plan, body_params, plan
+from kdfast.files import json_text
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _EXAMPLE = """examples:
@@ -57,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
     made = plan(job)
     if args.json:
         facts = {"job": dataclasses.asdict(job) | {"bytes_per_token": job.token_bytes}, "plan": dataclasses.asdict(made)}
-        even = made.break_even_epochs
-        facts["plan"]["break_even_epochs"] = even if math.isfinite(even) else None
-        print(json.dumps(facts, indent=2))
+        print(json_text(facts, indent=2))
     else:
         print(_text(job, made, args.gpu))
     return 0
