@@ -1,6 +1,6 @@
 """Time an element of kd_loss (soft and hard, forward and backward) against V and against N, beside PyTorch, with a picture.
 
-python -m bench curves --csv bench/results/cpu-curves.csv --plot docs/figures/cost-logits.png
+kdfast bench curves --csv bench/results/cpu-curves.csv --plot docs/figures/cost-logits.png
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
-        prog="python -m bench curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="kdfast bench curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--quick", action="store_true", help="one million elements instead of 32")
     p.add_argument("--csv", metavar="FILE", type=Path, help="write the points to FILE")

@@ -168,8 +168,8 @@ def _minutes(text: str) -> float:
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
-        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m bench gpu --out bench/results\n  python -m bench gpu --out /tmp/results --minutes 4"
+        prog="kdfast bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  kdfast bench gpu --out bench/results\n  kdfast bench gpu --out /tmp/results --minutes 4"
         "\n\nexit codes: 0 measured, 1 the tests or kdfast failed somewhere, 2 wrong usage or no GPU",
     )  # fmt: skip
     p.add_argument("--out", required=True, metavar="DIR", help="folder for <gpu>-<date>.csv and .png")

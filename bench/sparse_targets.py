@@ -1,6 +1,6 @@
 """What a student loses by learning from sparse targets in place of the whole teacher: perplexity, calibration, gradient bias.
 
-    python -m bench sparse_targets --seeds 1,2,3 --csv bench/results/sparse-targets.csv --plot docs/figures/sparse-targets.png
+    kdfast bench sparse_targets --seeds 1,2,3 --csv bench/results/sparse-targets.csv --plot docs/figures/sparse-targets.png
 
 Every kind of targets is captured once to a real cache, which the students of all seeds read. Finished students are in the CSV;
 run again, it goes on with the others, and several processes may share the work (`--seeds 1` beside `--seeds 2`).
@@ -202,7 +202,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
-        prog="python -m bench sparse_targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="kdfast bench sparse_targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument(
         "--out", type=Path, default=Path("runs/sparse-targets"), help="tokenizer, text and teacher (default %(default)s)"

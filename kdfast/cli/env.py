@@ -68,7 +68,7 @@ def _extension() -> str:
 
 def _cuda_extension() -> str:
     if util.find_spec("kdfast._cuda") is None:
-        return "not built: put nvcc (CUDA 12 or later) on PATH, then reinstall kdfast"
+        return "not built (unproven): reinstall kdfast with KDFAST_BUILD=cuda and nvcc (CUDA 12 or later) on PATH"
     from kdfast import _cuda
 
     def text(version: int) -> str:

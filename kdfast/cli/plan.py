@@ -10,6 +10,8 @@ from typing import Any
 from kdfast.cli.plan_model import GPUS, Job, Plan, body_params, plan
 from kdfast.files import json_text
 
+#: It runs without torch.
+LIGHT = True
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _EXAMPLE = """examples:
   kdfast plan --tokens 100B --vocab 151936 --k 64 --teacher-hidden 4096 --student-hidden 2048 --gpu h200 --count 64
