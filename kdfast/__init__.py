@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 
+#: Whether `load` runs this file a second time, over the names of the first.
+_again = "load" in globals()
+
+
 def _waits() -> bool:
     """Whether this process is the command `kdfast`, which imports torch once its arguments make sense: `--help` needs none.
 
     Only the way this process was started counts; those that it starts (`multiprocessing`, `torchrun`) import everything.
     """
-    if "kdfast.cli" in sys.modules:  # the command asks for the rest (`load`)
-        return False
     words = iter(sys.orig_argv[1:])
     for word in words:
         if word == "-m":
@@ -32,11 +34,11 @@ def _waits() -> bool:
 
 def load() -> None:
     """Imports torch and registers the kernels; done by the import itself except in the command `kdfast`."""
-    if "backends" not in globals():
+    if "kd_loss" not in globals():
         importlib.reload(sys.modules[__name__])
 
 
-if TYPE_CHECKING or not _waits():
+if TYPE_CHECKING or _again or not _waits():
     import kdfast.backends as _  # noqa: F401  (registers the kernels)
     from kdfast.dispatch import backends, use_backend
     from kdfast.ops.attention import attention_kl, attention_mse

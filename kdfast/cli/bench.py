@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import kdfast
 from kdfast.extras import need
 
 
@@ -59,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _module(name: str) -> ModuleType:
     """One of the benchmarks: in `kdfast.bench` in an installation, in the folder `bench` beside the package in a checkout."""
-    for package in ("kdfast.bench", "bench"):
-        if importlib.util.find_spec(package) is not None:
-            return need(f"{package}.{name}", extra="bench", what="kdfast bench")
+    here = Path(kdfast.__file__).resolve().parent
+    for package in ("kdfast.bench", "bench"):  # another package may be called bench, and another kdfast be installed
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin and Path(spec.origin).resolve().parent in (here / "bench", here.parent / "bench"):
+            return need(f"{package}.{name}", extra="bench", what="it")
     raise ImportError("the benchmarks are not here: install kdfast from its wheel, or run it in the source tree")
 
 
