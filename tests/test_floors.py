@@ -34,9 +34,7 @@ ROOMS = {
     "integrations": set(),
     "models": {"files", "extras", "options", "strict", "integrations"},
     "train": {"files", "extras", "options", "ops", "losses", "cache", "strict", "integrations", "models"},
-    "cli": {
-        "files", "extras", "options", "dispatch", "ops", "losses", "cache", "train", "strict", "models", "_C", "_cuda",
-    },  # fmt: skip
+    "cli": {"files", "extras", "options", "dispatch", "ops", "losses", "cache", "train", "strict", "models", "_C", "_cuda"},
 }
 OPS = ["attention", "codec", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 
