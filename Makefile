@@ -19,11 +19,12 @@ help:
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	KDFAST_BUILD=none $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,bench,dev]'
-	touch .venv/installed
+	@touch .venv/installed
 
 .venv/built: .venv/installed $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	touch .venv/built
+	@echo "building the C++ extension: what has changed, a minute or two from nothing"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch .venv/built
 
 build: .venv/built
 
@@ -43,13 +44,13 @@ format: build
 	$(BIN)/ruff format .
 
 aot: build
-	$(BIN)/python -m bench aot
+	$(BIN)/kdfast bench aot
 
 bench: build
-	$(BIN)/python -m bench logits
-	$(BIN)/python -m bench linear
-	$(BIN)/python -m bench topk
-	$(BIN)/python -m bench attention
+	$(BIN)/kdfast bench full logits
+	$(BIN)/kdfast bench full linear
+	$(BIN)/kdfast bench full topk
+	$(BIN)/kdfast bench full attention
 
 clean:
 	rm -rf build *.egg-info kdfast/_C*.so kdfast/_cuda*.so .mypy_cache .ruff_cache .pytest_cache

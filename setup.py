@@ -1,8 +1,8 @@
-"""Builds `kdfast._C` and, where nvcc is, `kdfast._cuda`: C++17 with OpenMP, no torch, each through a ninja file of its own.
+"""Builds `kdfast._C` and, on request, `kdfast._cuda`: C++17 with OpenMP, no torch, each through a ninja file of its own.
 
-KDFAST_BUILD=auto  C++ when a compiler is found (else pure Python), CUDA when nvcc for sm_90 is found (default)
-             cpu   C++ only; no compiler is an error
-             cuda  C++ and CUDA; no nvcc is an error
+KDFAST_BUILD=auto  C++ when a compiler is found, else pure Python (default)
+             cpu   C++; no compiler is an error
+             cuda  C++ and the CUDA kernels, which are unproven (`kdfast.backends.cuda`); no nvcc for sm_90 is an error
              none  pure Python
 CXX names the C++ compiler. CPU kernels are compiled once per instruction set. The CUDA runtime is linked into `_cuda`, which
 is imported when a CUDA kernel is first asked for: neither the build machine nor the one that runs it needs a GPU.
@@ -89,24 +89,12 @@ class NinjaBuild(build_ext):
         elif ext.name == "kdfast._C":
             self.ninja(ext, cpu_rules(compiler), Path(self.build_temp))
         else:
-            self.build_cuda(ext, mode, compiler)
+            self.ninja(ext, cuda_rules(compiler), Path(self.build_temp) / "cuda")
 
     def build_extensions(self) -> None:
         if wanted_build() == "cuda" and (why := cuda_missing()):
             raise SystemExit(f"KDFAST_BUILD=cuda: {why}")
         super().build_extensions()
-
-    def build_cuda(self, ext: Extension, mode: str, compiler: str) -> None:
-        why = cuda_missing()
-        if not why:
-            try:
-                self.ninja(ext, cuda_rules(compiler), Path(self.build_temp) / "cuda")
-            except subprocess.CalledProcessError:
-                why = "nvcc or the link of its objects failed, see above"
-                if mode == "cuda":
-                    raise SystemExit(f"KDFAST_BUILD=cuda: {why}") from None
-        if why and shutil.which("nvcc"):
-            print(f"kdfast: no CUDA backend: {why}; the GPU backend is Triton", file=sys.stderr)
 
     def ninja(self, ext: Extension, rules: list[str], folder: Path) -> None:
         """Builds what `rules` make of $target, in `folder`."""
@@ -114,7 +102,10 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(rules).replace("$target", escape(target)) + "\n")
-        subprocess.run([find_ninja(), "-C", str(folder)], check=True)
+        # Quiet, ninja still prints all that a compiler says.
+        quiet = [] if self.distribution.verbose else ["--quiet"]
+        if subprocess.run([find_ninja(), *quiet, "-C", str(folder)], check=False).returncode:
+            raise SystemExit(f"kdfast: building {ext.name} failed, see above; KDFAST_BUILD=none installs pure Python")
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -173,7 +164,7 @@ def cuda_rules(compiler: str) -> list[str]:
 
 def wanted_extensions() -> list[Extension]:
     """Optional ones: what could not be built is left out."""
-    names = {"none": [], "cpu": ["kdfast._C"]}.get(wanted_build(), ["kdfast._C", "kdfast._cuda"])
+    names = {"none": [], "cuda": ["kdfast._C", "kdfast._cuda"]}.get(wanted_build(), ["kdfast._C"])
     return [Extension(name, sources=[], optional=True) for name in names]
 
 

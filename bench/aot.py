@@ -1,4 +1,4 @@
-"""`python -m bench aot`: compiles every Triton and CUDA kernel for GPUs that are not here, and gates on spills.
+"""`kdfast bench aot`: compiles every Triton and CUDA kernel for GPUs that are not here, and gates on spills.
 
 Each kernel is compiled at every size its launch function can pick and in a handful of representative types, with the
 hints the runtime would give (16-byte aligned pointers, sizes and strides that 16 divides). Registers, spills and load
@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kdfast.files import json_text
 
 from .aot_cases import Case, cases
 
@@ -154,7 +155,7 @@ def _line(report: Report) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """0: everything compiled and nothing gated spills. 1: something did not. 2: Triton is missing or wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench aot", description=__doc__, epilog="example: python -m bench aot --quick --target sm_90",
+        prog="kdfast bench aot", description=__doc__, epilog="example: kdfast bench aot --quick --target sm_90",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one configuration a kernel, and on sm_90 one a variant")
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'kernel':25} {'case':42} target  warps registers spills shared 128-bit / narrower loads")
     for report in reports:
         failures += _failed(report)
-        print(json.dumps(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
+        print(json_text(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
     if aot_cuda.missing() and not options.json:
         print(f"CUDA sources left out: {aot_cuda.missing()}")
     if not options.json:

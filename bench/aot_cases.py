@@ -1,4 +1,4 @@
-"""What `python -m bench aot` compiles: every Triton kernel at every size its launch function can pick, in representative types
+"""What `kdfast bench aot` compiles: every Triton kernel at every size its launch function can pick, in representative types
 and flags, with the hints that the runtime would give."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """New results against committed ones: ratios between contestants of one run, never absolute times.
 
-python -m bench logits --csv new.csv && python -m bench check new.csv
-python -m bench check second.csv --against first.csv --band 1.10    # how many ratios of two runs agree
+kdfast bench full logits --csv new.csv && kdfast bench check new.csv
+kdfast bench check second.csv --against first.csv --band 1.10    # how many ratios of two runs agree
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
-        prog="python -m bench check", description=(__doc__ or "").split("\n")[0],
+        prog="kdfast bench check", description=(__doc__ or "").split("\n")[0],
         epilog="exit codes: 0 nothing fell behind, 1 something did or nothing could be compared, 2 wrong usage",
     )  # fmt: skip
     p.add_argument("new", type=Path, metavar="CSV", help="results of this checkout")

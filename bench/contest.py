@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .cases import Outcome
+from .commands import spelled
 from .measure import (
     Timing,
     Work,
@@ -38,7 +39,7 @@ AGAIN = "kdfast (again)"
 _QUOTABLE = 1.15
 #: More rounds than a case has time for, unless its calls take microseconds.
 _MANY = 4000
-#: Seconds a case of `python -m bench OP` may go on until its ratios are known.
+#: Seconds a case of `kdfast bench full OP` may go on until its ratios are known.
 _SETTLE_S = 20.0
 
 
@@ -224,8 +225,8 @@ def measure_limits(device: str, *, copy: bool = False, gemm: torch.dtype | None 
 def parser(op: str, text: str, examples: Sequence[str]) -> argparse.ArgumentParser:
     """The options every comparison shares."""
     p = argparse.ArgumentParser(
-        prog=f"python -m bench {op}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n" + "\n".join(f"  python -m bench {op} {e}".rstrip() for e in examples)
+        prog=spelled(op), description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(f"  {spelled(op)} {e}".rstrip() for e in examples)
         + "\n\nexit codes: 0 measured, 1 kdfast failed or disagreed with float64, 2 wrong usage",
     )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="small shapes, under 30 s; no torch.compile")

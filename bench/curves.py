@@ -1,6 +1,6 @@
 """Time an element of kd_loss (soft and hard, forward and backward) against V and against N, beside PyTorch, with a picture.
 
-python -m bench curves --csv bench/results/cpu-curves.csv --plot docs/figures/cost-logits.png
+kdfast bench curves --csv bench/results/cpu-curves.csv --plot docs/figures/cost-logits.png
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from kdfast.files import written
+
 from .contest import positive
 from .logits import contestants
 from .measure import Work, compare, release
 from .peers import Peer, logits_peers
-from .report import Row, replacing, stamp
+from .report import Row, stamp
 
 VOCABULARIES = tuple(1 << i for i in range(10, 19))
 ROWS = tuple(1 << i for i in range(0, 11, 2))
@@ -70,7 +72,7 @@ def _progress(text: str) -> None:
 
 def write(points: Sequence[Point], path: Path) -> None:
     """The points as CSV."""
-    with replacing(path) as part, part.open("w", newline="") as file:
+    with written(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Point)])
         writer.writeheader()
         writer.writerows(asdict(p) for p in points)
@@ -108,14 +110,14 @@ def draw(points: Sequence[Point], path: Path) -> None:
     axes[0].legend(frameon=False)
     figure.suptitle(f"{points[0].device}, torch {points[0].torch}, float32, kdfast at {points[0].commit}", fontsize=10)
     figure.tight_layout()
-    with replacing(path) as part:
+    with written(path) as part:
         figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
 
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
-        prog="python -m bench curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="kdfast bench curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--quick", action="store_true", help="one million elements instead of 32")
     p.add_argument("--csv", metavar="FILE", type=Path, help="write the points to FILE")

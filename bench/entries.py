@@ -4,7 +4,7 @@
     pytest bench/entries.py --benchmark-only --benchmark-autosave --benchmark-compare
     KDFAST_BENCH=full pytest bench/entries.py --benchmark-only -k logits
 
-The name keeps it out of an ordinary test run. Results that go anywhere come from `python -m bench`, whose timer
+The name keeps it out of an ordinary test run. Results that go anywhere come from `kdfast bench`, whose timer
 interleaves the contestants; pytest-benchmark runs one after the other.
 """
 

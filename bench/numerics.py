@@ -1,6 +1,6 @@
 """Error of values and gradients against float64 as student and teacher come to agree: kdfast's backends beside PyTorch.
 
-    python -m bench numerics --write docs/numerics.md
+    kdfast bench numerics --write docs/numerics.md
 
 rewrites the tables between the marks of that file. The Triton backend runs under its interpreter, where no GPU is.
 """
@@ -154,7 +154,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m bench numerics", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(prog="kdfast bench numerics", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--quick", action="store_true", help="4 rows of 1000 instead of 16 of 8000")
     p.add_argument("--write", metavar="FILE", type=Path, help="put the tables between the marks of FILE")
     args = p.parse_args(argv)

@@ -1,8 +1,8 @@
 """docs/performance.md from the committed results: every mark, what was measured, on what, at which commit.
 
-    python -m bench performance --write docs/performance.md
+    kdfast bench performance --write docs/performance.md
 
-A mark without a measurement says "not measured". `python -m bench check` holds new results against these.
+A mark without a measurement says "not measured". `kdfast bench check` holds new results against these.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m bench performance", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(prog="kdfast bench performance", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--results", metavar="FOLDER", type=Path, default=RESULTS, help="results files (default bench/results)")
     p.add_argument("--write", metavar="FILE", type=Path, help="put the tables between the marks of FILE")
     args = p.parse_args(argv)

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Row, replacing
+from kdfast.files import written
+
+from .report import Row
 
 
 def draw(rows: Sequence[Row], path: str | Path) -> bool:
@@ -87,7 +89,7 @@ def _save(figure: Any, first: Row, path: str | Path) -> None:
 
     figure.suptitle(f"{first.device}, torch {first.torch}, kdfast at {first.commit}", fontsize=10)
     figure.tight_layout()
-    with replacing(path) as part:
+    with written(path) as part:
         figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
 

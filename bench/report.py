@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kdfast.files import json_text, write_text, written
 
 from .measure import Timing
 
@@ -154,24 +154,9 @@ def timed(row: Row, timing: Timing, model: Model, limits: Limits) -> Row:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write to: a reader sees the old file or the whole new one, also after a kill or an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_csv(rows: Iterable[Row], path: str | Path) -> None:
     """All rows, header first."""
-    with replacing(path) as part, part.open("w", newline="") as file:
+    with written(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -213,11 +198,7 @@ def _value(name: str, text: str) -> Any:
 
 def to_json(rows: Iterable[Row]) -> str:
     """A JSON list; what was not measured is null."""
-    plain = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in dataclasses.asdict(r).items()}
-        for r in rows
-    ]
-    return json.dumps(plain, indent=1)
+    return json_text([dataclasses.asdict(r) for r in rows], indent=1)
 
 
 def between_marks(path: Path, marks: tuple[str, str], text: str) -> None:
@@ -230,8 +211,7 @@ def between_marks(path: Path, marks: tuple[str, str], text: str) -> None:
     if not all(mark in whole for mark in marks):
         raise ValueError(f"expected a file with the marks {marks[0]} and {marks[1]}, got {path}")
     begin, end = whole.index(marks[0]) + len(marks[0]), whole.index(marks[1])
-    with replacing(path) as part:
-        part.write_text(f"{whole[:begin]}\n{text}\n{whole[end:]}")
+    write_text(path, f"{whole[:begin]}\n{text}\n{whole[end:]}")
 
 
 def interval(row: Row) -> str:

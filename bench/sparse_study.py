@@ -6,12 +6,10 @@ student sees the same sequences in the same order from the same initialisation, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,9 @@ import kdfast
 from kdfast.cache import CacheReader, CacheWriter
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart_job import Corpus, Job, Plan
+from kdfast.files import locked, written
 from kdfast.train.models import build_student, load_folder
 from kdfast.train.recipe import Model
-
-from .report import replacing
 
 VOCAB = 16384
 _BINS = 15
@@ -63,15 +60,6 @@ class Method:
     def settings(self) -> dict[str, Any]:
         kind = "topk" if not self.samples else "mixed" if self.k else "sampled"
         return {"k": self.k + self.samples, "kind": kind, "samples": self.samples, "max_kl": self.max_kl}
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Processes that share a study do this one at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 HARD, WHOLE = Method("hard labels", hard=1.0), Method("whole teacher")
@@ -118,7 +106,7 @@ class Study:
                 for some in self.ids.split(32):
                     parts.append(self.teacher.hidden(some))
                     shown.update(32 * len(parts))
-            with replacing(file) as part:
+            with written(file) as part:
                 save_file({"states": torch.cat(parts)}, part)
         states = load_file(file)["states"]
         if len(states) < count:
@@ -233,7 +221,7 @@ class Study:
         file = self.out / "learned.safetensors"
         if file.is_file():
             return
-        with replacing(file) as part:
+        with written(file) as part:
             save_file({k: v.clone() for k, v in model.state_dict().items()}, part)
 
     def bias(self, method: Method, draws: int = 32) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """What a student loses by learning from sparse targets in place of the whole teacher: perplexity, calibration, gradient bias.
 
-    python -m bench sparse_targets --seeds 1,2,3 --csv bench/results/sparse-targets.csv --plot docs/figures/sparse-targets.png
+    kdfast bench sparse_targets --seeds 1,2,3 --csv bench/results/sparse-targets.csv --plot docs/figures/sparse-targets.png
 
 Every kind of targets is captured once to a real cache, which the students of all seeds read. Finished students are in the CSV;
 run again, it goes on with the others, and several processes may share the work (`--seeds 1` beside `--seeds 2`).
@@ -20,10 +20,10 @@ from typing import Any
 
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
+from kdfast.files import locked, written
 
 from .contest import positive
-from .report import replacing
-from .sparse_study import HARD, WHOLE, Method, Study, locked
+from .sparse_study import HARD, WHOLE, Method, Study
 
 METHODS = (
     WHOLE,
@@ -102,9 +102,9 @@ def line(r: Result) -> str:
 
 def record(result: Result, path: Path) -> list[Result]:
     """The file's results with one more, of several processes one at a time; written by way of a temporary name."""
-    with locked(path):
+    with locked(path.parent):
         results = [*read(path), result]
-        with replacing(path) as part, part.open("w", newline="") as file:
+        with written(path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Result)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(dataclasses.asdict(r) for r in results)
@@ -195,14 +195,14 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    with replacing(path) as part:
+    with written(path) as part:
         figure.savefig(part, dpi=110, format="png")
     pyplot.close(figure)
 
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
-        prog="python -m bench sparse_targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="kdfast bench sparse_targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument(
         "--out", type=Path, default=Path("runs/sparse-targets"), help="tokenizer, text and teacher (default %(default)s)"

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import pytest
 from cache_helpers import SETTINGS, document
 
+from kdfast import files
 from kdfast.cache import CacheError, CacheReader, CacheWriter, manifest, verify
 from kdfast.cache.shard import Shard
 
@@ -70,7 +71,7 @@ def arm(point: str, nth: int, share: float) -> None:
                     die()
                 return self.file.write(data)
 
-        manifest.open = Half  # type: ignore[attr-defined]
+        files.open = Half  # type: ignore[attr-defined]
     elif point.endswith("fsync"):
 
         def fsync_and_die(descriptor: int) -> None:

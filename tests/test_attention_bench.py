@@ -1,4 +1,4 @@
-"""`python -m bench attention`: the peers compute what kdfast does, the truth is the truth, results and figure are written."""
+"""`kdfast bench full attention`: the peers compute what kdfast does, the truth is the truth, results and figure are written."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(argv: list[str], capsys: pytest
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_main.main(["--help"]) == 0
-    assert "python -m bench logits --quick" in capsys.readouterr().out
+    assert "kdfast bench full logits --quick" in capsys.readouterr().out
 
 
 def test_command_line_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

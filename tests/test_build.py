@@ -90,7 +90,7 @@ def test_cuda_kernels_fit_their_registers() -> None:
     assert max(r.shared_bytes for r in reports) <= 3 << 10
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kdfast._cuda") is None, reason="the CUDA extension is not built")
+@pytest.mark.skipif(importlib.util.find_spec("kdfast._cuda") is None, reason="kdfast._cuda is not built (KDFAST_BUILD=cuda)")
 def test_the_cuda_extension_imports_without_a_gpu() -> None:
     code = (
         "import kdfast, sys; assert 'kdfast._cuda' not in sys.modules; from kdfast import _cuda; print(_cuda.build_version())"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ import pytest
 from tiny_runs import TEXT, make_tokenizer, recipe_values
 
 import kdfast
+from bench import commands as bench_commands
 from kdfast.cli import COMMANDS, main
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
+from kdfast.extras import has, need
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -38,7 +41,115 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 def test_wrong_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     captured = capsys.readouterr()
-    assert "usage: kdfast" in captured.out + captured.err
+    if words:
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("kdfast")
+        assert "--help" in captured.err
+    else:
+        assert "usage: kdfast" in captured.out
+
+
+@pytest.mark.parametrize(("word", "near"), [("trian", "'train'"), ("benhc", "'bench'"), ("xyzzy", "env, quickstart")])
+def test_an_unknown_command_names_the_nearest(word: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 2
+    assert near in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS), ["plan", "--tokens", "1B"]])
+@pytest.mark.parametrize("script", [False, True], ids=["python -m", "script"])
+def test_help_needs_no_torch(words: list[str], script: bool, tmp_path: Path) -> None:
+    command = ["-m", "kdfast"]
+    if script:
+        (tmp_path / "kdfast").write_text("import sys\nfrom kdfast.cli import main\nsys.exit(main())\n")
+        command = [str(tmp_path / "kdfast")]
+    root = str(Path(kdfast.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, *words], env={**os.environ, "PYTHONPATH": root},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert "kdfast" in imported
+    assert not imported & {"torch", "numpy", "rich", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        pytest.param("import sys, kdfast; print('torch' in sys.modules)", "True", id="import"),
+        pytest.param("import kdfast, torch; print(hasattr(torch.ops.kdfast, 'scale_'))", "True", id="ops registered"),
+        pytest.param("import kdfast.cli, kdfast; print(len(kdfast.backends()) > 1)", "True", id="command line first"),
+    ],
+)
+def test_an_import_elsewhere_registers_the_kernels(code: str, answer: str) -> None:
+    root = Path(kdfast.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == answer
+
+
+def test_a_command_has_everything_when_it_runs(tmp_path: Path) -> None:
+    """A script called kdfast, and what it starts, see the whole package at first use."""
+    (tmp_path / "kdfast").write_text(
+        "import sys, kdfast\n"
+        "assert 'torch' not in sys.modules\n"
+        "from kdfast import kd_loss\n"
+        "assert callable(kd_loss) and set(kdfast.__all__) <= set(vars(kdfast))\n"
+        "assert kdfast.backends() and 'torch' in sys.modules\n"
+        "try:\n    kdfast.nothing\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    root = str(Path(kdfast.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "kdfast")], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "module 'kdfast' has no attribute 'nothing'"
+
+
+def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    for name in COMMANDS:
+        module = importlib.import_module(f"kdfast.cli.{name}")
+        monkeypatch.setattr(module, "run", interrupted)
+        needed = {"train": ["recipe.yaml"], "plan": ["--tokens", "1B"], "eval": ["model", "--data", "x"]}
+        words = {"cache": ["info", "x"]} | needed
+        assert main([name, *words.get(name, [])]) == 130
+        assert capsys.readouterr().err == "kdfast: interrupted\n"
+
+
+@pytest.mark.parametrize("name", [*bench_commands.COMMANDS])
+def test_every_benchmark_is_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = bench_commands.spelled(name).split()[1:]
+    assert main([*words, "--help"]) == 0
+    assert f"usage: {bench_commands.spelled(name)} " in capsys.readouterr().out
+
+
+def test_a_benchmark_without_a_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "full"]) == 2
+    assert capsys.readouterr().err.startswith("kdfast bench: full: expected one of logits, ")
+
+
+def test_a_missing_package_is_named_with_its_extra() -> None:
+    assert need("json", extra="train", what="a test") is json
+    with pytest.raises(
+        ImportError, match=r"^a recipe needs no_such_package, which is not installed: pip install 'kdfast\[train\]'$"
+    ):
+        need("no_such_package.part", extra="train", what="a recipe")
+    assert has("json")
+    assert not has("no_such_package")
+
+
+def test_without_rich_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("kdfast.cli.progress.has", lambda package: False)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with bar("work", 3, "tokens") as shown:
+        shown.update(3)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_help_and_version_exit_0(capsys: pytest.CaptureFixture[str]) -> None:

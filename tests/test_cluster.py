@@ -308,7 +308,7 @@ def test_cluster_size(common: int, pair_bytes: int, blocks: int, library: ctypes
 
 
 def _refusal(student: Tensor, *teachers: Tensor, grad: Tensor | None = None, **options: object) -> str | None:
-    pytest.importorskip("kdfast._cuda", reason="the CUDA extension is not built")
+    pytest.importorskip("kdfast._cuda", reason="kdfast._cuda is not built (KDFAST_BUILD=cuda)")
     from kdfast.backends.cuda import logits
 
     return logits.refusal(student, teachers, RowOptions(**options), grad)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kdfast.cache.format import FORMAT, KL_EDGES, MANIFEST, SHARD_NAME, VERSION, CacheError, CorruptCache, Settings
+from kdfast.files import write_parts
 
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{32})"')
 
@@ -52,7 +52,7 @@ class Manifest:
             "shards": [dataclasses.asdict(s) for s in self.shards],
             "digest": "0" * 32,
         }
-        blank = json.dumps(body, indent=1).encode()
+        blank = json.dumps(body, indent=1, allow_nan=False).encode()
         return _DIGEST.sub(b'"digest": "' + digest(blank).encode() + b'"', blank)
 
     @classmethod
@@ -178,27 +178,8 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def write_atomically(path: Path, parts: Iterable[Any]) -> None:
-    """Writes `path` so that it is found whole or not at all, whatever happens meanwhile."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # what a killed writer left; a link planted here is not followed
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with open(descriptor, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    """Writes `path` so that it is found whole or not at all, under the temporary name that the format prescribes.
 
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames, links and removals in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Two processes must not write one file: whoever calls holds the lock on the cache's folder.
+    """
+    write_parts(path, parts, path.with_name(path.name + ".tmp"))

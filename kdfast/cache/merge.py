@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdfast.cache.format import MANIFEST, CacheError, CacheMismatch
-from kdfast.cache.manifest import CacheInfo, Manifest, ShardEntry, read_manifest, sync_folder, write_atomically
+from kdfast.cache.manifest import CacheInfo, Manifest, ShardEntry, read_manifest, write_atomically
 from kdfast.cache.remote import writable
 from kdfast.cache.shard import Shard
+from kdfast.files import sync_folder
 
 _PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 

@@ -67,7 +67,7 @@ def _header(settings: Settings, tensors: dict[str, np.ndarray], payload: int) ->
         entries[name] = {"dtype": _DTYPES[name], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
         at += array.nbytes
     entries["payload"] = {"dtype": _DTYPES["payload"], "shape": [payload], "data_offsets": [at, at + payload]}
-    text = json.dumps(entries).encode()
+    text = json.dumps(entries, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return _HEADER_LENGTH.pack(len(text)) + text
 

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import kdfast
+from kdfast.extras import need
+
+
+def take_over(words: Sequence[str]) -> Callable[[], int] | None:
+    """The commands that have options of their own: `kdfast bench gpu ...`, `kdfast bench full logits ...`.
+
+    Raises:
+        ValueError: `full` without the name of a command.
+    """
+    commands = _module("commands")
+    if words[:1] == ["full"]:
+        if not words[1:] or words[1] not in commands.COMMANDS:
+            got = repr(words[1]) if words[1:] else "nothing"
+            raise ValueError(f"full: expected one of {', '.join(commands.COMMANDS)}, got {got}")
+        words = words[1:]
+    elif not words or words[0] not in commands.COMMANDS or words[0] in commands.IN_SUITE:
+        return None
+    return functools.partial(commands.run, words[0], list(words[1:]))
 
 
 def add_parser(subparsers: Any) -> None:
     p = subparsers.add_parser(
         "bench", help="measure kdfast against its peers on this machine",
-        epilog="example: kdfast bench logits attention --quick --plot bench.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: kdfast bench logits attention --quick --plot bench.png\n\nbeside the suite, each with --help:\n"
+        + _module("commands").listing(),
         description="Times every op, forward and backward, against PyTorch, torch.compile and Liger. A peer is timed only after"
         " its result agreed with float64. A row is red where kdfast is not first.",
     )  # fmt: skip
@@ -30,20 +54,18 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    code: int = _suite().run(args)
+    code: int = _module("suite").run(args)
     return code
 
 
-def _suite() -> ModuleType:
-    """The benchmarks: `kdfast.bench` in an installation, the folder `bench` beside the package in a checkout."""
-    for name in ("kdfast.bench", "bench"):
-        if importlib.util.find_spec(name) is None:
-            continue
-        try:
-            return importlib.import_module(f"{name}.suite")
-        except ModuleNotFoundError as error:
-            raise ImportError(f"it needs {(error.name or '?').partition('.')[0]}: pip install 'kdfast[bench]'") from None
-    raise ImportError("the benchmarks are not here: pip install 'kdfast[bench]', or run it in the source tree")
+def _module(name: str) -> ModuleType:
+    """One of the benchmarks: in `kdfast.bench` in an installation, in the folder `bench` beside the package in a checkout."""
+    here = Path(kdfast.__file__).resolve().parent
+    for package in ("kdfast.bench", "bench"):  # another package may be called bench, and another kdfast be installed
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin and Path(spec.origin).resolve().parent in (here / "bench", here.parent / "bench"):
+            return need(f"{package}.{name}", extra="bench", what="it")
+    raise ImportError("the benchmarks are not here: install kdfast from its wheel, or run it in the source tree")
 
 
 def _positive(text: str) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from importlib import metadata, util
 from typing import Any
+
+from kdfast.files import json_text
 
 _PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "tokenizers", "safetensors", "rich", "matplotlib")
 
@@ -22,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found = collect()
-    print(json.dumps(found, indent=2)) if args.json else _show(found)
+    print(json_text(found, indent=2)) if args.json else _show(found)
     return 0
 
 
@@ -67,7 +68,7 @@ def _extension() -> str:
 
 def _cuda_extension() -> str:
     if util.find_spec("kdfast._cuda") is None:
-        return "not built: put nvcc (CUDA 12 or later) on PATH, then reinstall kdfast"
+        return "not built (unproven): reinstall kdfast with KDFAST_BUILD=cuda and nvcc (CUDA 12 or later) on PATH"
     from kdfast import _cuda
 
     def text(version: int) -> str:

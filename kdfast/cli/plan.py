@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from typing import Any
 
 from kdfast.cli.plan_model import GPUS, Job, Plan, body_params, plan
+from kdfast.files import json_text
 
+#: It runs without torch.
+LIGHT = True
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _EXAMPLE = """examples:
   kdfast plan --tokens 100B --vocab 151936 --k 64 --teacher-hidden 4096 --student-hidden 2048 --gpu h200 --count 64
@@ -57,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
     made = plan(job)
     if args.json:
         facts = {"job": dataclasses.asdict(job) | {"bytes_per_token": job.token_bytes}, "plan": dataclasses.asdict(made)}
-        even = made.break_even_epochs
-        facts["plan"]["break_even_epochs"] = even if math.isfinite(even) else None
-        print(json.dumps(facts, indent=2))
+        print(json_text(facts, indent=2))
     else:
         print(_text(job, made, args.gpu))
     return 0

@@ -1,23 +1,24 @@
-"""A progress bar on a terminal, nothing when the output is piped."""
+"""A progress bar on a terminal, nothing when the output is piped or rich is not installed."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from kdfast.extras import has
 
 
 class Shown:
     """What `bar` yields."""
 
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
+    def __init__(self, progress: Any = None, task: Any = None) -> None:
         self._progress, self._task = progress, task
 
     def update(self, done: int) -> None:
         """`done` units are finished, counted from the beginning."""
-        if self._progress is not None and self._task is not None:
+        if self._progress is not None:
             self._progress.update(self._task, completed=done)
             speed = self._progress.tasks[0].speed
             self._progress.update(self._task, rate=f"{speed:,.1f}" if speed else "-")
@@ -26,9 +27,15 @@ class Shown:
 @contextlib.contextmanager
 def bar(description: str, total: int, unit: str) -> Iterator[Shown]:
     """A bar of `total` units with rate and time left, on stderr."""
-    console = Console(stderr=True)
+    if not has("rich"):
+        yield Shown()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield Shown(None, None)
+        yield Shown()
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
