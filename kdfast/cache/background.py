@@ -18,9 +18,9 @@ Result = TypeVar("Result")
 class Ahead(Iterator[Result], Generic[Item, Result]):
     """`map(work, items)`, with threads that work up to `depth` items ahead of whoever takes the results.
 
-    Items are taken from their iterator by the caller's thread, so any generator will do, an endless one too. What `work` raises
-    is raised in the turn of its item, and ends the iteration. Threads end with the items, with `close()`, at the end of a `with`
-    block, and with the iterator itself, also when the interpreter ends first.
+    Items are taken from their iterator by the caller's thread, so any generator will do, an endless one too. What `work`
+    raises is raised in the turn of its item, and ends the iteration. Threads end with the items, with `close()`, at the end
+    of a `with` block, and with the iterator itself, also when the interpreter ends first.
 
     Args:
         depth: results that may wait to be taken; 0: the caller works, when asked.
