@@ -241,7 +241,8 @@ def check_errors() -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case by name; each rank runs them in this order."""
-    import parallel_topk_ranks  # which imports this module
+    import parallel_fsdp_ranks  # which, like the next, imports this module
+    import parallel_topk_ranks
 
     found: dict[str, Callable[[], None]] = {}
     for dtype in (torch.float64, torch.float32):
@@ -271,7 +272,7 @@ def cases() -> dict[str, Callable[[], None]]:
     for placement in ("plain", "replicated", "rows-sharded"):
         found[f"dtensor-heads-hidden-{placement}"] = lambda p=placement: check_dtensor_heads(p)
     found["errors"] = check_errors
-    return found | parallel_topk_ranks.cases()
+    return found | parallel_topk_ranks.cases() | parallel_fsdp_ranks.cases()
 
 
 def main(rank: int, world: int, folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdfast.cache import codec, codec_math, record
+from kdfast.cache.background import Ahead
 from kdfast.cache.batch import Batch, Plan, Staged, stage, where_to_decode
 from kdfast.cache.format import KEY_TOKENS, CacheError, CacheMismatch, CorruptCache
 from kdfast.cache.manifest import CacheInfo, read_manifest
@@ -35,6 +37,31 @@ class Record:
     loss_mask: Tensor
     labels: Tensor | None
     context_ids: Tensor | None
+
+
+class Batches(Iterator[Batch]):
+    """What `CacheReader.batches` returns: an iterator of batches that is closed with `close()` or a `with` block."""
+
+    def __init__(
+        self, reader: CacheReader, index_lists: Iterable[Any], prefetch: int, threads: int, device: torch.device | str,
+        decode: str, pack: int | None,
+    ) -> None:  # fmt: skip
+        stage = reader.stage if pack is None else functools.partial(reader.stage_packed, length=pack)
+        self._staged = Ahead(functools.partial(stage, decode=decode, pin=_pins(device)), index_lists, prefetch, threads)
+        self._device = device
+
+    def __next__(self) -> Batch:
+        return next(self._staged).to(self._device).batch()
+
+    def close(self) -> None:
+        """Drops what was read ahead and waits for the threads."""
+        self._staged.close()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def _pins(device: torch.device | str) -> bool:
@@ -100,15 +127,17 @@ class CacheReader:
         Raises:
             IndexError: there is no such record. CorruptCache: its bytes are not what was written.
         """
-        parts = self._parts(i)
+        shard, at = self._locate(i)
         batch = self.batch([i])
         assert isinstance(batch.targets, TopKTargets)
+        # The batch has verified and parsed the record; its labels are masked, those given need not be.
+        labels, context_ids = record.given(shard.bytes_of(at), int(shard.tokens[at]), int(shard.contexts[at]))
         return Record(
             input_ids=batch.input_ids[0],
             targets=batch.targets[0],
             loss_mask=batch.loss_mask[0],
-            labels=None if parts.labels is None else torch.from_numpy(parts.labels),
-            context_ids=None if parts.context_ids is None else torch.from_numpy(parts.context_ids),
+            labels=None if labels is None else torch.from_numpy(labels),
+            context_ids=None if context_ids is None else torch.from_numpy(context_ids),
         )
 
     def batch(
@@ -179,6 +208,37 @@ class CacheReader:
         extra = {"position_ids": np.where(padding, 0, positions), "document_ids": documents}
         plan = Plan(jobs, shape, extra={name: x.reshape(shape) for name, x in extra.items()})
         return self._stage(plan, numbers, threads, decode, pin)
+
+    def batches(
+        self,
+        index_lists: Iterable[Any],
+        *,
+        prefetch: int = 2,
+        threads: int = 1,
+        device: torch.device | str = "cpu",
+        decode: str = "auto",
+        pack: int | None = None,
+    ) -> Batches:
+        """`(self.batch(indices, device, decode=decode) for indices in index_lists)`, read ahead by threads.
+
+        While one batch is used the next ones are read, checked and decoded, for a GPU into pinned memory; they are copied when
+        they are taken, on the stream of whoever takes them. The iterator can be closed early (`close()`, or a `with` block).
+
+        Args:
+            index_lists: record numbers of each batch, or with `pack` its groups of record numbers; may be endless. They are
+                asked for in the caller's thread, up to `prefetch` + 1 ahead.
+            prefetch: batches that wait at most; 0: none is read before it is taken.
+            threads: how many batches are read at the same time.
+            device, decode: as in `batch`.
+            pack: tokens of a packed row: batches are `self.packed(groups, pack, ...)` then.
+
+        Raises:
+            CacheError: an option is out of range. While batches are taken: as `batch` and `packed`, at the batch concerned.
+        """
+        for name, value, least in (("prefetch", prefetch, 0), ("threads", threads, 1), ("pack", pack or pack is None, 1)):
+            if value < least:
+                raise CacheError(f"{name}: expected {least} or more, got {value}")
+        return Batches(self, index_lists, prefetch, threads, device, where_to_decode(decode, device), pack)
 
     def _numbers(self, indices: Sequence[int] | Tensor) -> np.ndarray:
         numbers = np.asarray(indices, np.int64)

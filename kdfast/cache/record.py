@@ -68,12 +68,20 @@ def pack(
     return b"".join([header, *sections, targets])
 
 
-def unpack(payload: np.ndarray, tokens: int, contexts: int) -> Parts:
-    """Takes a payload apart after checking that every section lies inside it.
+class _Sections(NamedTuple):
+    """Flags, bytes per value (ids, labels, context) and the sections of a payload, which are still bytes."""
 
-    Raises:
-        CorruptCache: it does not, or the record does not hold `tokens` tokens and `contexts` context ids.
-    """
+    flags: int
+    widths: list[int]
+    ids: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+    context: np.ndarray
+    targets: np.ndarray
+
+
+def _sections(payload: np.ndarray, tokens: int, contexts: int) -> _Sections:
+    """Takes a payload apart after checking that every section lies inside it. Raises as `unpack`."""
     if payload.size < _HEADER.size:
         raise CorruptCache(f"a record has {payload.size} bytes, fewer than its header")
     flags, *widths, n_tokens, n_context = _HEADER.unpack_from(payload.data)
@@ -95,14 +103,37 @@ def unpack(payload: np.ndarray, tokens: int, contexts: int) -> Parts:
     ends = np.cumsum([_HEADER.size, *sizes]).tolist()
     if ends[-1] > payload.size:
         raise CorruptCache(f"a record has {payload.size} bytes, but its sections need {ends[-1]} and more")
-    ids, mask, labels, context = (payload[a:b] for a, b in itertools.pairwise(ends))
+    return _Sections(flags, widths, *(payload[a:b] for a, b in itertools.pairwise(ends)), payload[ends[-1] :])
+
+
+def unpack(payload: np.ndarray, tokens: int, contexts: int) -> Parts:
+    """A payload's parts.
+
+    Raises:
+        CorruptCache: a section does not lie inside it, or the record does not hold `tokens` tokens and `contexts` context ids.
+    """
+    found = _sections(payload, tokens, contexts)
+    labels, context_ids = _given(found, tokens, contexts)
     return Parts(
-        input_ids=_unpack(ids, tokens, widths[0]),
-        loss_mask=np.unpackbits(mask, count=tokens, bitorder="little").astype(bool) if flags & _MASK else None,
-        labels=_labels(_unpack(labels, tokens, widths[1])) if flags & _LABELS else None,
-        context_ids=_unpack(context, n_context, widths[2]) if flags & _CONTEXT else None,
-        targets=payload[ends[-1] :],
-        has_counts=bool(flags & _COUNTS),
+        input_ids=_unpack(found.ids, tokens, found.widths[0]),
+        loss_mask=np.unpackbits(found.mask, count=tokens, bitorder="little").astype(bool) if found.flags & _MASK else None,
+        labels=labels,
+        context_ids=context_ids,
+        targets=found.targets,
+        has_counts=bool(found.flags & _COUNTS),
+    )
+
+
+def given(payload: np.ndarray, tokens: int, contexts: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Labels and context ids as they were given, which a batch of the record does not tell. Raises as `unpack`."""
+    return _given(_sections(payload, tokens, contexts), tokens, contexts)
+
+
+def _given(found: _Sections, tokens: int, contexts: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    labels, context = found.flags & _LABELS, found.flags & _CONTEXT
+    return (
+        _labels(_unpack(found.labels, tokens, found.widths[1])) if labels else None,
+        _unpack(found.context, contexts, found.widths[2]) if context else None,
     )
 
 

@@ -154,9 +154,13 @@ class Shard:
         jobs[:, 1:5] = np.stack([np.diff(self.offsets), self.tokens, self.contexts, self.checksums.view(np.int64)], 1)
         return jobs
 
+    def bytes_of(self, i: int) -> np.ndarray:
+        """Payload of record i, nothing verified."""
+        return self.payload[self.offsets[i] : self.offsets[i + 1]]
+
     def read(self, i: int) -> np.ndarray:
         """Payload of record i, its checksum verified."""
-        payload = self.payload[self.offsets[i] : self.offsets[i + 1]]
+        payload = self.bytes_of(i)
         if codec.checksum(payload) != int(self.checksums[i]):
             raise CorruptCache(f"{self.path}: record {i} does not match its checksum; capture it again or restore the file")
         return payload

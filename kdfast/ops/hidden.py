@@ -11,6 +11,7 @@ from kdfast import dispatch
 from kdfast.chunks import Needs, grad_hidden_dtype
 from kdfast.ops import rows
 from kdfast.ops.formed import InBackward, InForward
+from kdfast.ops.shards import gathered
 
 NORMALIZE = ("valid", "all")
 
@@ -169,6 +170,7 @@ def hidden_mse(
     Source: FitNets (Romero et al. 2015, arXiv 1412.6550); TinyBERT (Jiao et al. 2020, arXiv 1909.10351), equations 8 and 9.
     """
     _check_pair(h_s, h_t)
+    projection, bias = gathered(projection), gathered(bias)
     _check_projection(h_s, h_t, projection, bias)
     lead, grad_mode = h_s.shape[:-1], torch.is_grad_enabled()
     scale = _row_scale(h_s if projection is None else projection, lead, mask, normalize, reduction)

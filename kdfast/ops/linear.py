@@ -137,7 +137,10 @@ def linear_kd_loss(
         row_index: `[M]` int64 ascending positions (in the flattened leading dimensions) that hold every row that counts;
             the other rows cost no GEMM. On a CPU such rows are found without it; on a GPU that would wait for the device.
         tp_group: the heads hold a slice of the vocabulary on each rank of this process group, as in `kd_loss`; hidden
-            states are whole on every rank. Heads that are DTensors need no group, and hidden states may be DTensors too.
+            states are whole on every rank. Heads that are DTensors need no group where a mesh dimension is named "tp" (or
+            contains "tensor"), or where the hidden states are DTensors on the same mesh: they are taken for such slices. Every
+            other DTensor head, as under FSDP2, is gathered: each rank's loss is that of its own rows, and the head's gradient
+            the ranks' mean, as FSDP2 averages the others.
         reduce_hidden_grad: all-reduce the gradient of student_hidden over tp_group, once; False leaves every rank its share.
         divergence ... return_parts: as in `kd_loss`. With reduction "none" backward runs the chunks again.
 
@@ -162,12 +165,12 @@ def linear_kd_loss(
         teachers=len(weights), teacher_weights=teacher_weights, teacher_mix=teacher_mix,
     )  # fmt: skip
     main_grad = main_grad_of(student_weight)
-    shards = Shards(tp_group)
-    student_weight = shards.slice("student_weight", student_weight, 0)
-    student_bias = None if student_bias is None else shards.slice("student_bias", student_bias, 0)
+    shards = Shards(tp_group, student_hidden)
+    student_weight = shards.head("student_weight", student_weight)
+    student_bias = None if student_bias is None else shards.head("student_bias", student_bias)
     for i in range(len(weights)):
-        weights[i] = shards.slice(rows.member("teacher_weight", i, len(weights)), weights[i], 0)
-        biases[i] = None if biases[i] is None else shards.slice(rows.member("teacher_bias", i, len(weights)), biases[i], 0)
+        weights[i] = shards.head(rows.member("teacher_weight", i, len(weights)), weights[i])
+        biases[i] = None if biases[i] is None else shards.head(rows.member("teacher_bias", i, len(weights)), biases[i])
         hiddens[i] = shards.whole("teacher_hidden", hiddens[i])
     summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
     student_hidden = shards.whole("student_hidden", student_hidden, partial_grad=summed_by_dtensor)

@@ -10,6 +10,7 @@ from kdfast.chunks import Needs, Side, grad_buffers
 from kdfast.ops import rows
 from kdfast.ops.formed import InForward
 from kdfast.ops.hidden import check_mask
+from kdfast.ops.shards import gathered
 
 METHODS = ("auto", "gram", "logits")
 
@@ -106,6 +107,7 @@ def linear_logit_mse(
 
     Source: matching logits, Ba & Caruana 2014, arXiv 1312.6184; ||A B^T||_F^2 = <A^T A, B^T B>.
     """
+    student_weight, teacher_weight = gathered(student_weight), gathered(teacher_weight)
     _check_side("student", student_hidden, student_weight, student_hidden)
     _check_side("teacher", teacher_hidden, teacher_weight, student_hidden)
     lead = student_hidden.shape[:-1]

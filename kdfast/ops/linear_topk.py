@@ -15,7 +15,7 @@ from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side, main_grad_of
 from kdfast.ops.linear_op import LinearCall, side_of
 from kdfast.ops.row_options import head_fields, row_options
-from kdfast.ops.shards import Shards, is_dtensor
+from kdfast.ops.shards import Shards, gathered, is_dtensor
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import as_targets, capture_outputs, check_capture, uniform_draws
 from kdfast.options import Head
@@ -85,6 +85,7 @@ def linear_topk_targets(
 
     Args:
         hidden: `[..., D]`, taken in the weight's dtype, both in autocast's where that is on. weight: `[V, D]`. bias: `[V]`.
+            A head that is a DTensor (FSDP2) is gathered.
         logits_dtype: float32, or bfloat16, which halves the workspace and rounds the targets.
         workspace_mb: MiB for the logits of one chunk; None: 256 on a CPU, 1024 on a GPU.
         k, temperatures, samples, sample_temperature, generator, head: as in `topk_targets`.
@@ -92,6 +93,7 @@ def linear_topk_targets(
     Raises:
         ValueError: as `topk_targets`.
     """
+    weight, bias = gathered(weight), gathered(bias)
     check_side("", hidden, weight, bias, hidden, "hidden")
     check_chunking(workspace_mb, logits_dtype)
     at = check_capture(weight.shape[0], k, temperatures, samples, sample_temperature)
@@ -160,9 +162,9 @@ def linear_topk_kd_loss(
     )  # fmt: skip
     tails.check(several, tail, options)
     main_grad = main_grad_of(student_weight)
-    shards = Shards(tp_group)
-    student_weight = shards.slice("student_weight", student_weight, 0)
-    student_bias = None if student_bias is None else shards.slice("student_bias", student_bias, 0)
+    shards = Shards(tp_group, student_hidden)
+    student_weight = shards.head("student_weight", student_weight)
+    student_bias = None if student_bias is None else shards.head("student_bias", student_bias)
     summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
     student_hidden = shards.whole("student_hidden", student_hidden, partial_grad=summed_by_dtensor)
     labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)

@@ -62,6 +62,16 @@ def gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out.view(-1, *tensor.shape)
 
 
+def equal_slices(vocab: int, ranks: int) -> str:
+    """What to do about slices that do not begin at the same ids on every side, the longest of which has `vocab` ids."""
+    step = -(-vocab // ranks)
+    return (
+        f"cut every side at multiples of {step} = ceil({vocab} / {ranks}), so that rank r holds ids r * {step} to"
+        f" (r + 1) * {step} - 1, and pad a side that is too short for {ranks} slices to {step * ranks} ids with logits of -inf"
+        " (a head's rows of weight 0 and bias -inf)"
+    )
+
+
 class Slices:
     """`forward` and `backward` of the `logits` contract on slices of the vocabulary; labels are ids of the whole one.
 
@@ -129,7 +139,8 @@ class Slices:
         if not bool(fits):
             raise ValueError(
                 f"tp_group: expected slices of {int(full)} ids on every rank, fewer only on the last, got lengths"
-                f" {lengths.long().tolist()} (a row per rank: student, teachers)"
+                f" {lengths.long().tolist()} (a row per rank: student, teachers);"
+                f" {equal_slices(int(lengths.sum(0).max()), len(lengths))}"
             )
         return lses, lengths
 

@@ -22,7 +22,7 @@ from kdfast.options import PARTS, Head, RowOptions
 def _offset(width: int, like: Tensor, ranks: dist.ProcessGroup) -> tuple[int, int]:
     """(first id of this rank's slice, ids of all ranks)."""
     widths = parallel.gather(torch.tensor([width], device=like.device), ranks)[:, 0]
-    return dist.get_rank(ranks) * int(widths[0].max()), int(widths.sum())
+    return int(widths[: dist.get_rank(ranks)].sum()), int(widths.sum())
 
 
 class SparseSlices:
