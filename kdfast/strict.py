@@ -32,7 +32,7 @@ def build(cls: type, values: Any, path: str = "") -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path or 'recipe'}: expected a mapping of keys to values, got {_show(values)}")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in values:
         if key not in fields:
             raise ValueError(unknown_key(_join(path, str(key)), str(key), fields))
@@ -45,7 +45,10 @@ def build(cls: type, values: Any, path: str = "") -> Any:
             continue
         made[name] = _convert(hints[name], values[name], where)
         _check_range(field.metadata, made[name], where)
-    return cls(**made)
+    try:
+        return cls(**made)
+    except ValueError as error:  # from __post_init__, which knows its own keys only
+        raise ValueError(_join(path, str(error))) from None
 
 
 def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> str:
@@ -78,9 +81,11 @@ def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass as mappings, lists and scalars, ready for YAML."""
+    """A dataclass as mappings, lists and scalars, ready for YAML; one that says itself what it is in YAML has `plain()`."""
+    if hasattr(value, "plain"):
+        return plain(value.plain())
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
@@ -91,9 +96,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        return _convert(_member(args, value), value, where)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
+    if hint is Any:
+        return value
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
@@ -104,6 +111,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected a mapping, got {_show(value)}")
         return dict(value)
     return _scalar(hint, value, where)
+
+
+def _member(members: Sequence[Any], value: Any) -> Any:
+    """The member of a union that a value is meant for: a mapping for a dataclass, a list for a tuple, else a scalar."""
+    able = [m for m in members if m is not type(None)]
+    for wanted, fits in ((Mapping, dataclasses.is_dataclass), (list | tuple, lambda m: typing.get_origin(m) is tuple)):
+        if isinstance(value, wanted):
+            return next((m for m in able if fits(m)), able[0])
+    return next((m for m in able if not dataclasses.is_dataclass(m)), able[0])
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
@@ -123,6 +139,10 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
 
 def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
     if value is None:
+        return
+    if dataclasses.is_dataclass(value):
+        for end in getattr(value, "extremes", ()):
+            _check_range(limits, end, where)
         return
     if "choices" in limits and value not in limits["choices"]:
         near = difflib.get_close_matches(str(value), limits["choices"], n=1)

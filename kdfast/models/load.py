@@ -137,6 +137,12 @@ def from_function(name: str, arguments: dict[str, Any], key: str) -> nn.Module:
     return model
 
 
+def vocab_of(model: nn.Module) -> int | None:
+    """The model's vocabulary size where it says so."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return int(size) if size is not None else None
+
+
 def kind_of(folder: Path) -> str:
     """Kind of the model in a folder, by the architecture its config names; `causal_lm` where that says nothing."""
     names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
@@ -187,18 +193,21 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> 
                 f" expected {list(own[name].shape)}"
             )
     found = model.load_state_dict(tensors, strict=False)
-    missing, surplus = set(found.missing_keys) - _tied(model, tensors), found.unexpected_keys
+    groups = {**tied(model)}
+    given = {name for name in (*groups, *groups.values()) if name in tensors}
+    reached = {copy for copy, name in groups.items() if name in given} | {name for copy, name in groups.items() if copy in given}
+    missing, surplus = set(found.missing_keys) - reached, found.unexpected_keys
     if missing or surplus:
         what = f"missing {', '.join(sorted(missing)[:4])}" if missing else f"not in the student: {', '.join(surplus[:4])}"
         raise ValueError(f"{key}: the weights in {path} do not fit the student: {what}")
 
 
-def _tied(model: nn.Module, given: dict[str, Any]) -> set[str]:
-    """Names of parameters that share their tensor with one that was given."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name for group in names.values() if any(n in given for n in group) for name in group}
+def tied(module: nn.Module) -> dict[str, str]:
+    """Name of each parameter that is another one's too -> the name it is met under first."""
+    first: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+    return {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False) if first[id(p)] != name}
 
 
 @contextlib.contextmanager

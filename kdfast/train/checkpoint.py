@@ -10,11 +10,10 @@ A checkpoint is a folder `checkpoints/step-00000100` that appears by one rename:
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from kdfast.train.models import save_folder
+from kdfast import files
+from kdfast.models.load import tied
+from kdfast.train.students import save_folder
 
 # The optimiser's state is keyed by parameter names, so it survives another wrapping (none, DDP, FSDP).
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -51,11 +52,7 @@ def write_folder(target: Path, accelerator: Accelerator, fill: Any) -> None:
     fill(part)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for file in part.rglob("*"):
-            _sync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(part, target)
-        _sync(target.parent)
+        files.replace_folder(part, target)
     accelerator.wait_for_everyone()
 
 
@@ -63,28 +60,31 @@ def save(
     folder: Path,
     step: int,
     seconds: float,
+    rows: int,
     keep: int,
     accelerator: Accelerator,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Writes the checkpoint of `step` and removes all but the newest `keep`."""
+    """Writes the checkpoint of `step`, `rows` rows of data into the run, and removes all but the newest `keep`."""
 
     def fill(part: Path) -> None:
         weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
         states: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
         rng_tensors, rng_plain = _rng_state()
         save_file(rng_tensors, part / f"rng-{accelerator.process_index:05d}.safetensors")
-        (part / f"rng-{accelerator.process_index:05d}.json").write_text(json.dumps(rng_plain))
+        files.write_json(part / f"rng-{accelerator.process_index:05d}.json", rng_plain)
         if not accelerator.is_main_process:
             return
-        tensors = {f"module.{k}": v for k, v in weights.items()}
+        doubled = tied(unwrapped(module))
+        tensors = {f"module.{k}": v for k, v in weights.items() if k not in doubled}
         for name, state in states["state"].items():
             tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items()}
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part / "training.safetensors")
         scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-        rest = {"step": step, "seconds": seconds, "scaler": scaler, "param_groups": states["param_groups"]}
-        (part / "state.json").write_text(json.dumps(rest))
+        rest = {"step": step, "seconds": seconds, "rows": rows, "world": accelerator.num_processes, "scaler": scaler,
+                "param_groups": states["param_groups"]}  # fmt: skip
+        files.write_json(part / "state.json", rest)
 
     write_folder(folder / "checkpoints" / f"step-{step:08d}", accelerator, fill)
     if accelerator.is_main_process:
@@ -92,8 +92,17 @@ def save(
             shutil.rmtree(old)
 
 
-def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Puts a checkpoint back: weights, optimiser, random states. Returns its step and the seconds trained so far."""
+class Resumed(NamedTuple):
+    """Where a checkpoint was taken. `same_world`: by as many processes as there are now."""
+
+    step: int
+    seconds: float
+    rows: int
+    same_world: bool
+
+
+def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> Resumed:
+    """Puts a checkpoint back: weights, optimiser, and, by as many processes as it was written by, random states."""
     state = json.loads((path / "state.json").read_text())
     tensors = load_file(path / "training.safetensors")
     weights: dict[str, Any] = {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
@@ -102,19 +111,17 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
         if key.startswith("optimizer."):
             name, _, field = key.removeprefix("optimizer.").rpartition("/")
             states.setdefault(name, {})[field] = value
+    weights |= {copy: weights[first] for copy, first in tied(unwrapped(module)).items()}
     set_model_state_dict(module, weights, options=_OPTIONS)
     groups = [_tuples(group) for group in state["param_groups"]]
     set_optimizer_state_dict(module, optimizer, {"state": states, "param_groups": groups}, options=_OPTIONS)
     if state["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    rng = path / f"rng-{accelerator.process_index:05d}.safetensors"
-    if not rng.is_file():
-        raise ValueError(
-            f"{path}: holds no random state for process {accelerator.process_index}; resume with as many processes as it was"
-            " written by, or start afresh in another out"
-        )
-    _set_rng_state(load_file(rng), json.loads(rng.with_suffix(".json").read_text()))
-    return state["step"], state["seconds"]
+    same = state["world"] == accelerator.num_processes
+    if same:
+        rng = path / f"rng-{accelerator.process_index:05d}.safetensors"
+        _set_rng_state(load_file(rng), json.loads(rng.with_suffix(".json").read_text()))
+    return Resumed(state["step"], state["seconds"], state["rows"], same)
 
 
 def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, tokenizer: Path | None) -> None:
@@ -123,10 +130,17 @@ def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: n
 
     def fill(part: Path) -> None:
         if accelerator.is_main_process:
+            doubled = tied(student)
             own = {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
-            save_folder(student, part, own, tokenizer)
+            save_folder(student, part, {k: v for k, v in own.items() if k not in doubled}, tokenizer)
 
     write_folder(folder / "model", accelerator, fill)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What DDP wrapped; FSDP2 wraps nothing."""
+    inner: nn.Module = getattr(module, "module", module)
+    return inner
 
 
 def _tuples(group: dict[str, Any]) -> dict[str, Any]:
@@ -150,11 +164,3 @@ def _set_rng_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

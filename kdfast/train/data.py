@@ -1,4 +1,4 @@
-"""Text files to packed sequences, and the order in which a run visits them.
+"""What a run reads, and the order in which it visits the rows.
 
 The order is a function of (seed, position) alone, so a resumed run needs no iterator state.
 """
@@ -8,37 +8,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kdfast import EncodedTargets, TopKTargets
-from kdfast.text import IGNORE
+from kdfast.cache.dataset import pack_rows
 from kdfast.text.packing import pack
 from kdfast.text.specials import Specials
-
-
-class Batch(NamedTuple):
-    """What one step trains on: all `[B, L]`, labels aligned with the logits, `IGNORE` where a position does not count."""
-
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor | None = None
-    targets: TopKTargets | EncodedTargets | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True),
-            None if self.targets is None else self.targets.to(device, non_blocking=True),
-        )
+from kdfast.train.batch import IGNORE, Batch
 
 
 class Source(Protocol):
-    """Training or evaluation data: a number of sequences, and any of them as a batch."""
+    """Training or evaluation data: a number of rows, and any of them as a batch."""
 
     def __len__(self) -> int: ...
     def batch(self, indices: Sequence[int]) -> Batch: ...
@@ -63,6 +47,25 @@ class Sequences:
         return hashlib.blake2b(str(tuple(self.ids.shape)).encode() + self.ids.numpy().tobytes(), digest_size=16).hexdigest()
 
 
+class Subset:
+    """Some rows of a source."""
+
+    def __init__(self, source: Source, rows: Sequence[int]) -> None:
+        self.source, self.rows = source, list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        return self.source.batch([self.rows[i] for i in indices])
+
+    @property
+    def digest(self) -> str:
+        """Of the source, and which rows."""
+        rows = hashlib.blake2b(torch.tensor(self.rows).numpy().tobytes(), digest_size=8).hexdigest()
+        return f"{getattr(self.source, 'digest', '')}:{rows}"
+
+
 def next_labels(ids: Tensor) -> Tensor:
     """Labels of a causal language model: the next id, `IGNORE` at the end."""
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], 1)
@@ -85,6 +88,35 @@ class Order:
                 self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
             out += self._permutation[offset : offset + count - len(out)].tolist()
         return out
+
+
+class PackedOrder:
+    """The same over documents of several lengths, whole, packed into rows of `length` tokens: `take` gives lists of documents."""
+
+    def __init__(self, lengths: np.ndarray, length: int, seed: int) -> None:
+        self.lengths, self.length, self.seed = lengths, length, seed
+        self._rows: dict[int, list[list[int]]] = {}
+        self._counts: list[int] = []  # rows of each epoch so far
+
+    def take(self, start: int, count: int) -> list[list[int]]:
+        """The packed rows at positions start .. start + count - 1 of the walk."""
+        return [self._row(position) for position in range(start, start + count)]
+
+    def _row(self, position: int) -> list[int]:
+        epoch = 0
+        while True:
+            if epoch == len(self._counts):
+                self._counts.append(len(self._epoch(epoch)))
+            if position < self._counts[epoch]:
+                return self._epoch(epoch)[position]
+            position -= self._counts[epoch]
+            epoch += 1
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._rows:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+            self._rows = {epoch: pack_rows(self.lengths, order, self.length)}
+        return self._rows[epoch]
 
 
 def tokenize(tokenizer: Tokenizer, files: Sequence[Path], length: int, separator: str, key: str = "data") -> Sequences:

@@ -1,50 +1,73 @@
-"""Perplexity and top-1 accuracy on held-out sequences."""
+"""A model's scores on held-out data, through the module that training wrapped."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from kdfast.text import IGNORE
-from kdfast.train.data import Source
-from kdfast.train.models import logits_of
+if TYPE_CHECKING:
+    from kdfast.train.data import Source
 
 
-class Evaluation(NamedTuple):
-    """`ppl` = exp(mean negative log-likelihood of the labels in nats); `top1` = share of labels that are the argmax."""
+class Evaluation(dict[str, Any]):
+    """Scores by name, which are attributes too; what they are is the task's affair (`ppl`, `nll`, `top1`, `tokens`)."""
 
-    ppl: float
-    nll: float
-    top1: float
-    tokens: int
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"evaluation: expected one of {', '.join(self)}, got {name!r}") from None
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Source, *, batch_size: int = 16, limit: int = 0) -> Evaluation:
-    """The model on the first `limit` sequences of `data` (0 = all), in evaluation mode, which is then put back.
+def evaluate(
+    model: nn.Module, data: Source, *, batch_size: int = 16, limit: int = 0, task: Any = None, share: tuple[int, int] = (0, 1)
+) -> Evaluation:
+    """The scores of `task` on the first `limit` rows of `data` (0 = all), in evaluation mode, which is then put back.
+
+    Args:
+        model: a `DistillStep`, wrapped or not, or a bare model, which becomes one.
+        task: what is scored; None: a causal language model.
+        share: (rank, world): this process reads its part of the batches, and the sums of all are added up.
 
     Raises:
         ValueError: no position has a label.
     """
-    device = next(model.parameters()).device
+    from kdfast.train.step import DistillStep, step_in
+    from kdfast.train.tasks.causal_lm import CausalLM
+
+    if step_in(model) is None:
+        task = task or CausalLM(None, CausalLM.Data())
+        model = DistillStep(model, None, task).name_head()
+    step = step_in(model)
+    assert step is not None
+    task = task or step.task
+    device = next(step.student.parameters()).device
     n = min(limit, len(data)) if limit else len(data)
+    rank, world = share
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, n, batch_size):
+    scores: list[dict[str, Tensor]] = []
+    starts = list(range(0, n, batch_size))
+    # Every process takes part in every round: a sharded model gathers its weights together.
+    for turn in range(0, len(starts), world):
+        mine = turn + rank
+        start = starts[mine] if mine < len(starts) else starts[turn]
         batch = data.batch(range(start, min(start + batch_size, n))).to(device)
-        logits = logits_of(model, batch.input_ids, batch.attention_mask).float().flatten(0, -2)
-        labels = batch.labels.flatten()
-        nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        hits = (logits.argmax(-1) == labels).sum()
-        totals += torch.stack([nll, hits, (labels != IGNORE).sum()]).cpu()
+        found = model(batch, score=True)
+        if mine < len(starts):
+            scores.append({name: value.cpu() for name, value in found.items()})
     model.train(was_training)
-    nll_sum, right, tokens = totals.tolist()
-    if tokens == 0:
-        raise ValueError("validation: expected at least one labelled position, got none; add files")
-    mean = nll_sum / tokens
-    return Evaluation(math.exp(min(mean, 700.0)), mean, right / tokens, int(tokens))
+    if world > 1:
+        scores = _gathered(scores)
+    return task.summary(scores)  # type: ignore[no-any-return]
+
+
+def _gathered(scores: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    import torch.distributed as dist
+
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, [{k: v.tolist() for k, v in s.items()} for s in scores])
+    return [{k: torch.tensor(v) for k, v in s.items()} for part in everybody for s in part]

@@ -1,87 +1,145 @@
-"""What a recipe names on disk, opened and checked before the first step: tokenizer, data, teacher."""
+"""What a recipe names on disk, opened and checked before the first step: tokenizer, data, teachers."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-
-from kdfast.text.files import list_files, split_files
+from kdfast.models.load import resolve_folder
 from kdfast.text.tokenizers import file_hash, load_tokenizer
-from kdfast.train.data import Sequences, Source, tokenize
-from kdfast.train.models import build_teacher
+from kdfast.train.batch import IGNORE
+from kdfast.train.data import Source, Subset
 from kdfast.train.recipe import Recipe
-from kdfast.train.teacher import CachedTeacher, LiveTeacher, Signal
-
-#: The split by file depends on this alone, so that runs with different seeds see the same validation files.
-_SPLIT_SEED = 0
+from kdfast.train.tasks import task_class
+from kdfast.train.tasks.language import LanguageTask
+from kdfast.train.tasks.task import Task
+from kdfast.train.teachers import CachedTeacher, Teacher, open_teacher
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads. `teacher` is the live teacher's module; `digest` is a hash of the training data."""
+    """Everything a run reads. `digest` is a hash of the training data."""
 
+    task: Task[Any]
     train: Source
     validation: Source | None
-    signal: Signal | None
-    teacher: nn.Module | None
+    teachers: Sequence[Teacher]
     tokenizer: Path | None
     vocab_size: int | None
     digest: str
 
+    @property
+    def caches(self) -> list[CachedTeacher]:
+        return [teacher for teacher in self.teachers if isinstance(teacher, CachedTeacher)]
 
-def open_inputs(recipe: Recipe, train: Source | None = None, validation: Source | None = None) -> Inputs:
-    """Opens what `recipe` names; `train` and `validation` take the place of its text files.
+
+def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, validation: Source | None = None) -> Inputs:
+    """Opens what `recipe` names; `train` and `validation` take the place of its data. What is made of the data lies in `folder`.
 
     Raises:
         ValueError: something is missing, empty, or does not belong together; one line with the recipe's key.
     """
-    tokenizer_file, vocab_size, tokenizer_hash = None, None, None
-    needs_text = train is None and (recipe.teacher is None or recipe.teacher.cache is None)
-    if recipe.tokenizer or needs_text or recipe.data.validation:
-        tokenizer, tokenizer_file = load_tokenizer(recipe.tokenizer)
-        vocab_size, tokenizer_hash = tokenizer.get_vocab_size(), file_hash(tokenizer_file)
-    signal: Signal | None = None
-    teacher = None
-    if recipe.teacher and recipe.teacher.cache:
-        cached = CachedTeacher(recipe.teacher.cache, tokenizer_hash=tokenizer_hash, temperature=recipe.temperature)
-        vocab_size = vocab_size or cached.reader.info.vocab_size
-        train, signal = cached, cached
-    elif recipe.teacher:
-        teacher = build_teacher(recipe.teacher)
-        signal = LiveTeacher(teacher)
-    if tokenizer_file is not None and (needs_text or (validation is None and recipe.data.validation)):
-        text_train, text_validation = _read_text(recipe, tokenizer, needs_text)
-        train, validation = train or text_train, validation or text_validation
+    task = task_class(recipe.task.name)(recipe.task.options, recipe.data)
+    cached = [spec for spec in recipe.all_teachers if spec.cache]
+    _check_sources(recipe, train, bool(cached))
+    needs_train = train is None and not cached
+    reads = needs_train or (validation is None and bool(getattr(recipe.data, "validation", ())))
+    tokenizer, tokenizer_file = None, None
+    if task.needs_tokenizer and (recipe.tokenizer or reads):
+        tokenizer, tokenizer_file = load_tokenizer(recipe.tokenizer or _own_tokenizer(recipe))
+    identity = None if tokenizer_file is None else file_hash(tokenizer_file)
+    pack = getattr(recipe.data, "pack", None)
+    if pack and not cached:
+        raise ValueError("data.pack: expected a cached teacher; running text fills its sequences by itself, leave it out")
+    many = len(recipe.all_teachers) > 1
+    teachers = [
+        open_teacher(spec, f"teachers[{i}]" if many else "teacher", task.kind, identity, pack)
+        for i, spec in enumerate(recipe.all_teachers)
+    ]
+    if cached:
+        train, held_out = _cached(recipe, [t for t in teachers if isinstance(t, CachedTeacher)])
+        validation = validation or held_out
+    if reads:
+        splits = task.open(tokenizer, tokenizer_file, folder, needs_train)
+        train, validation = train or splits.train, validation or splits.validation
     if train is None or len(train) == 0:
-        raise ValueError("data.train: expected training sequences, got none")
-    return Inputs(train, validation, signal, teacher, tokenizer_file, vocab_size, digest_of(train))
+        raise ValueError("data.train: expected training rows, got none")
+    vocab_size = None if tokenizer is None else tokenizer.get_vocab_size()
+    if vocab_size is None and cached:
+        vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))
+    _check_labels(train, vocab_size, task)
+    return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train))
 
 
-def _read_text(recipe: Recipe, tokenizer: object, needs_train: bool) -> tuple[Sequences | None, Sequences | None]:
-    data = recipe.data
-    train = validation = None
-    held_out: list[Path] = []
-    if data.validation:
-        held_out = [file for _, file in list_files(data.validation, data.glob, data.exclude, "data.validation")]
-    if needs_train:
-        if not data.train:
-            raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
-        files = list_files(data.train, data.glob, data.exclude, "data.train")
-        if data.validation or data.validation_share == 0:
-            kept = [file for _, file in files]
-        else:
-            held_out, kept = split_files(files, [data.validation_share], _SPLIT_SEED)
-        train = tokenize(tokenizer, kept, data.sequence_length, data.separator, "data.train")  # type: ignore[arg-type]
-    if held_out:
-        validation = tokenize(tokenizer, held_out, data.sequence_length, data.separator, "data.validation")  # type: ignore[arg-type]
-    return train, validation
+def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
+    if cached and train is not None:
+        raise ValueError("train_data: the teacher is a cache, which is the training data; leave train_data out")
+    if cached and (getattr(recipe.data, "train", ()) or getattr(recipe.data, "dataset", None)):
+        raise ValueError("data.train: the teacher is a cache, which is the training data; leave data.train out")
+    kinds = {bool(spec.cache) for spec in recipe.all_teachers}
+    if len(kinds) > 1:
+        raise ValueError("teachers: expected all of them live or all of them caches, got both; capture the live ones")
+
+
+def _own_tokenizer(recipe: Recipe) -> Path | None:
+    """The tokenizer in the student's folder, else in the teacher's."""
+    for key, name in (("student.path", recipe.student.path), *(("teacher.path", t.path) for t in recipe.all_teachers)):
+        if name and (resolve_folder(name, key) / "tokenizer.json").is_file():
+            return resolve_folder(name, key) / "tokenizer.json"
+    return None
+
+
+def _cached(recipe: Recipe, caches: list[CachedTeacher]) -> tuple[Source, Source | None]:
+    """The caches' records as training data, and those that `data.validation_share` holds out."""
+    source: Source = caches[0] if len(caches) == 1 else _SideBySide(caches)
+    share = getattr(recipe.data, "validation_share", None)
+    if not share or getattr(recipe.data, "validation", ()):
+        return source, None
+    every = max(round(1 / share), 2)
+    rows = range(len(source))
+    return Subset(source, [i for i in rows if i % every]), Subset(source, [i for i in rows if i % every == 0])
+
+
+class _SideBySide:
+    """Caches of one corpus by several teachers: each batch carries the targets of all."""
+
+    def __init__(self, caches: list[CachedTeacher]) -> None:
+        first, *others = caches
+        for i, other in enumerate(others, 1):
+            for name in ("records", "tokens", "vocab_size"):
+                own, its = getattr(first.info, name), getattr(other.info, name)
+                if own != its:
+                    raise ValueError(f"teachers[{i}].cache: expected {name} {own} as in teachers[0].cache, got {its}")
+        self.caches, self.digest = caches, "+".join(c.digest for c in caches)
+
+    def __len__(self) -> int:
+        return len(self.caches[0])
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        from dataclasses import replace
+
+        first, *others = [cache.batch(indices) for cache in self.caches]
+        for i, other in enumerate(others, 1):
+            if not bool((first.input_ids == other.input_ids).all()):
+                raise ValueError(f"teachers[{i}].cache: holds other documents than teachers[0].cache; capture the same ones")
+        return replace(first, targets=tuple(b.targets for b in (first, *others)))
+
+
+def _check_labels(train: Source, vocab_size: int | None, task: Task[Any]) -> None:
+    """Raises when the first rows have labels outside the vocabulary; every batch is looked at by the losses on a CPU."""
+    if vocab_size is None or not isinstance(task, LanguageTask) or isinstance(train, CachedTeacher) and train.pack:
+        return
+    labels = train.batch([0]).labels
+    if labels is None:
+        return
+    outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))]
+    if outside.numel():
+        raise ValueError(f"data: label {int(outside[0])} lies outside the vocabulary of {vocab_size} ids; check the tokenizer")
 
 
 def digest_of(data: Source) -> str:
     """A hash of the training data, as far as it can be had without reading everything."""
-    if isinstance(data, CachedTeacher):
-        return hashlib.blake2b((Path(data.path) / "manifest.json").read_bytes(), digest_size=16).hexdigest()
-    return getattr(data, "digest", f"{type(data).__name__} of {len(data)} sequences")
+    digest: str = getattr(data, "digest", f"{type(data).__name__} of {len(data)} rows")
+    return digest

@@ -3,27 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kdfast.strict import build, one_of, override, plain, ranged
+from kdfast.train import recipes, tasks
+
+#: Keys of earlier recipes that belong to the method.
+_MOVED = ("temperature", "soft_weight", "hard_weight")
+
+
+@dataclass(frozen=True)
+class FromTeacher:
+    """A student cut out of a teacher.
+
+    Args:
+        path: the teacher's folder or hub name; null: `teacher.path`.
+        layers: which of its layers to keep, in order, from 0 (an encoder-decoder's encoder); null: all.
+        decoder_layers: of an encoder-decoder's decoder.
+        width: hidden size: the leading channels of every layer and as many whole heads as fit; null: the teacher's.
+    """
+
+    path: str | None = None
+    layers: tuple[int, ...] | None = None
+    decoder_layers: tuple[int, ...] | None = None
+    width: int | None = ranged(None, low=1)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on a frozen student, by peft (`pip install peft`): all else trains nothing.
+
+    Args:
+        rank, alpha, dropout: peft's `r`, `lora_alpha`, `lora_dropout`.
+        modules: names of the layers that get one; none: peft's own for the architecture.
+    """
+
+    rank: int = ranged(8, low=1)
+    alpha: float = ranged(16.0, above=0.0)
+    dropout: float = ranged(0.0, low=0.0, high=1.0)
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Model:
-    """A student: a `transformers` architecture, a folder with weights, or a function that makes a module.
+    """A student: an architecture with random weights, a folder, a function that makes a module, or cut out of the teacher.
 
     Args:
-        model_type: name of a `transformers` causal language model (`gpt2`, `llama`, ...), with random weights.
+        model_type: name of a `transformers` architecture (`gpt2`, `llama`, ...), with random weights.
         config: fields of its configuration; `vocab_size` defaults to the tokenizer's.
-        path: a local folder that `from_pretrained` reads.
-        function: `module:function`, called with `arguments`, returning an `nn.Module` that maps `input_ids=[B, L]`
-            to logits `[B, L, V]` or to an output with `.logits`.
+        path: a local folder that `from_pretrained` reads, or a hub name.
+        function: `module:function`, called with `arguments`, returning an `nn.Module` that maps inputs to logits or to an
+            output with `.logits`.
         arguments: keyword arguments of `function`.
+        from_teacher: cut out of the teacher.
+        dtype: of the weights that train; `auto`: as they are stored.
+        lora: train adapters only.
+        gradient_checkpointing: layers run again in backward instead of keeping their activations.
+        compile: through `torch.compile`.
     """
 
     model_type: str | None = None
@@ -31,39 +73,40 @@ class Model:
     path: str | None = None
     function: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    from_teacher: FromTeacher | None = None
+    dtype: str = one_of("float32", "auto", "float32", "bfloat16")
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("model_type", "path", "function", "from_teacher") if getattr(self, n)]
+        if len(given) > 1:
+            raise ValueError(f"expected one of model_type, path, function, from_teacher, got {' and '.join(given)}")
+        if self.config and not self.model_type:
+            raise ValueError(f"config: it belongs to model_type, but {given[0] if given else 'none'} is given; leave it out")
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher: a folder, a `module:function` as for the student (both run live), or a cache of its targets."""
+    """A teacher: a folder, a `module:function` as for the student (both run live), or a cache of its targets.
+
+    Args:
+        dtype: what its weights are in; `auto`: as they are stored.
+        weight: among several teachers.
+    """
 
     path: str | None = None
     function: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     cache: str | None = None
+    dtype: str = one_of("auto", "auto", "float32", "bfloat16")
+    weight: float = ranged(1.0, above=0.0)
 
-
-@dataclass(frozen=True)
-class Data:
-    """Text files, split by file.
-
-    Args:
-        train: files or folders; with a cached teacher the cache is the training data and this may stay empty.
-        validation: files or folders; empty: a seeded share of the training files is held out.
-        validation_share: that share, drawn by a seeded hash of each path.
-        glob: which files of a folder.
-        exclude: folder or file names to leave out.
-        sequence_length: tokens per packed sequence; the last one of each has no label.
-        separator: token put after every file; none when the tokenizer lacks it.
-    """
-
-    train: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ()
-    validation_share: float = ranged(0.05, low=0.0, high=0.5)
-    glob: str = "**/*.txt"
-    exclude: tuple[str, ...] = ()
-    sequence_length: int = ranged(128, low=2)
-    separator: str = "<|endoftext|>"
+    def __post_init__(self) -> None:
+        sources = [n for n in ("path", "function", "cache") if getattr(self, n)]
+        if len(sources) != 1:
+            raise ValueError(f"expected one of path, function, cache, got {' and '.join(sources) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -82,33 +125,62 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Named:
+    """A method or a task by name, with its options: `name`, or `{name: ..., option: ...}`."""
+
+    name: str
+    options: Any = None
+
+    def plain(self) -> Any:
+        options = {} if self.options is None else plain(self.options)
+        return {"name": self.name, **options} if options else self.name
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: `steps` of its own method and, where given, its own learning rate schedule."""
+
+    steps: int
+    method: Named
+    optimizer: Optimizer | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run.
 
     Args:
-        method: `supervised` (teachers and plain students) or `word_kd`.
+        method: what trains the student, a file of `kdfast/train/recipes` or `module:Class`, with its options.
+        task: what the data are and how a model is scored, a file of `kdfast/train/tasks`.
+        phases: several methods in turn, in the place of `method` and `steps`.
         out: the run folder.
-        student, teacher, data, optimizer: see their classes.
+        student, teacher, data, optimizer: see their classes. teachers: several teachers instead of one.
         init_from: folder or safetensors file with weights the student starts from.
-        tokenizer: a `tokenizer.json`, or a folder that holds one.
-        steps: optimiser steps; each sees `batch_size * accumulation` sequences per process.
+        tokenizer: a `tokenizer.json`, or a folder that holds one; null: the student's, else the teacher's folder.
+        steps: optimiser steps; each sees `batch_size * accumulation` rows per process.
         seed: of weights, data order and dropout.
         precision: `fp32`, or autocast to `bf16` or `fp16`.
-        temperature, soft_weight, hard_weight: loss = soft_weight * T^2 * KL(p_T || q_T) + hard_weight * CE.
+        shard: `fsdp` shards student, objective and optimiser over the processes (FSDP2); `none` replicates them (DDP).
+        alignment: compare the teacher's loss on the labels with that at other shifts before the first step, and stop when
+            another fits better.
+        ahead: steps whose batches are read while the current one runs.
         log_every: steps between looks at the metrics; every step is logged.
-        eval_every: steps between evaluations on the validation files, 0 = at the end only.
-        eval_sequences: how many sequences an evaluation reads, 0 = all.
+        eval_every: steps between evaluations on the validation data, 0 = at the end only.
+        eval_sequences: how many rows an evaluation reads, 0 = all.
         save_every: steps between checkpoints, 0 = at the end only.
         keep: how many checkpoints stay.
         tracker: `tensorboard` or `none`; `metrics.jsonl` is always written.
         check: run two steps, print memory, alignment and time left, then stop.
     """
 
-    method: str = one_of("supervised", "supervised", "word_kd")
+    method: Named = field(default_factory=lambda: Named("supervised"))
+    task: Named = field(default_factory=lambda: Named("causal_lm"))
+    phases: tuple[Phase, ...] = ()
     out: str = "runs/train"
     student: Model = field(default_factory=Model)
     teacher: Teacher | None = None
-    data: Data = field(default_factory=Data)
+    teachers: tuple[Teacher, ...] = ()
+    data: Any = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     init_from: str | None = None
     tokenizer: str | None = None
@@ -117,9 +189,9 @@ class Recipe:
     accumulation: int = ranged(1, low=1)
     seed: int = ranged(1, low=0)
     precision: str = one_of("fp32", "fp32", "bf16", "fp16")
-    temperature: float = ranged(1.0, above=0.0)
-    soft_weight: float = ranged(1.0, low=0.0)
-    hard_weight: float = ranged(0.0, low=0.0)
+    shard: str = one_of("none", "none", "fsdp")
+    alignment: bool = True
+    ahead: int = ranged(2, low=0)
     log_every: int = ranged(10, low=1)
     eval_every: int = ranged(0, low=0)
     eval_sequences: int = ranged(0, low=0)
@@ -128,21 +200,30 @@ class Recipe:
     tracker: str = one_of("tensorboard", "tensorboard", "none")
     check: bool = False
 
+    @property
+    def all_teachers(self) -> tuple[Teacher, ...]:
+        return self.teachers or ((self.teacher,) if self.teacher else ())
+
+    @property
+    def parts(self) -> tuple[Phase, ...]:
+        """The phases; a recipe without any is one."""
+        return self.phases or (Phase(self.steps, self.method, self.optimizer),)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.parts)
+
     def __post_init__(self) -> None:
-        given = [n for n in ("model_type", "path", "function") if getattr(self.student, n)]
-        if len(given) != 1:
-            raise ValueError(f"student: expected one of model_type, path, function, got {' and '.join(given) or 'none'}")
-        if self.student.config and not self.student.model_type:
-            raise ValueError(f"student.config: it belongs to student.model_type, but {given[0]} is given; leave it out")
-        if self.method == "supervised":
-            if self.teacher is not None:
-                raise ValueError("teacher: method supervised has none; leave it out, or set method: word_kd")
-            return
-        sources = [n for n in ("path", "function", "cache") if self.teacher and getattr(self.teacher, n)]
-        if len(sources) != 1:
-            raise ValueError(f"teacher: method {self.method} expects one of path, function, cache, got {sources or 'none'}")
-        if self.soft_weight == 0 and self.hard_weight == 0:
-            raise ValueError("soft_weight: expected soft_weight or hard_weight above 0, got 0 for both: nothing to train on")
+        if not any(getattr(self.student, n) for n in ("model_type", "path", "function", "from_teacher")):
+            raise ValueError("student: expected one of model_type, path, function, from_teacher, got none")
+        if self.teacher and self.teachers:
+            raise ValueError("teachers: expected teacher or teachers, got both")
+        for phase in self.parts:
+            wanted = recipes.objective_class(phase.method.name).teacher
+            if wanted == "none" and self.all_teachers and not self.phases:
+                raise ValueError(f"teacher: method {phase.method.name} has none; leave it out, or set method: word_kd")
+            if wanted == "required" and not self.all_teachers:
+                raise ValueError(f"teacher: method {phase.method.name} expects one of path, function, cache, got none")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -158,14 +239,94 @@ class Recipe:
             raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a YAML mapping of recipe keys, got {type(values).__name__}")
-        return cls.build(override(values, overrides))
+        return cls.build(override(_named(values, "method", "task"), overrides))
 
     @classmethod
-    def build(cls, values: dict[str, Any]) -> Recipe:
+    def build(cls, values: Mapping[str, Any]) -> Recipe:
         """The recipe in a plain mapping, checked as strictly as a file."""
-        recipe: Recipe = build(cls, values)
-        return recipe
+        values = dict(values)
+        moved = {key: values.pop(key) for key in _MOVED if key in values}
+        if moved:
+            warnings.warn(
+                f"{', '.join(moved)}: now under method:, e.g. method: {{name: word_kd, {next(iter(moved))}: ...}}; taken as that",
+                FutureWarning, stacklevel=2,
+            )  # fmt: skip
+            values["method"] = {**moved, **_as_mapping(values.get("method", "supervised"))}
+        task = named(values.pop("task", "causal_lm"), "task")
+        chosen = {"task": task, "data": build(tasks.task_class(task.name).Data, values.pop("data", None) or {}, "data")}
+        if "method" in values:
+            chosen["method"] = named(values.pop("method"), "method")
+        if "phases" in values:
+            chosen["phases"] = tuple(_phase(v, f"phases[{i}]") for i, v in enumerate(values.pop("phases") or ()))
+        elif "method" not in chosen:
+            chosen["method"] = named("supervised", "method")
+        # What is chosen by name is built already; the rest goes by the fields.
+        rest: Recipe = build(_Rest, values)
+        return cls(**{name: getattr(rest, name) for name in _REST}, **chosen)
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults written out; `Recipe.load` reads it back to an equal one."""
-        return yaml.safe_dump(plain(self), sort_keys=False)
+        values = plain(self)
+        if self.phases:
+            del values["method"], values["steps"]
+        return yaml.safe_dump(values, sort_keys=False)
+
+    def with_steps(self, steps: int) -> Recipe:
+        return replace(self, steps=steps)
+
+
+def named(value: Any, key: str, where: str | None = None) -> Named:
+    """A method or task from its name, or a mapping of name and options; the options checked."""
+    values = _as_mapping(value, where or key)
+    name = values.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"{where or key}.name: expected text, got {'nothing' if name is None else repr(name)}")
+    cls = recipes.objective_class(name) if key == "method" else tasks.task_class(name)
+    return Named(name, build(cls.Options, values, where or key))
+
+
+def _as_mapping(value: Any, where: str = "method") -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected a name, or a mapping of name and options, got {type(value).__name__} {value!r}")
+    return dict(value)
+
+
+def _named(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """`values` with names as mappings, so that `method.temperature=2` has a place to go."""
+    return {**values, **{key: _as_mapping(values[key], key) for key in keys if isinstance(values.get(key), str)}}
+
+
+def _phase(value: Any, where: str) -> Phase:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected a mapping with steps and method, got {type(value).__name__} {value!r}")
+    values = dict(value)
+    method = named(values.pop("method", None) or "", "method", f"{where}.method")
+    rest = build(_PhaseRest, values, where)
+    return Phase(rest.steps, method, rest.optimizer)
+
+
+@dataclass(frozen=True)
+class _PhaseRest:
+    steps: int = ranged(1000, low=1)
+    optimizer: Optimizer | None = None
+
+
+def _rest_of() -> type:
+    """`Recipe` without what is chosen by name, for `build`."""
+    import dataclasses
+    import typing
+
+    hints = typing.get_type_hints(Recipe)
+    fields = []
+    for f in dataclasses.fields(Recipe):
+        if f.name in ("method", "task", "data", "phases"):
+            continue
+        default = {"default": f.default} if f.default is not dataclasses.MISSING else {"default_factory": f.default_factory}
+        fields.append((f.name, hints[f.name], dataclasses.field(metadata=f.metadata, **default)))
+    return dataclasses.make_dataclass("_Rest", fields, frozen=True)
+
+
+_Rest: Any = _rest_of()
+_REST = tuple(_Rest.__dataclass_fields__)

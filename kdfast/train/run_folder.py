@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -16,12 +15,13 @@ import torch
 import yaml
 
 import kdfast
+from kdfast.files import write_json, write_text
 from kdfast.strict import plain
 from kdfast.train.evaluate import Evaluation
 from kdfast.train.recipe import Recipe
 
 #: Keys that change how a run is watched, not what it computes.
-_FREE = ("log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")
+_FREE = ("steps", "ahead", "alignment", "log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")
 
 
 def begin(folder: Path, recipe: Recipe, digest: str) -> None:
@@ -39,12 +39,11 @@ def begin(folder: Path, recipe: Recipe, digest: str) -> None:
 
 def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | None) -> None:
     """Writes `result.json`, the mark of a finished run."""
-    values = None if evaluation is None else evaluation._asdict()
-    write_json(folder / "result.json", {"steps": steps, "seconds": seconds, "evaluation": values})
+    write_json(folder / "result.json", {"steps": steps, "seconds": seconds, "evaluation": evaluation})
 
 
 def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None:
-    """The result of a finished run of this very recipe and data, or None.
+    """The result of a finished run of this very recipe and data, or None: asked for more steps it goes on.
 
     Raises:
         ValueError: the folder holds a run of another recipe.
@@ -55,7 +54,7 @@ def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None
     if not (folder / "result.json").is_file():
         return None
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    return result if result["steps"] >= recipe.total_steps else None
 
 
 def environment() -> dict[str, Any]:
@@ -73,18 +72,6 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes readable JSON under a temporary name and renames."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _check_same(folder: Path, recipe: Recipe, digest: str) -> None:

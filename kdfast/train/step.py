@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kdfast import Part
-from kdfast.train.data import Batch
-from kdfast.train.models import logits_of
-
-#: Metrics of one step by name, as (sum, count) on the device.
-Metrics = dict[str, Part]
-
-
-class Loss(Protocol):
-    """What a method is: a loss from the student's logits and whatever its teacher said."""
-
-    def __call__(self, logits: Tensor, signal: Any, labels: Tensor, num_items: int | Tensor) -> tuple[Tensor, Metrics]: ...
+from kdfast.models.heads import LinearHead, find_head
+from kdfast.models.view import View, look
+from kdfast.train.batch import Batch
+from kdfast.train.objective import Metric, Objective
 
 
 class DistillStep(nn.Module):
-    """loss, metrics = loss(student(batch), signal, labels): the loss is formed inside the wrapped module.
+    """loss, metrics = objective(look(student, batch), teachers' views, batch): the loss is formed inside the wrapped module.
 
     So a head, which may be tied to the embedding, is used inside the root group of FSDP and inside DDP's forward, and
-    its gradient is synchronised with everything else.
+    its gradient is synchronised with everything else. Scores of an evaluation go the same way (`score=True`).
+
+    Args:
+        student: the model. objective: the method, or the methods of each phase. task: what is scored.
     """
 
-    def __init__(self, student: nn.Module, loss: Loss) -> None:
+    def __init__(self, student: nn.Module, objective: Objective | Sequence[Objective] | None, task: Any = None) -> None:
         super().__init__()
-        self.student = student
-        self.loss = loss
+        self.student, self.task = student, task
+        given = [] if objective is None else [objective] if isinstance(objective, Objective) else list(objective)
+        self.objectives = nn.ModuleList(given)
+        self.phase = 0
+        self.head: LinearHead | None = None
 
-    def forward(self, batch: Batch, signal: Any, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-        logits = logits_of(self.student, batch.input_ids, batch.attention_mask)
-        return self.loss(logits, signal, batch.labels, num_items)
+    def name_head(self) -> DistillStep:
+        """Looks for the student's head once, before anything is wrapped, where the task wants losses through it."""
+        if self.task is not None and self.task.through_head:
+            self.head = find_head(self.student, self.task.example(self.student))
+        return self
+
+    @property
+    def objective(self) -> Objective:
+        return self.objectives[self.phase]  # type: ignore[return-value]
+
+    def forward(
+        self, batch: Batch, teachers: Sequence[View] | None = None, num_items: int | Tensor = 1, *, score: bool = False
+    ) -> Any:
+        if score:
+            return self.task.score(look(self.student, batch.inputs, head=self.head), batch)
+        view = look(self.student, batch.inputs, self.objective.needs_of_student(), self.head)
+        loss, metrics = self.objective(view, teachers or (), batch, num_items)
+        if view.auxiliary is not None:
+            # The model's own loss is a mean over this batch: of the step's mean it has the batch's share.
+            share = self._share(batch, num_items, loss.device)
+            loss = loss + share * view.auxiliary
+            metrics["auxiliary"] = Metric(view.auxiliary.detach() * share, share)
+        return loss, metrics
+
+    @staticmethod
+    def _share(batch: Batch, num_items: int | Tensor, device: torch.device) -> Tensor:
+        counted = (batch.labels != -100).sum() if batch.labels is not None else torch.tensor(batch.count(), device=device)
+        return counted.float() / torch.as_tensor(num_items, device=device).float().clamp(min=1)
+
+
+def step_in(module: nn.Module) -> DistillStep | None:
+    """The `DistillStep` that is `module`, or that a wrapper holds."""
+    inner = getattr(module, "module", module)
+    return inner if isinstance(inner, DistillStep) else None
+
+

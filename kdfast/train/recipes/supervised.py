@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kdfast import Part
-from kdfast.text import IGNORE
-from kdfast.train.recipe import Recipe
-from kdfast.train.step import Loss, Metrics
-
-
-def make_loss(recipe: Recipe) -> Loss:
-    return _supervised
+from kdfast.models.view import View
+from kdfast.strict import ranged
+from kdfast.train.batch import Batch
+from kdfast.train.kd import hard
+from kdfast.train.objective import Metrics, Objective
 
 
-def _supervised(logits: Tensor, signal: Any, labels: Tensor, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / num_items, {"hard": Part(total.detach(), torch.count_nonzero(labels != IGNORE))}
+@dataclass(frozen=True)
+class Options:
+    """label_smoothing, z_loss: as in `kdfast.kd_loss`. workspace_mb: MiB for logits through a head."""
+
+    label_smoothing: float = ranged(0.0, low=0.0, high=1.0)
+    z_loss: float = ranged(0.0, low=0.0)
+    workspace_mb: float | None = ranged(None, above=0.0)
+
+
+class Supervised(Objective):
+    Options = Options
+    teacher = "none"
+
+    def forward(
+        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor
+    ) -> tuple[Tensor, Metrics]:
+        if batch.labels is None:
+            raise ValueError("data: method supervised expects labels, got a batch without")
+        return hard(student, batch.labels, num_items, **self.now)

@@ -1,33 +1,94 @@
-"""Word-level distillation: soft_weight * T^2 * KL(teacher_T || student_T) + hard_weight * CE(student, labels).
+"""Word-level distillation: soft_weight * T^2 * D(teacher_T, student_T) + hard_weight * CE(student, labels).
 
-Teacher-forced over the gold prefix, from a live teacher's logits or from cached top-k targets.
+Teacher-forced over the gold prefix, from live teachers or from cached targets; on classes it is Hinton's distillation.
 Sources: Hinton, Vinyals, Dean 2015, arXiv 1503.02531; Kim and Rush 2016, arXiv 1606.07947, section 3.1.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from kdfast import EncodedTargets, TopKTargets
-from kdfast.losses import KDLoss, TopKKDLoss
-from kdfast.train.recipe import Recipe
-from kdfast.train.step import Loss, Metrics
+from kdfast.models.view import View
+from kdfast.ops.tails import DIVERGENCES as CACHED_DIVERGENCES
+from kdfast.options import DIVERGENCES, TEACHER_MIXES
+from kdfast.strict import one_of, ranged
+from kdfast.train.batch import Batch
+from kdfast.train.kd import distillation
+from kdfast.train.objective import Metrics, Objective, Setting
+from kdfast.train.schedule import Schedule, Scheduled, scheduled
 
 
-def make_loss(recipe: Recipe) -> Loss:
-    options = {
-        "temperature": recipe.temperature,
-        "soft_weight": recipe.soft_weight,
-        "hard_weight": recipe.hard_weight,
-        "return_parts": True,
-    }
-    dense, sparse = KDLoss(**options), TopKKDLoss(**options)
+@dataclass(frozen=True)
+class Options:
+    """What every row loss takes (`kdfast.kd_loss` has the equations).
 
-    def word_kd(logits: Tensor, signal: Any, labels: Tensor, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-        loss = sparse if isinstance(signal, TopKTargets | EncodedTargets) else dense
-        value, parts = loss(logits, signal, labels, num_items=num_items)
-        return value, parts._asdict()
+    Args:
+        temperature, soft_weight, hard_weight: numbers, or schedules `{start, end, shape, steps}`.
+        divergence, beta, skew, ab_alpha, ab_beta: the soft term.
+        scale_by_t2: multiply it by T^2.
+        tail: what stands for the ids a cache does not hold; `auto`: as the cache's kind wants (`none` where ids were drawn).
+        teacher_mix: of several teachers, their probabilities or their logits.
+        label_smoothing, z_loss: of the hard term.
+        workspace_mb: MiB for logits through a head; null: what suits the device.
+    """
 
-    return word_kd
+    temperature: Scheduled = scheduled(1.0, above=0.0)
+    soft_weight: Scheduled = scheduled(1.0, low=0.0)
+    hard_weight: Scheduled = scheduled(0.0, low=0.0)
+    divergence: str = one_of("forward_kl", *DIVERGENCES)
+    beta: float = ranged(0.5, low=0.0, high=1.0)
+    skew: float = ranged(0.1, low=0.0, high=1.0)
+    ab_alpha: float = ranged(1.0, low=0.0)
+    ab_beta: float = ranged(0.0, low=0.0)
+    scale_by_t2: bool = True
+    tail: str = one_of("auto", "auto", "ghost", "renormalize", "uniform", "none")
+    teacher_mix: str = one_of("probs", *TEACHER_MIXES)
+    label_smoothing: float = ranged(0.0, low=0.0, high=1.0)
+    z_loss: float = ranged(0.0, low=0.0)
+    workspace_mb: float | None = ranged(None, above=0.0)
+
+    def __post_init__(self) -> None:
+        if self.soft_weight == 0 and self.hard_weight == 0:
+            raise ValueError("soft_weight: expected soft_weight or hard_weight above 0, got 0 for both: nothing to train on")
+
+
+class WordKD(Objective):
+    Options = Options
+
+    def __init__(self, options: Options, setting: Setting) -> None:
+        super().__init__(options, setting)
+        weights = [teacher.weight for teacher in setting.teachers]
+        self.teacher_weights = None if len(set(weights)) == 1 else weights
+        caches = [teacher.info for teacher in setting.teachers if teacher.info is not None]
+        self.tail = options.tail
+        if options.tail == "auto":
+            self.tail = "none" if any(info.kind in ("sampled", "mixed") for info in caches) else "ghost"
+        self.captured = sorted(set.intersection(*(set(info.temperatures) for info in caches))) if caches else []
+        if caches:
+            self._check_cached(options)
+
+    def _check_cached(self, options: Options) -> None:
+        t = options.temperature
+        if not isinstance(t, Schedule) and not any(abs(c - t) <= 1e-6 * c for c in self.captured):
+            listed = ", ".join(f"{c:g}" for c in self.captured)
+            raise ValueError(f"method.temperature: {t:g} is not in the cache, which holds {listed}; capture it too")
+        if options.divergence not in CACHED_DIVERGENCES:
+            raise ValueError(
+                f"method.divergence: a cached teacher takes {', '.join(CACHED_DIVERGENCES)}, got {options.divergence!r};"
+                " use a live teacher"
+            )
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """With a cache T steps through the captured temperatures, each time the nearest."""
+        super().begin_step(step, steps)
+        if self.captured:
+            self.now["temperature"] = min(self.captured, key=lambda c: abs(c - self.now["temperature"]))
+
+    def forward(
+        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor
+    ) -> tuple[Tensor, Metrics]:
+        options = {**self.now, "tail": self.tail, "teacher_weights": self.teacher_weights}
+        return distillation(student, teachers, batch.labels, num_items, **options)

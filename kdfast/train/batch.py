@@ -1,0 +1,62 @@
+"""`Batch`: what one micro-batch of training or evaluation holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of both models, labels, and what a method or a task wants beside them.
+
+    Args:
+        inputs: the models' keyword arguments; a tensor is `input_ids`. A module of no `transformers` class gets the first by position.
+        labels: aligned with the logits' leading dimensions, `IGNORE` where a row does not count; None: none are known.
+        attention_mask: added to the inputs.
+        targets: what a cached teacher said, `TopKTargets` or `EncodedTargets`.
+        extra: further tensors with a row for each row of the batch (a domain, a weight).
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor | None = None
+    attention_mask: Tensor | None = None
+    targets: Any = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        inputs = {"input_ids": self.inputs} if isinstance(self.inputs, Tensor) else dict(self.inputs)
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask
+        object.__setattr__(self, "inputs", inputs)
+        object.__setattr__(self, "attention_mask", inputs.get("attention_mask"))
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self.inputs["input_ids"]
+
+    def count(self) -> int:
+        """Rows that count: those with a label, or all where no labels are known."""
+        if self.labels is not None:
+            return int((self.labels != IGNORE).sum())
+        return next(iter(self.inputs.values())).shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        def move(value: Any) -> Any:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        moved = {name: move(value) for name, value in self.inputs.items()}
+        extra = {name: move(value) for name, value in self.extra.items()}
+        return Batch(moved, move(self.labels), None, move(self.targets), extra)
+
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, from which a copy to a GPU does not wait."""
+        pinned = {name: value.pin_memory() for name, value in self.inputs.items()}
+        extra = {name: value.pin_memory() for name, value in self.extra.items()}
+        return Batch(pinned, None if self.labels is None else self.labels.pin_memory(), None, self.targets, extra)

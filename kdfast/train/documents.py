@@ -1,0 +1,119 @@
+"""`Documents`: a corpus as token ids on disk, mapped into memory, so that data larger than memory have random access."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kdfast import files
+from kdfast.text import IGNORE
+from kdfast.train.batch import Batch
+
+#: What may be kept of a document: file -> dtype.
+_PARTS = {"input_ids": np.int32, "labels": np.int32, "loss_mask": np.uint8, "context_ids": np.int32}
+
+
+class Documents:
+    """Rows of a corpus by number, padded in a batch to the longest.
+
+    Causal: labels are the next ids where the loss mask says so. Otherwise the labels are the documents' own, and an encoder's
+    ids are the inputs with the document's as `decoder_input_ids`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / "documents.json").read_text())
+        self.digest: str = about["digest"]
+        self.tokens: int = about["tokens"]
+        self._parts = {name: np.memmap(folder / f"{name}.bin", dtype=_PARTS[name], mode="r") for name in about["parts"]}
+        self._ends = {name: np.load(folder / f"{name}.ends.npy", mmap_mode="r") for name in about["parts"]}
+
+    @classmethod
+    def of(cls, corpus: Any, folder: Path) -> Documents:
+        """The documents of `corpus`, from `folder` where the same corpus was read before."""
+        about = folder / "documents.json"
+        described = corpus.describe()
+        if about.is_file() and json.loads(about.read_text())["corpus"] == described:
+            return cls(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with files.written_folder(folder) as part:
+            values = _write(corpus, part)
+            files.write_json(part / "documents.json", {**values, "corpus": described})
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return len(self._ends["input_ids"])
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        ids = [self._part("input_ids", i) for i in indices]
+        mask = _mask([len(x) for x in ids])
+        if "context_ids" in self._parts:
+            sources = [self._part("context_ids", i) for i in indices]
+            inputs = {"input_ids": _padded(sources, 0), "decoder_input_ids": _padded(ids, 0)}
+            return Batch(inputs, self._labels(indices), _mask([len(x) for x in sources]))
+        if "labels" in self._parts:
+            return Batch(_padded(ids, 0), self._labels(indices), mask)
+        following = [torch.cat([x[1:], x.new_full((1,), IGNORE)]) for x in ids]
+        if "loss_mask" in self._parts:
+            rows = [self._part("loss_mask", i).bool() for i in indices]
+            following = [label.masked_fill(~row, IGNORE) for label, row in zip(following, rows, strict=True)]
+        return Batch(_padded(ids, 0), _padded(following, IGNORE), mask)
+
+    def _labels(self, indices: Sequence[int]) -> Tensor:
+        return _padded([self._part("labels", i) for i in indices], IGNORE)
+
+    def _part(self, name: str, i: int) -> Tensor:
+        ends = self._ends[name]
+        begin = int(ends[i - 1]) if i else 0
+        return torch.from_numpy(self._parts[name][begin : int(ends[i])].astype(np.int64))
+
+
+def _padded(rows: list[Tensor], fill: int) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+def _mask(lengths: list[int]) -> Tensor | None:
+    """Without padding a mask says nothing, and models are faster without one."""
+    if min(lengths) == max(lengths):
+        return None
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+def _write(corpus: Iterable[Any], folder: Path) -> dict[str, Any]:
+    digest = hashlib.blake2b(digest_size=16)
+    ends = {name: array("q") for name in _PARTS}
+    handles = {name: open(folder / f"{name}.bin", "wb") for name in _PARTS}  # noqa: SIM115
+    try:
+        for example in corpus:
+            for name, dtype in _PARTS.items():
+                value = getattr(example, name)
+                whole = torch.ones(len(example.input_ids), dtype=torch.uint8) if name == "loss_mask" else None
+                value = whole if value is None else value
+                if value is None:
+                    continue
+                data = np.ascontiguousarray(value.numpy().astype(dtype)).tobytes()
+                digest.update(data)
+                handles[name].write(data)
+                ends[name].append((ends[name][-1] if ends[name] else 0) + len(value))
+            digest.update(b"|")
+    finally:
+        for handle in handles.values():
+            handle.close()
+    kept = [name for name, found in ends.items() if found]
+    for name in _PARTS:
+        if name in kept:
+            np.save(folder / f"{name}.ends.npy", np.asarray(ends[name], dtype=np.int64))
+        else:
+            (folder / f"{name}.bin").unlink()
+    tokens = ends["input_ids"][-1] if ends["input_ids"] else 0
+    return {"digest": digest.hexdigest(), "tokens": tokens, "parts": kept}

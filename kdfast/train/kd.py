@@ -1,0 +1,96 @@
+"""The row losses on views: through heads where both sides have one, on logits where not, from targets where the teacher is cached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import Parts, TopKTargets, kd_loss, linear_kd_loss, linear_topk_kd_loss, topk_kd_loss
+from kdfast.models.view import View
+from kdfast.train.objective import Metric, Metrics
+
+#: Part of a row loss -> the name it is logged under, and how it is shown.
+_SHOWN = {
+    "soft": (("kl_at_T", "mean"),),
+    "hard": (("hard", "mean"), ("student_ppl", "exp")),
+    "z": (("lse_squared", "mean"),),
+    "kl_at_1": (("kl_at_1", "mean"),),
+    "teacher_nll": (("teacher_ppl", "exp"),),
+    "teacher_entropy": (("teacher_entropy", "mean"),),
+    "student_entropy": (("student_entropy", "mean"),),
+    "top1_agreement": (("top1_agreement", "mean"),),
+}  # fmt: skip
+
+
+def distillation(
+    student: View,
+    teachers: Sequence[View],
+    labels: Tensor | None,
+    num_items: int | Tensor,
+    *,
+    tail: str = "ghost",
+    workspace_mb: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Metrics]:
+    """`kd_loss` or the one of its kin that fits what is at hand; `options` are theirs.
+
+    Args:
+        student: of a live model. teachers: all live, or all with targets.
+        tail: of cached targets. workspace_mb: for logits through a head.
+    """
+    options = {**options, "num_items": num_items, "return_parts": True}
+    if teachers[0].targets is not None:
+        targets = [teacher.targets for teacher in teachers]
+        given: Any = targets[0] if len(targets) == 1 else targets
+        for name in ("skew", "ab_alpha", "ab_beta", "teacher_mix"):
+            options.pop(name, None)
+        return _shown(*_from_targets(student, given, labels, tail, workspace_mb, options))
+    heads = [teacher.head for teacher in teachers]
+    if student.head is None or any(head is None or head.form != heads[0].form for head in heads if heads[0] is not None):
+        logits = [teacher.logits for teacher in teachers]
+        return _shown(*kd_loss(student.logits, logits if len(logits) > 1 else logits[0], labels, **options))
+    return _shown(*linear_kd_loss(
+        student.hidden, student.head.weight, [t.hidden for t in teachers], [t.head.weight for t in teachers], labels,
+        student_bias=student.head.bias, teacher_bias=[t.head.bias for t in teachers], student_head=student.head.form,
+        teacher_head=heads[0].form, workspace_mb=workspace_mb, **options,
+    ))  # fmt: skip
+
+
+def hard(
+    student: View, labels: Tensor, num_items: int | Tensor, *, workspace_mb: float | None = None, **options: Any
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy with the labels, with `label_smoothing` and `z_loss`, through the head where there is one."""
+    options = {**options, "soft_weight": 0.0, "hard_weight": 1.0, "num_items": num_items, "return_parts": True}
+    loss, metrics = _shown(*_from_targets(student, _nothing_said(student, labels), labels, "ghost", workspace_mb, options))
+    return loss, {name: metrics[name] for name in ("hard", "student_ppl")}
+
+
+def _from_targets(
+    student: View, targets: Any, labels: Tensor | None, tail: str, workspace_mb: float | None, options: dict[str, Any]
+) -> tuple[Tensor, Parts]:
+    if student.head is None or student.hidden is None:
+        return topk_kd_loss(student.logits, targets, labels, tail=tail, **options)
+    return linear_topk_kd_loss(
+        student.hidden, student.head.weight, targets, labels, student_bias=student.head.bias, student_head=student.head.form,
+        tail=tail, workspace_mb=workspace_mb, **options,
+    )  # fmt: skip
+
+
+def _nothing_said(student: View, labels: Tensor) -> TopKTargets:
+    """A teacher that is sure of id 0; at soft_weight 0 nobody asks it."""
+    vocab = student.logits.shape[-1] if student.head is None else student.head.weight.shape[0]
+    one = torch.zeros(*labels.shape, 1, device=labels.device)
+    return TopKTargets(one.int(), one, one, one - torch.inf, (1.0,), vocab)
+
+
+def _shown(loss: Tensor, parts: Parts) -> tuple[Tensor, Metrics]:
+    metrics: Metrics = {}
+    for name, part in parts._asdict().items():
+        for shown, how in _SHOWN[name]:
+            metrics[shown] = Metric(part.sum, part.count, how)
+    return loss, metrics
+
+

@@ -1,0 +1,74 @@
+"""`Objective`: what a method is. One file of `recipes/` holds one, with its options beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from kdfast.models.view import Needs, View
+from kdfast.train.batch import Batch
+from kdfast.train.schedule import values_at
+
+
+class Metric(NamedTuple):
+    """A sum and a count on the device; logged as their quotient, or as its exponential (`show="exp"`: a perplexity)."""
+
+    sum: Tensor
+    count: Tensor
+    show: str = "mean"
+
+
+Metrics = dict[str, Metric]
+
+
+class Setting(NamedTuple):
+    """What an objective is built for: the student, its teachers (`kdfast.train.teachers`), and the task."""
+
+    student: nn.Module
+    teachers: Sequence[Any]
+    task: Any
+
+
+class Objective(nn.Module):
+    """A loss from what is seen of student and teachers.
+
+    A subclass names its options (a frozen dataclass whose fields are the keys under `method:`), and writes `forward`. It may say
+    what it needs to see, have parameters of its own (trained, clipped, saved, resumed and sharded with the student's, left out of
+    the exported student), and prepare something before the first step.
+    """
+
+    Options: ClassVar[type]
+    #: "required", "none" or "optional".
+    teacher: ClassVar[str] = "required"
+
+    def __init__(self, options: Any, setting: Setting) -> None:
+        super().__init__()
+        self.options = options
+        self.now: dict[str, Any] = values_at(options, 1, 1)
+
+    def needs_of_student(self) -> Needs:
+        return Needs()
+
+    def needs_of_teacher(self) -> Needs:
+        return Needs()
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Sets `self.now`, the options with their schedules at `step` (1-based) of `steps`."""
+        self.now = values_at(self.options, step, steps)
+
+    def prepare(self, inputs: Any, folder: Any, say: Any) -> None:
+        """Work before the first step (decoding, prototypes); leaves what it makes in `folder` and finds it there when resumed."""
+
+    def forward(
+        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """The loss, divided by `num_items` (the rows of the whole optimiser step that count), and metrics."""
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options."""

@@ -1,0 +1,103 @@
+"""Students: built as a recipe says, and written to a folder that anyone can load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdfast.extras import need
+from kdfast.models.load import from_config, from_function, load_folder, load_weights, quiet, resolve_folder
+from kdfast.models.shrink import cut_out
+from kdfast.train.recipe import Lora, Model, Recipe
+from kdfast.train.tasks.task import Task
+
+#: What a tokenizer may be made of, beside `tokenizer.json`.
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def build_student(recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
+    """The student of `recipe`, its random weights from torch's global generator."""
+    spec = recipe.student
+    student = _plain(spec, recipe, task, vocab_size)
+    if recipe.init_from:
+        load_weights(student, resolved(recipe.init_from, "init_from"))
+    if spec.dtype == "bfloat16":
+        student = student.to(torch.bfloat16)
+    if spec.lora:
+        student = _with_lora(student, spec.lora)
+    if spec.gradient_checkpointing:
+        if not hasattr(student, "gradient_checkpointing_enable"):
+            raise ValueError(f"student.gradient_checkpointing: expected a transformers model, got {type(student).__name__}")
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def resolved(path: str, key: str) -> str | Path:
+    """A file or folder as it is, else a hub name's folder."""
+    return path if Path(path).exists() else resolve_folder(path, key)
+
+
+def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
+    fields = task.model_fields(vocab_size)
+    if spec.function:
+        return from_function(spec.function, spec.arguments, "student.function")
+    if spec.path:
+        settings = {k: v for k, v in fields.items() if k != "vocab_size"}
+        return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, **settings)
+    if spec.from_teacher:
+        source = spec.from_teacher.path or next((t.path for t in recipe.all_teachers if t.path), None)
+        if source is None:
+            raise ValueError("student.from_teacher.path: expected the teacher's folder, which teacher.path does not give")
+        cut = spec.from_teacher
+        teacher = load_folder(source, "student.from_teacher.path", kind=task.kind, dtype=spec.dtype)
+        return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
+    return from_config(spec.model_type or "", spec.config, "student", kind=task.kind, **fields)
+
+
+def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:
+    peft = need("peft", extra="lora", what="student.lora")
+    config = peft.LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=list(spec.modules) or None,
+    )  # fmt: skip
+    try:
+        adapted: nn.Module = peft.get_peft_model(student, config)
+    except ValueError as error:
+        raise ValueError(f"student.lora.modules: {' '.join(str(error).split())[:200]}") from None
+    return adapted
+
+
+def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Path | None) -> None:
+    """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors.
+
+    Adapters are merged into the weights they adapt, and kept beside them in `adapter/`.
+    """
+    if hasattr(student, "merge_and_unload"):
+        student.load_state_dict(weights, strict=False)
+        with quiet():
+            student.save_pretrained(folder / "adapter")
+        student = student.merge_and_unload()
+        weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    if isinstance(student, PreTrainedModel):
+        with quiet():
+            student.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+    else:
+        save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """`tokenizer.json` and everything beside it that belongs to it: its settings, special tokens and chat template."""
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    for name in _TOKENIZER_FILES:
+        if (tokenizer.parent / name).is_file():
+            shutil.copyfile(tokenizer.parent / name, folder / name)

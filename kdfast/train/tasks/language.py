@@ -1,0 +1,143 @@
+"""What language models share: a corpus as documents, perplexity and top-1 accuracy through the head."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdfast import linear_topk_targets
+from kdfast.models.heads import LinearHead
+from kdfast.models.view import View
+from kdfast.strict import ranged
+from kdfast.text.documents import Corpus
+from kdfast.text.files import list_files, share_of, split_files
+from kdfast.text.spec import TextData
+from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.data import Source, Subset
+from kdfast.train.documents import Documents
+from kdfast.train.evaluate import Evaluation
+from kdfast.train.tasks.task import Splits, Task
+
+#: The split depends on this alone, so that runs with different seeds see the same validation data.
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Data(TextData):
+    """A corpus (`kdfast.text.TextData` has its options), split.
+
+    Args:
+        train: files or folders, or with `dataset` a builder's files; with a cached teacher the cache is the training data.
+        validation: files or folders; empty: a seeded share of the training data is held out.
+        validation_share: that share, by file where there are several, else by document; null: 0.05, or 0 with a cached teacher.
+        pack: with a cached teacher: tokens of a row that holds several whole documents.
+    """
+
+    paths: tuple[str, ...] = dataclasses.field(default=(), init=False)
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    validation_share: float | None = ranged(None, low=0.0, high=0.5)
+    sequence_length: int = ranged(128, low=2)
+    pack: int | None = ranged(None, low=2)
+
+    def corpus(self, paths: Sequence[str | Path]) -> TextData:
+        """`paths` read as these options say."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(TextData) if f.name != "paths"}
+        return TextData(paths=tuple(map(str, paths)), **own)
+
+
+class LanguageTask(Task[Data]):
+    Data = Data
+    through_head = True
+    #: What `Corpus` makes of a row.
+    corpus_task: ClassVar[str]
+
+    def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
+        data, train, validation = self.data, None, None
+        files = list(data.train)
+        held_out: list[str] = list(data.validation)
+        share = 0.05 if data.validation_share is None else data.validation_share
+        if needs_train:
+            if not data.train and not data.dataset:
+                raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
+            if not data.dataset and not held_out and share:
+                listed = list_files(data.train, data.glob, data.exclude, "data.train")
+                if len(listed) > 1:
+                    drawn, kept = split_files(listed, [share], _SPLIT_SEED)
+                    files, held_out, share = [str(f) for f in kept], [str(f) for f in drawn], 0.0
+            train = self._read(files, tokenizer, tokenizer_file, folder / "train", "data.train")
+        if held_out:
+            validation = self._read(held_out, tokenizer, tokenizer_file, folder / "validation", "data.validation", text=True)
+        elif train is not None and share and not data.validation:
+            drawn_rows = [share_of(str(i), _SPLIT_SEED) < share for i in range(len(train))]
+            validation = Subset(train, [i for i, held in enumerate(drawn_rows) if held])
+            train = Subset(train, [i for i, held in enumerate(drawn_rows) if not held])
+        return Splits(train, validation)
+
+    def _read(
+        self, paths: Sequence[str], tokenizer: Any, file: Path | None, folder: Path, key: str, text: bool = False
+    ) -> Source:
+        spec = self.data.corpus(paths)
+        if text:
+            spec = dataclasses.replace(spec, dataset=None, dataset_config=None, split=None, streaming=False)
+
+        def name(option: str) -> str:
+            return key if option == "paths" else f"data.{option}"
+
+        home = None if file is None else file.parent
+        corpus = Corpus(spec, tokenizer, home, task=self.corpus_task, name=name)
+        return Documents.of(corpus, folder)
+
+    def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
+        return {"vocab_size": vocab_size}
+
+    def example(self, model: nn.Module) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        return {"input_ids": torch.tensor([[1, 2, 1, 2]], device=device)}
+
+    def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
+        assert batch.labels is not None
+        counted = batch.labels != IGNORE
+        labels = batch.labels[counted]
+        if view.head is None or view.hidden is None:
+            logits = view.logits[counted].float()
+            nll = F.cross_entropy(logits, labels, reduction="sum") if len(labels) else logits.sum() * 0
+            hits = (logits.argmax(-1) == labels).sum()
+        else:
+            nll, hits = _through_head(view.head, view.hidden[counted], labels)
+        return {"nll": nll.double(), "hits": hits.double(), "tokens": counted.sum().double()}
+
+    def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
+        nll, hits, tokens = (float(sum(float(s[name]) for s in scores)) for name in ("nll", "hits", "tokens"))
+        if not tokens:
+            raise ValueError("data.validation: expected at least one labelled position, got none; add files")
+        mean = nll / tokens
+        return Evaluation(ppl=math.exp(min(mean, 700.0)), nll=mean, top1=hits / tokens, tokens=int(tokens))
+
+    def headline(self, evaluation: Evaluation) -> str:
+        return f"perplexity {evaluation['ppl']:.2f}, top-1 {evaluation['top1']:.1%}"
+
+
+def _through_head(head: LinearHead, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of -log p(label), how often the label is likeliest); log p(label) = log p(best) + z(label) - z(best)."""
+    if not len(labels):
+        return hidden.sum().double() * 0, torch.zeros((), device=hidden.device)
+    best = linear_topk_targets(hidden, head.weight, 1, bias=head.bias, head=head.form)
+    ids = best.ids[:, 0].long()
+
+    def logit(of: Tensor) -> Tensor:
+        z = (hidden.float() * head.weight[of].float()).sum(-1)
+        z = z if head.bias is None else z + head.bias[of].float()
+        z = z * head.form.scale
+        return z if head.form.softcap is None else head.form.softcap * torch.tanh(z / head.form.softcap)
+
+    nll = -(best.logprobs[:, 0] + logit(labels) - logit(ids))
+    return nll.sum(), (ids == labels).sum()

@@ -1,0 +1,68 @@
+"""`Task`: what the data are. One file of this folder holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from kdfast.models.view import View
+from kdfast.train.batch import Batch
+from kdfast.train.data import Source
+from kdfast.train.evaluate import Evaluation
+from kdfast.train.objective import NoOptions
+
+D = TypeVar("D")
+
+
+class Splits(NamedTuple):
+    train: Source | None
+    validation: Source | None
+
+
+class Task(Generic[D]):
+    """Rows of data to batches, the class of model, the score.
+
+    A subclass names its data options (a frozen dataclass, the keys under `data:`) and its own (under `task:`).
+    """
+
+    Data: ClassVar[type]
+    Options: ClassVar[type] = NoOptions
+    #: Kind of model, of `kdfast.models.load.AUTO_CLASSES`.
+    kind: ClassVar[str]
+    #: Whether losses go through a head that is named: worth it where the last dimension is a vocabulary.
+    through_head: ClassVar[bool] = False
+    needs_tokenizer: ClassVar[bool] = True
+
+    def __init__(self, options: Any, data: D) -> None:
+        self.options, self.data = options, data
+
+    def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
+        """The data, checked. `tokenizer` is None for a task without; what is made of the data may be kept in `folder`.
+
+        Raises:
+            ValueError: something is missing or empty; one line with the key under `data`.
+        """
+        raise NotImplementedError
+
+    def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
+        """Defaults for the configuration of a model with random weights, and settings of one from a folder."""
+        return {}
+
+    def example(self, model: nn.Module) -> dict[str, Tensor]:
+        """A tiny batch of a model's inputs, to try its head on."""
+        raise NotImplementedError
+
+    def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
+        """Sums over a batch, on the device; runs inside the wrapped module."""
+        raise NotImplementedError
+
+    def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
+        """What the sums of all batches come to."""
+        raise NotImplementedError
+
+    def headline(self, evaluation: Evaluation) -> str:
+        """The evaluation in a few words."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in evaluation.items())
