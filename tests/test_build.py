@@ -73,7 +73,13 @@ def test_none_builds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "names"),
-    [("", ["kdfast._C"]), ("auto", ["kdfast._C"]), ("cpu", ["kdfast._C"]), ("cuda", ["kdfast._C", "kdfast._cuda"]), ("none", [])],
+    [
+        ("", ["kdfast._C"]),
+        ("auto", ["kdfast._C"]),
+        ("cpu", ["kdfast._C"]),
+        ("cuda", ["kdfast._C", "kdfast._cuda"]),
+        ("none", []),
+    ],
 )
 def test_unproven_kernels_are_built_on_request_alone(mode: str, names: list[str]) -> None:
     code = (
