@@ -37,7 +37,7 @@ class Batch:
     document_ids int64 [B, L] numbers them from 0, -1 in the padding; a token may attend to its own document only.
 
     The parts share one piece of memory, which is free when the last of them is gone. Targets are `EncodedTargets` where they
-    were asked for with `decode="loss"`.
+    were asked for with `decode="loss"`. `place` is (epoch, batches of it so far) of a `CacheStream`, for its `state_dict`.
     """
 
     input_ids: Tensor
@@ -49,6 +49,20 @@ class Batch:
     context_mask: Tensor | None = None
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
+    place: tuple[int, int] | None = None
+
+    def _map(self, change: Any) -> Batch:
+        """Every part that there is changed by `change`."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "place"}
+        return dataclasses.replace(self, **{name: change(x) for name, x in parts.items() if x is not None})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device, part by part; a stream's `device` takes one copy."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch where a GPU can fetch it by itself; needs one."""
+        return self._map(lambda x: x.pin_memory())
 
 
 class Place(NamedTuple):
