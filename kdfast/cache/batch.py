@@ -53,8 +53,9 @@ class Batch:
 
     def _map(self, change: Any) -> Batch:
         """Every part that there is changed by `change`."""
-        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "place"}
-        return dataclasses.replace(self, **{name: change(x) for name, x in parts.items() if x is not None})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "place"}
+        changed: dict[str, Any] = {name: change(x) for name, x in parts.items() if x is not None}
+        return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device, part by part; a stream's `device` takes one copy."""

@@ -77,8 +77,8 @@ class CacheStream(IterableDataset[Batch]):
     gets its own batches, as many as every other rank: what is left of an epoch after the last full round is dropped.
 
     Iterating goes on from the position: with `epochs` = 1 every `for batch in stream` is the next epoch. So it is in a
-    `DataLoader(stream, batch_size=None, num_workers=n)`, whose order is the same for every n. A loader with workers begins a new
-    pass whenever it is iterated, after one that was broken off too.
+    `DataLoader(stream, batch_size=None, num_workers=n)`, whose order is the same for every n. A loader with workers begins a
+    new pass whenever it is iterated, after one that was broken off too.
 
     Args:
         reader: the cache, or its path.
@@ -129,6 +129,10 @@ class CacheStream(IterableDataset[Batch]):
         self._loaded = False
         self._plan_of: tuple[int, list[list[Any]]] = (-1, [])
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._shared.share_memory_()  # a copy has a position of its own; in a worker's it is its parent's already
+
     def plan(self, epoch: int) -> list[list[Any]]:
         """This rank's batches of an epoch: lists of records, or of rows of records when packed."""
         if self._plan_of[0] != epoch:
@@ -155,32 +159,34 @@ class CacheStream(IterableDataset[Batch]):
 
     @property
     def epoch(self) -> int:
-        """The epoch of the position, in which the next iteration begins."""
-        return self._next()[0]
+        """The pass of the position, which the next iteration goes on with: what `set_epoch` counts."""
+        return self._next()[0] // (self.epochs or 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next batch is the first of an epoch; after `load_state_dict`, that epoch's next one.
+        """The next batch is the first of a pass; after `load_state_dict`, that pass's next one.
+
+        A pass is what one iteration gives: an epoch, or `epochs` of them. So a loop over epochs, or a loader that counts its
+        iterations as that of accelerate does, sets the order of its own number.
 
         Raises:
             CacheError: below 0, or not the epoch of a state that was loaded and has not been used yet.
         """
         if epoch < 0:
             raise CacheError(f"epoch: expected 0 or more, got {epoch}")
-        at, _ = self._next()
-        if self._loaded and epoch != at:
+        if not self._loaded or self._shared[_WORKERS_AT:].any():
+            self._jump(epoch * (self.epochs or 1), 0)
+        elif (at := self.epoch) != epoch:
             raise CacheError(
                 f"epoch: expected {at}, that of the state that was loaded, got {epoch}; begin the loop over epochs (or set the"
                 f" loader's epoch, `loader.set_epoch`) at stream.epoch"
             )
-        if not self._loaded:
-            self._jump(epoch, 0)
 
     def state_dict(self, after: Batch | None = None) -> dict[str, Any]:
         """Where the stream is, and what its order depends on.
 
         Args:
-            after: the last batch that was used, for whoever takes batches before they are used: workers of a `DataLoader`, the
-                loader of accelerate, which is one ahead. Without it the position is behind the last batch handed out.
+            after: the last batch that was used, for whoever takes batches before they are used: workers of a `DataLoader`, or
+                the loader of accelerate, which is one ahead. Without it the position is behind the last batch handed out.
 
         Raises:
             CacheError: batches come from workers, and `after` is not given.
@@ -188,7 +194,7 @@ class CacheStream(IterableDataset[Batch]):
         if after is None:
             if get_worker_info() is not None or self._shared[_WORKERS_AT:].any():
                 raise CacheError(
-                    "state: workers of a DataLoader are ahead of what was used; call state_dict(batch) with the last batch used"
+                    "state: a DataLoader's workers are ahead of what was used; call state_dict(batch) with the last batch used"
                 )
             epoch, batch = self._next()
         elif after.place is None:
@@ -229,8 +235,9 @@ class CacheStream(IterableDataset[Batch]):
         if done % round_:
             raise CacheError(
                 f"state: saved after {done} {'rows' if self.pack else 'records'} of epoch {epoch} ({saved['world']} ranks with"
-                f" batches of {saved['batch_size']}), which {self.world} ranks with batches of {self.batch_size} do not reach in"
-                f" whole rounds of {round_}; resume with world * batch_size a divisor of {done}, or with set_epoch({epoch + 1})"
+                f" batches of {saved['batch_size']}), which {self.world} ranks with batches of {self.batch_size} do not reach"
+                f" in whole rounds of {round_}; resume with world * batch_size a divisor of {done},"
+                f" or with set_epoch({epoch + 1})"
             )
         return done // round_
 
@@ -243,16 +250,17 @@ class CacheStream(IterableDataset[Batch]):
         self._shared[_EPOCH], self._shared[_BATCH] = epoch, batch
         self._shared[_JUMPS] += 1
 
-    def _next(self, besides: int = 0) -> tuple[int, int]:
+    def _next(self, token: int = 0, worker: int = -1) -> tuple[int, int]:
         """(epoch, batch) where the next iteration begins: the position, or behind the passes that workers began.
 
         Args:
-            besides: a loader's token (`_begin`), whose passes are left out.
+            token, worker: a worker that begins a pass, and its loader's token (`_begin`).
         """
-        epoch, batch = int(self._shared[_EPOCH]), int(self._shared[_BATCH])
-        begun = [int(x) for x in self._shared[_WORKERS_AT:].tolist() if x and x >> 32 != besides]
-        end = max((x & 0xFFFFFFFF for x in begun), default=0)
-        return (end, 0) if end > epoch else (epoch, batch)
+        at = int(self._shared[_EPOCH]), int(self._shared[_BATCH])
+        passes = [(i, x >> 32, x & 0xFFFFFFFF) for i, x in enumerate(self._shared[_WORKERS_AT:].tolist()) if x]
+        # Others with the same token begin this pass too, and so does this one.
+        epochs = [begun if named == token and i != worker else self._end(begun) or begun + 1 for i, named, begun in passes]
+        return max(at, (max(epochs, default=0), 0))
 
     def _end(self, epoch: int) -> int | None:
         """Where a pass that begins in an epoch ends."""
@@ -261,19 +269,16 @@ class CacheStream(IterableDataset[Batch]):
     def _begin(self, worker: Any) -> tuple[int, int]:
         """Where this worker begins its pass; all workers of one iteration of a loader begin at the same place.
 
-        A loader draws a seed for every iteration, the same for its workers. Each notes it, with the end of the pass, in a number
-        of its own, and so sees which notes belong to passes before: those with another seed, and its own (workers that persist
-        keep their seed). One number is written at once, so no lock is needed.
+        A loader draws a seed for every iteration, the same for its workers. Each notes it beside the epoch it begins with, in
+        a number of its own: notes with another seed are of passes before, and so is its own (workers that persist keep their
+        seed). One number is written at once, so no lock is needed.
         """
         if worker.id >= _MOST_WORKERS:
             raise CacheError(f"num_workers: expected at most {_MOST_WORKERS}, got {worker.num_workers}")
-        token = (worker.seed - worker.id) % 0x7FFFFFFE + 1
-        start = self._next(token)
-        own = int(self._shared[_WORKERS_AT + worker.id])
-        if own >> 32 == token and own & 0xFFFFFFFF > start[0]:
-            start = own & 0xFFFFFFFF, 0
-        end = self._end(start[0])
-        self._shared[_WORKERS_AT + worker.id] = token << 32 | (start[0] + 1 if end is None else end)
+        # Another loader may draw the same seed, with other workers.
+        token = ((worker.seed - worker.id) * _MOST_WORKERS + worker.num_workers) % 0x7FFFFFFE + 1
+        start = self._next(token, worker.id)
+        self._shared[_WORKERS_AT + worker.id] = token << 32 | start[0]
         return start
 
     def _walk(self, epoch: int, batch: int) -> Iterator[tuple[int, int, list[Any]]]:
@@ -323,6 +328,7 @@ class CacheStream(IterableDataset[Batch]):
                     if self._shared[_JUMPS] != jumps:
                         break
                 else:
-                    self._jump(self._next()[0] if end is None else end, 0)
+                    assert end is not None  # a pass without end does not come here
+                    self._jump(end, 0)
                     self._loaded = False
                     return
