@@ -119,9 +119,10 @@ def test_targets_in_code_are_taken_wherever_decoded_ones_are(reader: CacheReader
     moved = coded.to("cpu")
     assert_same(moved.targets.decode(), plain.targets.decode())
     ids = coded.input_ids[0][coded.attention_mask[0]]
-    with CacheWriter(tmp_path / "again", **SETTINGS) as writer:
-        writer.add(ids, coded.targets[0, : len(ids)])
-    assert_same(CacheReader(tmp_path / "again")[0].targets, reader[3].targets)
+    for name, targets in (("coded", coded.targets), ("plain", plain.targets)):
+        with CacheWriter(tmp_path / name, **SETTINGS) as writer:
+            writer.add(ids, targets[0, : len(ids)])
+    assert_same(CacheReader(tmp_path / "coded")[0].targets, CacheReader(tmp_path / "plain")[0].targets)
 
 
 def test_a_record_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ class Staged:
 
     def batch(self) -> Batch:
         """Its parts, the targets decoded unless they are left to the loss."""
-        fields = {f.name: self.tensor(f.name) for f in dataclasses.fields(Batch) if f.name in self.places}
+        fields: dict[str, Any] = {f.name: self.tensor(f.name) for f in dataclasses.fields(Batch) if f.name in self.places}
         return Batch(targets=self._targets(), **fields)
 
     def _targets(self) -> TopKTargets | EncodedTargets:
