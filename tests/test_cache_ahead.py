@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_helpers import assert_same, document, small_cache
+from cache_helpers import SETTINGS, assert_same, document, small_cache
 
-from kdfast.cache import CacheError, CacheReader
+from kdfast.cache import CacheError, CacheReader, CacheWriter, check_alignment, nucleus
+from kdfast.cache.shard import Shard
 from kdfast.ops.codec import EncodedTargets
+from kdfast.ops.topk import label_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +105,35 @@ def test_an_interpreter_ends_with_batches_that_nobody_took(reader: CacheReader, 
     command = [sys.executable, "-c", "\n".join(lines)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent, check=False)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_targets_in_code_are_taken_wherever_decoded_ones_are(reader: CacheReader, tmp_path: Path) -> None:
+    coded, plain = (reader.batch([3, 0], decode=d) for d in ("loss", "host"))
+    assert isinstance(coded.targets, EncodedTargets)
+    assert coded.targets.column(2.0) == plain.targets.column(2.0) == 1
+    assert torch.equal(label_logprobs(coded.targets, coded.labels), label_logprobs(plain.targets, plain.labels))
+    assert check_alignment(coded.targets, coded.labels, min_labels=1 << 30) == check_alignment(
+        plain.targets, plain.labels, min_labels=1 << 30
+    )
+    assert_same(nucleus(coded.targets, 0.8), nucleus(plain.targets, 0.8))
+    moved = coded.to("cpu")
+    assert_same(moved.targets.decode(), plain.targets.decode())
+    ids = coded.input_ids[0][coded.attention_mask[0]]
+    for name, targets in (("coded", coded.targets), ("plain", plain.targets)):
+        with CacheWriter(tmp_path / name, **SETTINGS) as writer:
+            writer.add(ids, targets[0, : len(ids)])
+    assert_same(CacheReader(tmp_path / "coded")[0].targets, CacheReader(tmp_path / "plain")[0].targets)
+
+
+def test_a_record_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its labels come as they were given, where the loss mask hides them too."""
+    ids, targets = document(2)
+    labels, mask = ids.roll(-1), torch.arange(len(ids)) % 2 == 0
+    with CacheWriter(tmp_path / "c", **SETTINGS) as writer:
+        writer.add(ids, targets, loss_mask=mask, labels=labels)
+        writer.add(ids, targets)
+    reader = CacheReader(tmp_path / "c")
+    monkeypatch.setattr(Shard, "read", lambda *_: pytest.fail("the batch has verified these bytes"))
+    assert torch.equal(reader[0].labels, labels)
+    assert torch.equal(reader[0].loss_mask, mask)
+    assert reader[1].labels is None

@@ -144,3 +144,136 @@ def test_workers_give_what_the_parent_gives(reader: CacheReader, context: str) -
 def test_arguments_out_of_range(reader: CacheReader, change: dict[str, int], name: str) -> None:
     with pytest.raises(CacheError, match=name):
         next(iter(CacheStream(reader, **{"batch_size": 2, **change})))
+
+
+def firsts(loader: object) -> list[list[int]]:
+    """A pass over a loader: the first ids of every batch."""
+    return [b.input_ids[:, 0].tolist() for b in loader]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("persistent", [False, True], ids=["fresh", "persistent"])
+def test_every_pass_of_a_loader_is_the_next_one(reader: CacheReader, workers: int, epochs: int, persistent: bool) -> None:
+    if persistent and not workers:
+        pytest.skip("nobody to persist")
+    wanted = [firsts(islice(CacheStream(reader, 4, seed=2), 15))[5 * e : 5 * e + 5] for e in range(3)]
+    wanted = [[b for e in wanted[p : p + epochs] for b in e] for p in range(0, 4 - epochs, epochs)]
+    stream = CacheStream(reader, 4, seed=2, epochs=epochs)
+    loader = DataLoader(stream, None, num_workers=workers, persistent_workers=persistent)
+    assert len(loader) == len(stream) == 5 * epochs
+    for passed in wanted:
+        torch.manual_seed(0)  # the loader then draws the same seed for its workers again
+        assert firsts(loader) == passed
+    stream.set_epoch(0)
+    assert firsts(loader) == wanted[0]
+    other = DataLoader(stream, None, num_workers=3 - workers)
+    assert firsts(other) == firsts(islice(CacheStream(reader, 4, seed=2), 5 * epochs, 10 * epochs))
+
+
+def test_a_pass_that_was_broken_off_is_not_repeated_by_workers(reader: CacheReader) -> None:
+    stream = CacheStream(reader, 4, seed=2, epochs=1)
+    loader = DataLoader(stream, None, num_workers=2)
+    next(iter(loader))
+    assert firsts(loader) == firsts(islice(CacheStream(reader, 4, seed=2), 5, 10))
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_the_last_batch_used_knows_the_position(reader: CacheReader, workers: int, at: int) -> None:
+    whole = firsts(islice(CacheStream(reader, 4, seed=5), 10))
+    stream = CacheStream(reader, 4, seed=5, epochs=1)
+    batch = list(islice(DataLoader(stream, None, num_workers=workers), at))[-1]
+    if workers:
+        with pytest.raises(CacheError, match=r"state: a DataLoader's workers are ahead .* call state_dict\(batch\)"):
+            stream.state_dict()
+    resumed = CacheStream(reader, 4, seed=5, epochs=1)
+    resumed.load_state_dict(stream.state_dict(batch))
+    assert resumed.epoch == 0
+    resumed.set_epoch(0)
+    with pytest.raises(CacheError, match="epoch: expected 0, that of the state that was loaded, got 1"):
+        resumed.set_epoch(1)
+    loader = DataLoader(resumed, None, num_workers=workers)
+    assert firsts(loader) == whole[at:5]
+    resumed.set_epoch(1)
+    assert firsts(loader) == whole[5:]
+    with pytest.raises(CacheError, match="after: expected a batch of a CacheStream"):
+        stream.state_dict(reader.batch([0]))
+
+
+def test_a_state_loaded_under_an_iterator_moves_it(reader: CacheReader) -> None:
+    whole = firsts(islice(CacheStream(reader, 4, seed=5), 10))
+    stream = CacheStream(reader, 4, seed=5, prefetch=3)
+    walk = iter(stream)
+    next(walk)
+    stream.load_state_dict({**stream.state_dict(), "batch": 4})
+    assert firsts(islice(walk, 2)) == whole[4:6]
+    stream.set_epoch(0)
+    assert firsts(islice(walk, 2)) == whole[:2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_see_every_record_once(reader: CacheReader, workers: int) -> None:
+    records = []
+    for rank in range(2):
+        stream = CacheStream(reader, 1, seed=1, rank=rank, world=2, epochs=1)
+        loader = DataLoader(stream, None, num_workers=workers)
+        records += [d for _ in range(2) for b in loader for d in documents_of(b)][-11:]
+    everything = [document(i)[0].tolist() for i in range(23)]
+    assert len(records) == 22
+    assert all(records.count(d) <= 1 for d in everything)
+    assert all(d in everything for d in records)
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 4), (4, 1), (1, 2), (2, 1)])
+def test_other_ranks_go_on_where_all_were(reader: CacheReader, world: int, size: int) -> None:
+    before = CacheStream(reader, 2, seed=1, rank=1, world=2)
+    firsts(islice(before, 3))
+    state = before.state_dict()
+    order = [d for b in islice(CacheStream(reader, 1, seed=1), 23) for d in documents_of(b)]
+    seen_now = []
+    for rank in range(world):
+        now = CacheStream(reader, size, seed=1, rank=rank, world=world, epochs=1)
+        now.load_state_dict(state)
+        seen_now += [d for b in now for d in documents_of(b)]
+    left = order[12 : 23 // (size * world) * size * world]
+    assert sorted(seen_now) == sorted(left)
+
+
+def test_ranks_that_do_not_fit_are_told_the_remedy(reader: CacheReader) -> None:
+    before = CacheStream(reader, 2, seed=1, world=2, epochs=1)
+    whole = list(before)
+    now = CacheStream(reader, 2, seed=1, world=4)
+    with pytest.raises(CacheError, match=r"saved after 12 records of epoch 0 .* a divisor of 12, or with set_epoch\(1\)"):
+        now.load_state_dict(before.state_dict(whole[2]))
+    for state in (before.state_dict(), before.state_dict(whole[-1])):  # an epoch's beginning, and its end
+        now.load_state_dict(state)
+        assert firsts(islice(now, 1)) == firsts(islice(CacheStream(reader, 2, seed=1, world=4), 2, 3))
+
+
+def test_an_endless_stream_has_no_length(reader: CacheReader) -> None:
+    with pytest.raises(TypeError, match="pass epochs"):
+        len(CacheStream(reader, 4))
+    packed = CacheStream(reader, 1, pack=160, epochs=2)
+    assert len(packed) == len(list(packed))
+
+
+def test_accelerate_prepares_a_loader(reader: CacheReader) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    one_by_one = accelerate.DataLoaderConfiguration(dispatch_batches=False)
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=one_by_one)
+    whole = firsts(islice(CacheStream(reader, 4, seed=2), 10))
+    stream = CacheStream(reader, 4, seed=2, epochs=1)
+    loader = accelerator.prepare(DataLoader(stream, None))
+    assert len(loader) == 5
+    assert [firsts(loader) for _ in range(2)] == [whole[:5], whole[5:]]
+    stream.set_epoch(0)
+    loader.set_epoch(0)
+    used = list(islice(loader, 2))  # the loader is one batch ahead
+    resumed = CacheStream(reader, 4, seed=2, epochs=1)
+    resumed.load_state_dict(stream.state_dict(used[-1]))
+    assert firsts(resumed) == whole[2:5]
+    dataset = CacheDataset(reader)
+    mapped = accelerator.prepare(DataLoader(dataset, 5, collate_fn=dataset.collate))
+    assert [d for b in mapped for d in documents_of(b)] == [document(i)[0].tolist() for i in range(23)]

@@ -37,7 +37,7 @@ class Batch:
     document_ids int64 [B, L] numbers them from 0, -1 in the padding; a token may attend to its own document only.
 
     The parts share one piece of memory, which is free when the last of them is gone. Targets are `EncodedTargets` where they
-    were asked for with `decode="loss"`.
+    were asked for with `decode="loss"`. `place` is (epoch, batches of it so far) of a `CacheStream`, for its `state_dict`.
     """
 
     input_ids: Tensor
@@ -49,6 +49,21 @@ class Batch:
     context_mask: Tensor | None = None
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
+    place: tuple[int, int] | None = None
+
+    def _map(self, change: Any) -> Batch:
+        """Every part that there is changed by `change`."""
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "place"}
+        changed: dict[str, Any] = {name: change(x) for name, x in parts.items() if x is not None}
+        return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device, part by part; a stream's `device` takes one copy."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch where a GPU can fetch it by itself; needs one."""
+        return self._map(lambda x: x.pin_memory())
 
 
 class Place(NamedTuple):
@@ -78,7 +93,7 @@ class Staged:
 
     def batch(self) -> Batch:
         """Its parts, the targets decoded unless they are left to the loss."""
-        fields = {f.name: self.tensor(f.name) for f in dataclasses.fields(Batch) if f.name in self.places}
+        fields: dict[str, Any] = {f.name: self.tensor(f.name) for f in dataclasses.fields(Batch) if f.name in self.places}
         return Batch(targets=self._targets(), **fields)
 
     def _targets(self) -> TopKTargets | EncodedTargets:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kdfast.cache.format import IGNORE, AlignmentError, CacheMismatch
 from kdfast.cache.manifest import CacheInfo
 from kdfast.cache.reader import CacheReader
+from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import label_logprobs
 
@@ -34,11 +35,13 @@ class Alignment(NamedTuple):
         return f"teacher's loss on the labels: {self.at:.3f} (one earlier {self.before:.3f}, one later {self.after:.3f}) nats"
 
 
-def check_alignment(targets: TopKTargets, labels: Tensor, *, margin: float = 0.5, min_labels: int = 32) -> Alignment:
+def check_alignment(
+    targets: TopKTargets | EncodedTargets, labels: Tensor, *, margin: float = 0.5, min_labels: int = 32
+) -> Alignment:
     """Compares the teacher's loss on the labels at shifts -1, 0 and +1 along the second last dimension of the targets.
 
     Args:
-        targets: `[B, L, k]` (or `[L, k]`).
+        targets: `[B, L, k]` (or `[L, k]`), in code or not.
         labels: `[B, L]` (or `[L]`) integers, aligned with the targets' rows, -100 where they do not count.
         margin: nats by which another shift must be better to be called a misalignment.
         min_labels: with fewer labels than this nothing is raised: chance could do it.
@@ -51,6 +54,7 @@ def check_alignment(targets: TopKTargets, labels: Tensor, *, margin: float = 0.5
             cannot tell), or the loss at 0 is above log V.
         ValueError: the shapes do not fit.
     """
+    targets = targets.decode()
     if labels.shape != targets.ids.shape[:-1]:
         raise ValueError(
             f"labels: expected shape {list(targets.ids.shape[:-1])} as the targets' rows, got {list(labels.shape)}"

@@ -29,6 +29,7 @@ from kdfast.cache.format import (
 )
 from kdfast.cache.manifest import Manifest, ShardEntry, read_manifest, write_atomically
 from kdfast.cache.remote import writable
+from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.targets import TopKTargets
 
 _T = TypeVar("_T")
@@ -173,7 +174,7 @@ class CacheWriter:
     def add(
         self,
         input_ids: Tensor,
-        targets: TopKTargets,
+        targets: TopKTargets | EncodedTargets,
         loss_mask: Tensor | None = None,
         labels: Tensor | None = None,
         context_ids: Tensor | None = None,
@@ -197,6 +198,7 @@ class CacheWriter:
             raise CacheError(f"{self.path}: the writer is closed")
         settings = self.settings
         ids = _integers("input_ids", input_ids, 0, settings.vocab_size)
+        targets = targets.decode()
         rows = self._rows(targets, len(ids))
         mask = None
         if loss_mask is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops.targets import TopKTargets
+from kdfast.ops.targets import TopKTargets, column_of
 from kdfast.options import CODEC_SLACK, CodecLayout
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
@@ -78,6 +78,10 @@ class EncodedTargets:
     @property
     def temperatures(self) -> tuple[float, ...]:
         return self.layout.temperatures
+
+    def column(self, temperature: float) -> int:
+        """Position of a captured temperature, as `TopKTargets.column`."""
+        return column_of(temperature, self.temperatures)
 
     def _map(self, change: Any) -> EncodedTargets:
         return dataclasses.replace(self, data=change(self.data), offsets=change(self.offsets), counts=change(self.counts))

@@ -4,7 +4,7 @@ A layout is not a meaning. `Shard(0)` on a head is a slice of the vocabulary und
 the loss of the same rows together; it is storage and nothing else under FSDP, where each rank has rows of its own. Logits that
 are DTensors are one tensor of all ranks, and so are hidden states; a head says nothing of whose rows it meets. So it is taken
 for slices only over the mesh dimension that is known for tensor parallelism: that of `tp_group`, one named so, or the one over
-which the hidden states are a DTensor as well. Every other is gathered: right whatever the ranks' rows are, at the cost of memory.
+which the hidden states are a DTensor as well. Every other is gathered: right whatever the rows are, at the cost of memory.
 """
 
 from __future__ import annotations

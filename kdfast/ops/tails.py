@@ -135,13 +135,14 @@ def check_ids(targets: Sequence[Tensor], row: int, vocab: int) -> None:
         raise ValueError(f"targets: row {row} has no entries, expected at least one with tail 'renormalize'")
 
 
-def label_logprobs(targets: TopKTargets, labels: Tensor) -> Tensor:
+def label_logprobs(targets: TopKTargets | EncodedTargets, labels: Tensor) -> Tensor:
     """The teacher's log-probability of each label at T = 1, from its entry or its even share of the bucket.
 
     Args:
         targets: captured at T = 1 among others.
         labels: `[...]` like the targets' leading dimensions; negative labels give the bucket's share.
     """
+    targets = targets.decode()
     share = targets.log_tail[..., targets.column(1.0)] - _unlisted(targets).log()
     hit = targets.ids == labels.clamp(min=0)[..., None]
     found = torch.where(hit, targets.logprobs, -torch.inf).amax(-1)

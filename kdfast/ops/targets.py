@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 
 
+def column_of(temperature: float, captured: tuple[float, ...]) -> int:
+    """Position of a temperature among those captured; raises `ValueError`, which lists them, where it is not there."""
+    for i, t in enumerate(captured):
+        if abs(t - temperature) <= 1e-6 * t:
+            return i
+    there = ", ".join(f"{t:g}" for t in captured)
+    raise ValueError(
+        f"temperature: {temperature:g} was not captured; the targets hold {there}: use one of these or capture again"
+    )
+
+
 @dataclass(frozen=True)
 class TopKTargets:
     """A teacher's distribution over V ids as k entries and one bucket for everything else.
@@ -68,13 +79,7 @@ class TopKTargets:
         Raises:
             ValueError: it was not captured; lists those that were.
         """
-        for i, t in enumerate(self.temperatures):
-            if abs(t - temperature) <= 1e-6 * t:
-                return i
-        captured = ", ".join(f"{t:g}" for t in self.temperatures)
-        raise ValueError(
-            f"temperature: {temperature:g} was not captured; the targets hold {captured}: use one of these or capture again"
-        )
+        return column_of(temperature, self.temperatures)
 
     def _map(self, change: Any) -> TopKTargets:
         weights = None if self.weights is None else change(self.weights)
@@ -86,6 +91,14 @@ class TopKTargets:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TopKTargets:
         """The same targets on another device."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TopKTargets:
+        """The same targets where a GPU can fetch them by itself; needs one."""
+        return self._map(lambda x: x.pin_memory())
+
+    def decode(self) -> TopKTargets:
+        """Themselves: what `EncodedTargets.decode` gives, so that whoever reads entries takes both."""
+        return self
 
     def __getitem__(self, index: Any) -> TopKTargets:
         """Indexes the leading dimensions."""
