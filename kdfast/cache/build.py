@@ -207,10 +207,22 @@ def estimate(
 
 def load_teacher(teacher: str | Path, task: str = "auto", dtype: str = "auto") -> nn.Module:
     """The teacher in a folder, in evaluation mode, its weights in the dtype that config.json says unless told otherwise."""
-    from kdfast.models.load import load_folder, resolve_folder
+    from kdfast.models.load import load_folder
 
-    folder = resolve_folder(teacher, "teacher")
+    folder = _folder_of(teacher)
     return load_folder(folder, "teacher", kind=TASKS[task_of(folder, task)], dtype=dtype).eval()
+
+
+def _folder_of(teacher: str | Path) -> Path:
+    """A local folder, which is seen without loading anything; else the hub's copy of that name."""
+    folder = Path(teacher)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or folder.is_absolute():
+        raise ValueError(f"teacher: expected a folder with config.json and safetensors weights, got {str(teacher)!r}")
+    from kdfast.models.load import resolve_folder
+
+    return resolve_folder(teacher, "teacher")
 
 
 def task_of(folder: Path, asked: str = "auto") -> str:
@@ -244,13 +256,12 @@ class _Job:
     corpus: Corpus
 
     def __init__(self, teacher: str | Path, data: TextData, chosen: BuildOptions, name: Naming) -> None:
-        from kdfast.models.load import resolve_folder
         from kdfast.text.documents import Corpus
         from kdfast.text.tokenizers import load_tokenizer
 
         self._chosen, self._name = chosen, name
         data.check(name)
-        self._folder = resolve_folder(teacher, "teacher")
+        self._folder = _folder_of(teacher)
         tokenizer, self._tokenizer_file = load_tokenizer(self._folder)
         self.task = task_of(self._folder, chosen.task)
         if self.task != "causal" and chosen.drop_masked:

@@ -94,14 +94,11 @@ def add_arguments(build: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from transformers.utils import logging
 
-    import kdfast.models  # noqa: F401 (says what to install where transformers is missing)
     from kdfast.cache import BuildOptions, build, estimate
     from kdfast.cli.progress import bar
     from kdfast.text import TextData
 
-    logging.disable_progress_bar()  # it draws one for every file, even when piped
     data = TextData(**{**_given(args, TextData), "paths": tuple(args.data or ()), "exclude": tuple(args.exclude)})
     options = {**_given(args, BuildOptions), "temperatures": tuple(args.temperatures)}
     if args.dry_run:
