@@ -10,8 +10,6 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 
 def ranged(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
     """A field whose number must be >= low, > above and <= high."""
@@ -61,6 +59,8 @@ def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> str:
 
 def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """`values` with `dotted.key=value` settings applied; a value is read as YAML."""
+    import yaml  # models are loaded by these dataclasses too, and need none
+
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:

@@ -144,6 +144,7 @@ def test_the_template_comes_from_the_file_the_folder_or_its_config(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_teacher(tmp_path / "bare", [m["content"] for m in TURNS], 300, None)
+    capsys.readouterr()  # what saving the teacher printed
     rows = [{"messages": TURNS[:2]}]
     assert build(tmp_path, tmp_path, rows, teacher="bare") == 2
     error = capsys.readouterr().err
@@ -198,6 +199,7 @@ def test_instruction_options_need_a_causal_teacher(
     tokenizer, size = tokenizer_of(world), {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(vocab_size=300, intermediate_size=16, **size)).save_pretrained(tmp_path / "bert")
     tokenizer.save(str(tmp_path / "bert" / "tokenizer.json"))
+    capsys.readouterr()  # what saving the teacher printed
     assert build(tmp_path, tmp_path, [PAIR], option, teacher="bert") == 2
     error = capsys.readouterr().err
     assert f"{option.partition('=')[0]}: expected a causal teacher, got a masked one" in error

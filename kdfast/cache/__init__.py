@@ -1,7 +1,9 @@
 """The offline teacher cache: capture a teacher once, train any number of students from compact, verified targets."""
 
 from kdfast.cache.batch import Batch
+from kdfast.cache.build import BuildOptions, Built, build, estimate, load_teacher
 from kdfast.cache.capture import Example, capture, nucleus, share_of
+from kdfast.cache.capture_file import read_capture
 from kdfast.cache.dataset import CacheDataset, CacheStream
 from kdfast.cache.format import AlignmentError, CacheError, CacheFull, CacheMismatch, CorruptCache, Settings
 from kdfast.cache.manifest import CacheInfo
@@ -15,6 +17,8 @@ __all__ = [
     "Alignment",
     "AlignmentError",
     "Batch",
+    "BuildOptions",
+    "Built",
     "CacheDataset",
     "CacheError",
     "CacheFull",
@@ -29,12 +33,16 @@ __all__ = [
     "Repaired",
     "Settings",
     "TeacherCheck",
+    "build",
     "capture",
     "check_alignment",
     "compare_with_teacher",
+    "estimate",
+    "load_teacher",
     "merge",
     "nucleus",
     "part_path",
+    "read_capture",
     "repair",
     "share_of",
     "verify",

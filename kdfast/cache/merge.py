@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from kdfast.cache.capture_file import read_capture, write_capture
 from kdfast.cache.format import MANIFEST, CacheError, CacheMismatch
 from kdfast.cache.manifest import CacheInfo, Manifest, ShardEntry, read_manifest, write_atomically
 from kdfast.cache.remote import writable
@@ -57,19 +58,25 @@ def merge(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]] 
         OSError: `path` is on another file system than a part.
     """
     target = writable(path)
+    if parts is None and (target / MANIFEST).is_file() and not any(target.glob("part-*")):
+        manifest, size = read_manifest(target)  # the last rank of a build merged them
+        if manifest.complete:
+            return CacheInfo.of(manifest, size)
     folders = parts_of(target) if parts is None else [writable(p, "parts") for p in parts]
     manifests = [_finished(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         different = manifests[0].settings.differences(manifest.settings)
         if different:
             raise CacheMismatch(f"{folder}: made with other settings than {folders[0]} ({'; '.join(different)})")
-    merged = _joined(manifests)
+    placed = _placed(folders, manifests)
+    merged = _joined(manifests, [entry for _, entry in placed])
     data = merged.to_bytes()
     if not (target / MANIFEST).exists():
         target.mkdir(parents=True, exist_ok=True)
-        sources = [folder / e.name for folder, m in zip(folders, manifests, strict=True) for e in m.shards]
-        for source, entry in zip(sources, merged.shards, strict=True):
-            _link(source, target / entry.name)
+        for (folder, source), entry in zip(placed, merged.shards, strict=True):
+            _link(folder / source.name, target / entry.name)
+        if parts is None and (described := read_capture(folders[0])):
+            write_capture(target, {name: value for name, value in described.items() if name != "turns"})
         sync_folder(target)
         write_atomically(target / MANIFEST, [data])
     elif parts is not None or (target / MANIFEST).read_bytes() != data:
@@ -80,15 +87,42 @@ def merge(path: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]] 
     return CacheInfo.of(merged, len(data))
 
 
-def _joined(manifests: list[Manifest]) -> Manifest:
-    entries: list[ShardEntry] = []
-    for manifest in manifests:
-        entries += [
-            dataclasses.replace(e, name=f"shard-{len(entries) + i:05d}.safetensors") for i, e in enumerate(manifest.shards)
-        ]
+def _placed(folders: list[Path], manifests: list[Manifest]) -> list[tuple[Path, ShardEntry]]:
+    """The shards of all parts with their folders, in the order of the records: part after part, or, where ranks took turns
+    at one stream of documents, turn after turn."""
+    turns = [sizes for folder in folders if (sizes := read_capture(folder).get("turns")) is not None]
+    if len(turns) < len(folders):
+        return [(folder, entry) for folder, manifest in zip(folders, manifests, strict=True) for entry in manifest.shards]
+    queues = [_by_turn(f, m, t) for f, m, t in zip(folders, manifests, turns, strict=True)]
+    placed: list[tuple[Path, ShardEntry]] = []
+    for number in range(max(map(len, queues))):
+        for folder, queue in zip(folders, queues, strict=True):
+            entries, whole = queue[number] if number < len(queue) else ([], False)
+            placed += [(folder, entry) for entry in entries]
+            if not whole:  # the stream's end, or a part that stopped at its limit: what comes after would leave a gap
+                return placed
+    return placed
+
+
+def _by_turn(folder: Path, manifest: Manifest, sizes: Sequence[int]) -> list[tuple[list[ShardEntry], bool]]:
+    """The shards of each turn, and whether all of its records are there."""
+    left, out = list(manifest.shards), []
+    for size in sizes:
+        taken: list[ShardEntry] = []
+        while left and sum(e.records for e in taken) < size:
+            taken.append(left.pop(0))
+        records = sum(e.records for e in taken)
+        if records > size or (records < size and not read_capture(folder).get("stopped")):
+            raise CacheError(f"{folder}: its shards do not end where the turns of its rank do; capture this part again")
+        out.append((taken, records == size))
+    return out
+
+
+def _joined(manifests: list[Manifest], placed: list[ShardEntry]) -> Manifest:
+    entries = tuple(dataclasses.replace(e, name=f"shard-{i:05d}.safetensors") for i, e in enumerate(placed))
     groups = {m.group_size for m in manifests}
-    whole = all(_whole_groups(m) for m in manifests[:-1])
-    return Manifest(manifests[0].settings, tuple(entries), True, groups.pop() if len(groups) == 1 and whole else None)
+    whole = all(e.records % (manifests[0].group_size or 1) == 0 for e in entries[:-1])
+    return Manifest(manifests[0].settings, entries, True, groups.pop() if len(groups) == 1 and whole else None)
 
 
 def _finished(folder: Path) -> Manifest:
@@ -98,13 +132,6 @@ def _finished(folder: Path) -> Manifest:
     for entry in manifest.shards:
         Shard(folder, entry, manifest.settings)
     return manifest
-
-
-def _whole_groups(manifest: Manifest) -> bool:
-    def whole(entry: ShardEntry) -> bool:
-        return entry.records % (manifest.group_size or 1) == 0
-
-    return all(map(whole, manifest.shards))
 
 
 def _link(source: Path, target: Path) -> None:

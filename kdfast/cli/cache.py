@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if args.action in ("verify", "cat", "bench") or getattr(args, "plot", None):
         args.path = _copied(args.path)
-    found = actions[args.action](args)
+    try:
+        found = actions[args.action](args)
+    except KeyboardInterrupt:
+        hint = "; what was finished is safe, run the same command again to go on" if args.action == "build" else ""
+        print(f"kdfast cache {args.action}: interrupted{hint}", file=sys.stderr)
+        return 130
     print(json.dumps(found) if args.json else found["text"] if "text" in found else _table(found))
     return 1 if found.get("failed") else 0
 
@@ -88,10 +94,12 @@ def _copied(path: str) -> str:
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from kdfast.cache import CacheInfo
-    from kdfast.cache.remote import manifest_of
+    from kdfast.cache import CacheInfo, read_capture
+    from kdfast.cache.remote import is_url, manifest_of
 
     found: dict[str, Any] = CacheInfo.of(*manifest_of(args.path)).as_json()
+    if not is_url(args.path):
+        found |= cache_build.described(read_capture(args.path))
     if args.plot:
         from kdfast.cli.cache_plot import plot
 
@@ -116,17 +124,19 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
 def _compare(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
     import numpy as np
 
-    from kdfast.cache import compare_with_teacher
+    from kdfast.cache import compare_with_teacher, load_teacher, read_capture
+    from kdfast.models.load import weights_hash
 
     folder = Path(args.teacher)
     seq2seq = len(reader) and reader[0].context_ids is not None
     task = "seq2seq" if seq2seq else "masked" if reader.info.alignment == "same" else "causal"
-    teacher = cache_build.load_teacher(folder, task).to(args.device)
+    dtype = read_capture(args.path).get("dtype") or "float32"
+    teacher = load_teacher(folder, task, dtype).to(args.device)
     records = np.unique(np.linspace(0, len(reader) - 1, min(args.records, len(reader))).astype(int)).tolist()
     check = compare_with_teacher(reader, teacher, records, args.device)
     failed = not check.kl_mean <= args.limit  # a teacher that says NaN fails too
     return {
-        "verified": not failed, "same_weights": cache_build.weights_hash(folder) == reader.info.teacher,
+        "verified": not failed, "same_weights": weights_hash(folder) == reader.info.teacher,
         "compared_rows": check.rows, "kl_to_teacher_mean": check.kl_mean, "kl_to_teacher_max": check.kl_max, "failed": failed,
     }  # fmt: skip
 

@@ -16,16 +16,16 @@ class Shown:
     def __init__(self, progress: Any = None, task: Any = None) -> None:
         self._progress, self._task = progress, task
 
-    def update(self, done: int) -> None:
-        """`done` units are finished, counted from the beginning."""
+    def update(self, done: int, total: int | None = None) -> None:
+        """`done` units are finished, counted from the beginning; of so many, where that shows only now."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=done)
+            self._progress.update(self._task, completed=done, **({} if total is None else {"total": total}))
             speed = self._progress.tasks[0].speed
             self._progress.update(self._task, rate=f"{speed:,.1f}" if speed else "-")
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int, unit: str) -> Iterator[Shown]:
+def bar(description: str, total: int | None, unit: str) -> Iterator[Shown]:
     """A bar of `total` units with rate and time left, on stderr."""
     if not has("rich"):
         yield Shown()
