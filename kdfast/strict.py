@@ -46,7 +46,9 @@ def build(cls: type, values: Any, path: str = "") -> Any:
     try:
         return cls(**made)
     except ValueError as error:  # from __post_init__, which knows its own keys only
-        raise ValueError(_join(path, str(error))) from None
+        said = str(error)
+        own = any(said.startswith((f"{name}:", f"{name}.")) for name in fields)
+        raise ValueError(_join(path, said) if own or not path else f"{path}: {said}") from None
 
 
 def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> str:

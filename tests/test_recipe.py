@@ -25,7 +25,7 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
         pytest.param(
             {**GOOD, "optimizer": {"lrr": 1.0}}, r"^optimizer\.lrr: unknown key; did you mean 'lr'", id="unknown-nested-key"
         ),
-        pytest.param({**GOOD, "data": {"qqq": 1}}, r"^data\.qqq: unknown key; valid keys are train", id="nothing-near"),
+        pytest.param({**GOOD, "data": {"qqq": 1}}, r"^data\.qqq: unknown key; valid keys are ", id="nothing-near"),
         pytest.param({**GOOD, "steps": "many"}, r"^steps: expected a whole number, got str 'many'", id="text-for-int"),
         pytest.param({**GOOD, "steps": 2.5}, r"^steps: expected a whole number, got float 2\.5", id="float-for-int"),
         pytest.param({**GOOD, "steps": True}, r"^steps: expected a whole number, got bool True", id="bool-for-int"),
@@ -33,15 +33,30 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
         pytest.param({**GOOD, "data": [1]}, r"^data: expected a mapping", id="list-for-mapping"),
         pytest.param({**GOOD, "data": {"train": [3]}}, r"^data\.train\[0\]: expected text, got int 3", id="inside-a-list"),
         pytest.param({**GOOD, "steps": 0}, r"^steps: expected a number >= 1, got 0", id="below-range"),
-        pytest.param({**GOOD, "temperature": 0}, r"^temperature: expected a number > 0\.0, got 0", id="at-open-end"),
+        pytest.param(
+            {**GOOD, "method": {"name": "word_kd", "temperature": 0}},
+            r"^method\.temperature: expected a number > 0\.0, got 0",
+            id="at-open-end",
+        ),
+        pytest.param(
+            {**GOOD, "method": {"name": "word_kd", "temperature": {"start": 2, "end": 0}}},
+            r"^method\.temperature: expected a number > 0\.0, got 0",
+            id="schedule-out-of-range",
+        ),
+        pytest.param(
+            {**GOOD, "method": {"name": "word_kd", "temprature": 2}},
+            r"^method\.temprature: unknown key; .*'temperature'",
+            id="unknown-option",
+        ),
+        pytest.param({**GOOD, "task": "causal"}, r"^task 'causal': unknown task; did you mean 'causal_lm'", id="no-such-task"),
         pytest.param(
             {**GOOD, "data": {"validation_share": 0.9}}, r"^data\.validation_share: expected a number <= 0\.5", id="above-range"
         ),
         pytest.param({**GOOD, "optimizer": {"lr": float("nan")}}, r"^optimizer\.lr: expected a finite number", id="nan"),
         pytest.param(
-            {**GOOD, "method": "word_dk"}, r"^method: expected one of .*did you mean 'word_kd'\?", id="word-of-a-choice"
+            {**GOOD, "method": "word_dk"}, r"^method 'word_dk': unknown method; did you mean 'word_kd'\?", id="word-of-a-choice"
         ),
-        pytest.param({}, r"^student: expected one of model_type, path, function, got none", id="no-student"),
+        pytest.param({}, r"^student: expected one of model_type, path, function, from_teacher, got none$", id="no-student"),
         pytest.param(
             {"student": {"model_type": "gpt2", "path": "x"}},
             r"^student: expected one of .*model_type and path",
@@ -50,7 +65,9 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
         pytest.param({**GOOD, "teacher": {"path": "x"}}, r"^teacher: method supervised has none", id="teacher-unused"),
         pytest.param({**GOOD, "method": "word_kd"}, r"^teacher: method word_kd expects one of path", id="no-teacher"),
         pytest.param(
-            {**GOOD, "method": "word_kd", "teacher": {"path": "x"}, "soft_weight": 0}, r"^soft_weight: ", id="no-loss"
+            {**GOOD, "teacher": {"path": "x"}, **{"method": {"name": "word_kd", "soft_weight": 0}}},
+            r"^method\.soft_weight: ",
+            id="no-loss",
         ),
     ],
 )

@@ -17,19 +17,23 @@ from tiny_runs import STUDENT, TEXT, make_sequences, make_tokenizer, recipe_valu
 from torch.nn import functional as F
 
 from kdfast import topk_targets
-from kdfast.cache import AlignmentError, CacheMismatch, CacheWriter, capture
+from kdfast.cache import AlignmentError, CacheMismatch, CacheWriter, capture, check_alignment
+from kdfast.models.heads import call, logits_in
+from kdfast.models.load import load_folder
+from kdfast.models.view import View
 from kdfast.text import IGNORE
 from kdfast.text.files import list_files, share_of, split_files
 from kdfast.text.tokenizers import file_hash
-from kdfast.train import Recipe, distill
-from kdfast.train.data import Batch, Order, Sequences
-from kdfast.train.evaluate import evaluate
-from kdfast.train.loop import lr_at
-from kdfast.train.models import build_student, build_teacher, logits_of
-from kdfast.train.recipe import Model, Optimizer, Teacher
-from kdfast.train.recipes import make_loss
+from kdfast.train import Recipe, distill, evaluate
+from kdfast.train.data import Order, Sequences
+from kdfast.train.loop import lr_at, targets_in
+from kdfast.train.objective import Setting
+from kdfast.train.recipe import Optimizer
+from kdfast.train.recipes import objective_class
 from kdfast.train.step import DistillStep
-from kdfast.train.teacher import CachedTeacher, LiveTeacher, alignment_line
+from kdfast.train.students import build_student
+from kdfast.train.tasks import task_class
+from kdfast.train.teachers import CachedTeacher, LiveTeacher
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def teacher(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tokenizer: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher on every sequence, all of its vocabulary kept."""
     path = tmp_path_factory.mktemp("cache") / "full"
-    model = build_teacher(Teacher(path=str(teacher)))
+    model = load_folder(teacher, "teacher").eval()
     data = make_sequences(tokenizer)
     with CacheWriter(
         path, vocab_size=300, k=300, teacher="tiny", tokenizer_hash=file_hash(tokenizer), temperatures=(1.0, 2.0), max_kl=1e-7
@@ -92,19 +96,37 @@ def test_a_killed_run_resumes_to_the_same_bits(tokenizer: Path, tmp_path: Path) 
     assert [(r["step"], r.get("loss")) for r in rows[0]] == [(r["step"], r.get("loss")) for r in rows[1]]
 
 
-def test_cached_and_live_gradients_agree_when_all_ids_are_kept(tokenizer: Path, teacher: Path, cache: Path) -> None:
-    values = recipe_values(tokenizer, Path("unused"), method="word_kd", teacher={"path": str(teacher)})
-    recipe = Recipe.build({**values, "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3})
-    cached, live = CachedTeacher(cache, temperature=2.0), LiveTeacher(build_teacher(recipe.teacher or Teacher()))
+def make_step(recipe: Recipe, *teachers: LiveTeacher | CachedTeacher, through_head: bool = True) -> DistillStep:
+    """The wrapped module of a run, its student in evaluation mode."""
+    task = task_class(recipe.task.name)(recipe.task.options, recipe.data)
     torch.manual_seed(0)
-    step = DistillStep(build_student(recipe.student, 300).eval(), make_loss(recipe))
+    student = build_student(recipe, task, 300).eval()
+    objective = objective_class(recipe.method.name)(recipe.method.options, Setting(student, teachers, task))
+    step = DistillStep(student, objective, task)
+    return step.name_head() if through_head else step
+
+
+WORD_KD = {"name": "word_kd", "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
+
+
+@pytest.mark.parametrize("through_head", [True, False], ids=["through-head", "logits"])
+def test_cached_and_live_gradients_agree_when_all_ids_are_kept(
+    tokenizer: Path, teacher: Path, cache: Path, through_head: bool
+) -> None:
+    recipe = Recipe.build(recipe_values(tokenizer, Path("unused"), method=WORD_KD, teacher={"path": str(teacher)}))
+    cached, live = CachedTeacher(cache), LiveTeacher(load_folder(teacher, "teacher"))
+    step = make_step(recipe, live, through_head=through_head)
+    if through_head:
+        live.name_head(step.task.example(live.model))
+        assert step.head is not None
+        assert live.head is not None
     batch = cached.batch(range(8))
-    items = int((batch.labels != IGNORE).sum())
-    exact = topk_targets(live(batch), 300, temperatures=(2.0,))
+    items = batch.count()
+    exact = View(targets=topk_targets(live(batch).logits, 300, temperatures=(2.0,)))
     gradients, losses = [], []
-    for signal_ in (live(batch), exact, cached(batch)):
+    for view in (live(batch), exact, cached(batch)):
         step.zero_grad()
-        loss, _ = step(batch, signal_, items)
+        loss, _ = step(batch, [view], items)
         loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.grad is not None]))
@@ -116,33 +138,37 @@ def test_cached_and_live_gradients_agree_when_all_ids_are_kept(tokenizer: Path, 
     assert losses[2] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_word_kd_equals_plain_pytorch(tokenizer: Path, teacher: Path) -> None:
-    values = recipe_values(tokenizer, Path("unused"), method="word_kd", teacher={"path": str(teacher)})
-    recipe = Recipe.build({**values, "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3})
+@pytest.mark.parametrize("through_head", [True, False], ids=["through-head", "logits"])
+def test_word_kd_equals_plain_pytorch(tokenizer: Path, teacher: Path, through_head: bool) -> None:
+    recipe = Recipe.build(recipe_values(tokenizer, Path("unused"), method=WORD_KD, teacher={"path": str(teacher)}))
     batch = make_sequences(tokenizer).batch(range(4))
-    signal_ = LiveTeacher(build_teacher(recipe.teacher or Teacher()))(batch)
-    student = build_student(recipe.student, 300).eval()
-    items = int((batch.labels != IGNORE).sum())
-    loss, metrics = DistillStep(student, make_loss(recipe))(batch, signal_, items)
-    logits = logits_of(student, batch.input_ids)
-    q, p = F.log_softmax(logits / 2, -1), F.log_softmax(signal_ / 2, -1)
+    live = LiveTeacher(load_folder(teacher, "teacher"))
+    step = make_step(recipe, live, through_head=through_head)
+    if through_head:
+        live.name_head(step.task.example(live.model))
+    loss, metrics = step(batch, [live(batch)], batch.count())
+    logits = logits_in(call(step.student, batch.inputs))
+    q, p = F.log_softmax(logits / 2, -1), F.log_softmax(live(batch).logits / 2, -1)
     kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)[batch.labels != IGNORE]
     ce = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert loss.item() == pytest.approx((0.7 * 4 * kl.mean() + 0.3 * ce).item(), rel=1e-5)
-    assert metrics["soft"].mean.item() == pytest.approx(kl.mean().item(), rel=1e-5)
-    assert metrics["hard"].mean.item() == pytest.approx(ce.item(), rel=1e-5)
+    for name, want in (("kl_at_T", kl.mean()), ("hard", ce)):
+        assert (metrics[name].sum / metrics[name].count).item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_training_from_a_cache_logs_every_metric(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
-    values = recipe_values(tokenizer, tmp_path / "run", method="word_kd", teacher={"cache": str(cache)}, tracker="tensorboard")
+    values = recipe_values(tokenizer, tmp_path / "run", teacher={"cache": str(cache)}, tracker="tensorboard")
     said: list[str] = []
-    result = distill(Recipe.build({**values, "data": {}, "hard_weight": 0.5, "temperature": 2.0}), say=said.append)
+    result = distill(
+        Recipe.build({**values, "data": {}, "method": {"name": "word_kd", "hard_weight": 0.5, "temperature": 2.0}}),
+        say=said.append,
+    )
     assert any("teacher's loss on the labels" in line for line in said)
-    row = json.loads((result.out / "metrics.jsonl").read_text().splitlines()[-1])
+    row = json.loads((result.out / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
     expected = {"step", "seconds", "loss", "kl_at_T", "kl_at_1", "lse_squared", "hard", "student_ppl", "teacher_ppl",
                 "teacher_entropy", "top1_agreement", "lr", "grad_norm", "tokens_per_s", "temperature", "soft_weight",
-                "hard_weight"}  # fmt: skip
-    assert set(row) == expected
+                "hard_weight", "data_wait_s"}  # fmt: skip
+    assert set(row) - {"student_entropy"} == expected
     assert row["loss"] == pytest.approx(4 * row["kl_at_T"] + 0.5 * row["hard"], rel=1e-4)
     assert list((result.out / "tensorboard").rglob("events.out.tfevents.*"))
     assert {p.name for p in result.out.iterdir()} >= {"recipe.yaml", "run.json", "result.json", "model", "checkpoints"}
@@ -161,7 +187,7 @@ def test_accumulation_equals_a_larger_batch(tokenizer: Path, tmp_path: Path) -> 
             tokenizer, tmp_path / str(accumulation), steps=3, batch_size=batch_size, accumulation=accumulation
         )
         result = distill(Recipe.build({**values, "student": {"model_type": "gpt2", "config": config}}), say=_quiet)
-        models.append(build_teacher(Teacher(path=str(result.model))).state_dict())
+        models.append(load_folder(result.model, "model").state_dict())
     for name, weights in models[0].items():
         torch.testing.assert_close(weights, models[1][name], rtol=1e-4, atol=1e-5)
 
@@ -178,7 +204,7 @@ def test_two_processes_equal_one(tokenizer: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     result = distill(Recipe.build(one), say=_quiet)
-    weights = [build_teacher(Teacher(path=str(tmp_path / name / "model"))).state_dict() for name in ("one", "two")]
+    weights = [load_folder(tmp_path / name / "model", "model").state_dict() for name in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-5)
     rows = [json.loads((result.out.parent / n / "metrics.jsonl").read_text().splitlines()[2]) for n in ("one", "two")]
@@ -191,8 +217,8 @@ def test_another_recipe_does_not_continue_a_run(tokenizer: Path, tmp_path: Path)
     first = distill(Recipe.build(values), say=_quiet)
     again = distill(Recipe.build({**values, "log_every": 1}), say=_quiet)
     assert again == first
-    with pytest.raises(ValueError, match=r"^out: .* differs in steps; set another out"):
-        distill(Recipe.build({**values, "steps": 3}), say=_quiet)
+    with pytest.raises(ValueError, match=r"^out: .* differs in batch_size; set another out"):
+        distill(Recipe.build({**values, "batch_size": 3}), say=_quiet)
     with pytest.raises(ValueError, match="differs in the training data"):
         distill(Recipe.build(values), train_data=Sequences(torch.zeros(4, 32, dtype=torch.int32)), say=_quiet)
 
@@ -208,13 +234,13 @@ def test_check_runs_two_steps_and_leaves_nothing(tokenizer: Path, teacher: Path,
     assert not (tmp_path / "run").exists()
 
 
-def test_shifted_labels_are_caught(teacher: Path, tokenizer: Path) -> None:
+def test_shifted_labels_are_caught() -> None:
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
-    right = Batch(ids, torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], 1))
-    knowing = 8.0 * F.one_hot(right.labels.clamp(min=0), 300).float()
-    assert "teacher's loss" in alignment_line(knowing, right)
+    right = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], 1)
+    knowing = targets_in(View(own_logits=8.0 * F.one_hot(right.clamp(min=0), 300).float()))
+    assert "teacher's loss" in str(check_alignment(knowing, right))
     with pytest.raises(AlignmentError, match="shifted"):
-        alignment_line(knowing, Batch(ids, ids))
+        check_alignment(knowing, ids)
 
 
 def test_identity_is_checked_before_the_first_step(cache: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -229,8 +255,8 @@ def test_identity_is_checked_before_the_first_step(cache: Path, tokenizer: Path,
     padded = {"model_type": "gpt2", "config": {**STUDENT, "vocab_size": 304}}
     with pytest.raises(ValueError, match="set tokenizer: PATH"):
         distill(Recipe.build({**values, "student": padded, "tokenizer": None}), say=_quiet)
-    with pytest.raises(ValueError, match=r"^temperature: 3 is not in the cache .* holds 1, 2"):
-        distill(Recipe.build({**values, "temperature": 3.0}), say=_quiet)
+    with pytest.raises(ValueError, match=r"^method\.temperature: 3 is not in the cache.* holds 1, 2"):
+        distill(Recipe.build({**values, "method": {"name": "word_kd", "temperature": 3.0}}), say=_quiet)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -271,7 +297,7 @@ def test_missing_inputs_are_one_line(changes: dict, message: str, tokenizer: Pat
 def test_an_empty_corpus_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     data = {"train": [str(tmp_path / "empty.txt")], "validation_share": 0.0}
-    with pytest.raises(ValueError, match=r"^data\.train: expected at least one sequence of 128 tokens, got 1 in 1 files"):
+    with pytest.raises(ValueError, match=r"^data\.train: expected at least one document with two tokens, found none"):
         distill(Recipe.build({**recipe_values(tokenizer, tmp_path / "run"), "data": data}), say=_quiet)
 
 
@@ -317,7 +343,7 @@ def test_split_by_file_does_not_depend_on_the_other_files(tmp_path: Path) -> Non
 
 def test_evaluate_equals_plain_pytorch(tokenizer: Path) -> None:
     data = make_sequences(tokenizer)
-    model = build_student(Model(model_type="gpt2", config=STUDENT), 300).train()
+    model = make_step(Recipe.build(recipe_values(tokenizer, Path("unused")))).student.train()
     found = evaluate(model, data, batch_size=3, limit=7)
     assert model.training
     batch = data.batch(range(7))

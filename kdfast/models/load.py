@@ -195,7 +195,9 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> 
     found = model.load_state_dict(tensors, strict=False)
     groups = {**tied(model)}
     given = {name for name in (*groups, *groups.values()) if name in tensors}
-    reached = {copy for copy, name in groups.items() if name in given} | {name for copy, name in groups.items() if copy in given}
+    reached = {copy for copy, name in groups.items() if name in given} | {
+        name for copy, name in groups.items() if copy in given
+    }
     missing, surplus = set(found.missing_keys) - reached, found.unexpected_keys
     if missing or surplus:
         what = f"missing {', '.join(sorted(missing)[:4])}" if missing else f"not in the student: {', '.join(surplus[:4])}"

@@ -129,7 +129,7 @@ class _SideBySide:
 
 def _check_labels(train: Source, vocab_size: int | None, task: Task[Any]) -> None:
     """Raises when the first rows have labels outside the vocabulary; every batch is looked at by the losses on a CPU."""
-    if vocab_size is None or not isinstance(task, LanguageTask) or isinstance(train, CachedTeacher) and train.pack:
+    if vocab_size is None or not isinstance(task, LanguageTask) or (isinstance(train, CachedTeacher) and train.pack):
         return
     labels = train.batch([0]).labels
     if labels is None:

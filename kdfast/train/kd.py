@@ -92,5 +92,3 @@ def _shown(loss: Tensor, parts: Parts) -> tuple[Tensor, Metrics]:
         for shown, how in _SHOWN[name]:
             metrics[shown] = Metric(part.sum, part.count, how)
     return loss, metrics
-
-

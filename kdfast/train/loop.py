@@ -128,7 +128,9 @@ class _Run:
             if isinstance(teacher, LiveTeacher) and self.inputs.task.through_head and self.step.head is not None:
                 teacher.name_head(self.inputs.task.example(teacher.model))
             if needs != Needs() and not isinstance(teacher, LiveTeacher):
-                raise ValueError(f"teacher.cache: method {self.recipe.method.name} looks at more than a cache holds; use teacher.path")
+                raise ValueError(
+                    f"teacher.cache: method {self.recipe.method.name} looks at more than a cache holds; use teacher.path"
+                )
 
     def _wrapped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         accelerator = self.accelerator
@@ -199,7 +201,11 @@ class _Run:
                         shown.update(step)
                 if evaluating and not stopping and self.inputs.validation is not None:
                     evaluation = self._evaluate()
-                    scores = {f"validation_{k}": v for k, v in evaluation.items() if k in ("ppl", "top1") or k not in ("nll", "tokens")}
+                    scores = {
+                        f"validation_{k}": v
+                        for k, v in evaluation.items()
+                        if k in ("ppl", "top1") or k not in ("nll", "tokens")
+                    }
                     log.evaluation(step, scores)
                 if saving:
                     self._save(step, log.seconds)
@@ -213,7 +219,11 @@ class _Run:
         assert self.inputs.validation is not None
         share = self.accelerator.process_index, self.accelerator.num_processes
         return evaluate(
-            self.module, self.inputs.validation, batch_size=self.recipe.batch_size, limit=self.recipe.eval_sequences, share=share
+            self.module,
+            self.inputs.validation,
+            batch_size=self.recipe.batch_size,
+            limit=self.recipe.eval_sequences,
+            share=share,
         )
 
     def _save(self, step: int, seconds: float) -> None:

@@ -15,6 +15,7 @@ from kdfast import files
 from kdfast.train.objective import Metrics
 from kdfast.train.recipe import Recipe
 
+
 class MetricLog:
     """Collects one device vector a step; `flush` reads them all back at once and writes `metrics.jsonl` and the tracker."""
 

@@ -62,9 +62,7 @@ class Objective(nn.Module):
     def prepare(self, inputs: Any, folder: Any, say: Any) -> None:
         """Work before the first step (decoding, prototypes); leaves what it makes in `folder` and finds it there when resumed."""
 
-    def forward(
-        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         """The loss, divided by `num_items` (the rows of the whole optimiser step that count), and metrics."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 

@@ -66,5 +66,3 @@ def step_in(module: nn.Module) -> DistillStep | None:
     """The `DistillStep` that is `module`, or that a wrapper holds."""
     inner = getattr(module, "module", module)
     return inner if isinstance(inner, DistillStep) else None
-
-

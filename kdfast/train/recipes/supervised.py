@@ -27,9 +27,7 @@ class Supervised(Objective):
     Options = Options
     teacher = "none"
 
-    def forward(
-        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         if batch.labels is None:
             raise ValueError("data: method supervised expects labels, got a batch without")
         return hard(student, batch.labels, num_items, **self.now)

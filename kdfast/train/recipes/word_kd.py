@@ -87,8 +87,6 @@ class WordKD(Objective):
         if self.captured:
             self.now["temperature"] = min(self.captured, key=lambda c: abs(c - self.now["temperature"]))
 
-    def forward(
-        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         options = {**self.now, "tail": self.tail, "teacher_weights": self.teacher_weights}
         return distillation(student, teachers, batch.labels, num_items, **options)
