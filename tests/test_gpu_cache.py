@@ -28,7 +28,7 @@ def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def assert_same_batch(a: Batch, b: Batch) -> None:
-    for name in (f.name for f in dataclasses.fields(Batch) if f.name != "targets"):
+    for name in (f.name for f in dataclasses.fields(Batch) if f.name not in ("targets", "place")):
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None and y is None) or (x.dtype == y.dtype and x.cpu().equal(y.cpu())), name
     sides = [b.targets.decode() if isinstance(b.targets, EncodedTargets) else b.targets for b in (a, b)]
