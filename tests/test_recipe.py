@@ -100,6 +100,8 @@ def test_what_is_no_yaml_mapping(tmp_path: Path) -> None:
 
 
 def test_the_written_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = Recipe.build({**GOOD, "method": "word_kd", "teacher": {"cache": "c"}, "temperature": 2, "data": {"train": "a"}})
+    recipe = Recipe.build(
+        {**GOOD, "method": {"name": "word_kd", "temperature": 2}, "teacher": {"cache": "c"}, "data": {"train": "a"}}
+    )
     assert recipe.data.train == ("a",)
     assert _load(tmp_path, recipe.to_yaml()) == recipe

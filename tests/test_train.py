@@ -26,8 +26,9 @@ from kdfast.text.files import list_files, share_of, split_files
 from kdfast.text.tokenizers import file_hash
 from kdfast.train import Recipe, distill, evaluate
 from kdfast.train.data import Order, Sequences
-from kdfast.train.loop import lr_at, targets_in
+from kdfast.train.loop import targets_in
 from kdfast.train.objective import Setting
+from kdfast.train.optimizer import lr_at
 from kdfast.train.recipe import Optimizer
 from kdfast.train.recipes import objective_class
 from kdfast.train.step import DistillStep
@@ -153,7 +154,7 @@ def test_word_kd_equals_plain_pytorch(tokenizer: Path, teacher: Path, through_he
     ce = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert loss.item() == pytest.approx((0.7 * 4 * kl.mean() + 0.3 * ce).item(), rel=1e-5)
     for name, want in (("kl_at_T", kl.mean()), ("hard", ce)):
-        assert (metrics[name].sum / metrics[name].count).item() == pytest.approx(want.item(), rel=1e-5)
+        assert (metrics[name].total / metrics[name].count).item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_training_from_a_cache_logs_every_metric(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_missing_inputs_are_one_line(changes: dict, message: str, tokenizer: Pat
 def test_an_empty_corpus_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     data = {"train": [str(tmp_path / "empty.txt")], "validation_share": 0.0}
-    with pytest.raises(ValueError, match=r"^data\.train: expected at least one document with two tokens, found none"):
+    with pytest.raises(ValueError, match=r"^data\.train: expected at least one sequence of 128 tokens, found less in 1 files"):
         distill(Recipe.build({**recipe_values(tokenizer, tmp_path / "run"), "data": data}), say=_quiet)
 
 

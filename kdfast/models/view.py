@@ -35,12 +35,16 @@ class Needs:
         )
 
 
+#: A head or logits, and nothing else.
+NOTHING = Needs()
+
+
 @dataclass
 class View:
     """One model on one batch, as far as a method asked.
 
     Args:
-        hidden, head: `[..., D]` and the head it enters, where the head is named: logits = head.logits(hidden), never formed here.
+        hidden, head: `[..., D]` and the head it enters, where it is named: logits = head.logits(hidden), not formed.
         own_logits: the model's logits where no head can be named.
         layers: layer -> hidden states `[B, L, D]`. attention: layer -> its queries and keys. output: the model's output.
         auxiliary: what the model adds to any loss by itself (balance of a mixture of experts), weighted, or None.
@@ -66,7 +70,7 @@ class View:
         return self.head.logits(self.hidden)
 
 
-def look(model: nn.Module, inputs: Mapping[str, Tensor], needs: Needs = Needs(), head: LinearHead | None = None) -> View:
+def look(model: nn.Module, inputs: Mapping[str, Tensor], needs: Needs = NOTHING, head: LinearHead | None = None) -> View:
     """Runs `model(**inputs)` once and takes out what `needs` names; through `head` no logits are formed."""
     asked: dict[str, Any] = {**inputs, **({"output_hidden_states": True} if needs.layers else {})}
     with contextlib.ExitStack() as stack:

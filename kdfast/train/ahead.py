@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -22,7 +22,7 @@ class Ahead:
         self._read, self._device, self._depth = read, device, depth
         self._waited = 0.0
 
-    def steps(self, start: int, end: int) -> Iterator[tuple[int, list[Batch]]]:
+    def steps(self, start: int, end: int) -> Generator[tuple[int, list[Batch]], None, None]:
         """(step, its batches) for start .. end - 1; the thread ends with the iterator."""
         pool = ThreadPoolExecutor(1, "kdfast-ahead") if self._depth else None
         waiting: deque[tuple[int, Future[list[Batch]]]] = deque()

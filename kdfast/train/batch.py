@@ -17,14 +17,14 @@ class Batch:
     """Inputs of both models, labels, and what a method or a task wants beside them.
 
     Args:
-        inputs: the models' keyword arguments; a tensor is `input_ids`. A module of no `transformers` class gets the first by position.
+        inputs: the models' keyword arguments; a tensor is `input_ids`. A plain module gets the first by position.
         labels: aligned with the logits' leading dimensions, `IGNORE` where a row does not count; None: none are known.
         attention_mask: added to the inputs.
         targets: what a cached teacher said, `TopKTargets` or `EncodedTargets`.
         extra: further tensors with a row for each row of the batch (a domain, a weight).
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor] | Tensor
     labels: Tensor | None = None
     attention_mask: Tensor | None = None
     targets: Any = None
@@ -38,25 +38,31 @@ class Batch:
         object.__setattr__(self, "attention_mask", inputs.get("attention_mask"))
 
     @property
+    def by_name(self) -> Mapping[str, Tensor]:
+        """The inputs by the name of their argument."""
+        assert not isinstance(self.inputs, Tensor)
+        return self.inputs
+
+    @property
     def input_ids(self) -> Tensor:
-        return self.inputs["input_ids"]
+        return self.by_name["input_ids"]
 
     def count(self) -> int:
         """Rows that count: those with a label, or all where no labels are known."""
         if self.labels is not None:
             return int((self.labels != IGNORE).sum())
-        return next(iter(self.inputs.values())).shape[0]
+        return next(iter(self.by_name.values())).shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Any) -> Any:
             return None if value is None else value.to(device, non_blocking=True)
 
-        moved = {name: move(value) for name, value in self.inputs.items()}
+        moved = {name: move(value) for name, value in self.by_name.items()}
         extra = {name: move(value) for name, value in self.extra.items()}
         return Batch(moved, move(self.labels), None, move(self.targets), extra)
 
     def pin_memory(self) -> Batch:
         """The same in pinned memory, from which a copy to a GPU does not wait."""
-        pinned = {name: value.pin_memory() for name, value in self.inputs.items()}
+        pinned = {name: value.pin_memory() for name, value in self.by_name.items()}
         extra = {name: value.pin_memory() for name, value in self.extra.items()}
         return Batch(pinned, None if self.labels is None else self.labels.pin_memory(), None, self.targets, extra)

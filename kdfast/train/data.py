@@ -25,7 +25,7 @@ class Source(Protocol):
     """Training or evaluation data: a number of rows, and any of them as a batch."""
 
     def __len__(self) -> int: ...
-    def batch(self, indices: Sequence[int]) -> Batch: ...
+    def batch(self, indices: Sequence[Any]) -> Batch: ...
 
 
 class Sequences:
@@ -91,7 +91,7 @@ class Order:
 
 
 class PackedOrder:
-    """The same over documents of several lengths, whole, packed into rows of `length` tokens: `take` gives lists of documents."""
+    """The same over whole documents of several lengths, packed into rows of `length` tokens: `take` gives lists of documents."""
 
     def __init__(self, lengths: np.ndarray, length: int, seed: int) -> None:
         self.lengths, self.length, self.seed = lengths, length, seed

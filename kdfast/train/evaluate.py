@@ -62,7 +62,7 @@ def evaluate(
     model.train(was_training)
     if world > 1:
         scores = _gathered(scores)
-    return task.summary(scores)  # type: ignore[no-any-return]
+    return task.summary(scores)
 
 
 def _gathered(scores: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

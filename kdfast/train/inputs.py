@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, validation: Source | None = None) -> Inputs:
-    """Opens what `recipe` names; `train` and `validation` take the place of its data. What is made of the data lies in `folder`.
+    """Opens what `recipe` names; `train` and `validation` take the place of its data, and what is made of those lies in `folder`.
 
     Raises:
         ValueError: something is missing, empty, or does not belong together; one line with the recipe's key.
@@ -45,7 +45,7 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     cached = [spec for spec in recipe.all_teachers if spec.cache]
     _check_sources(recipe, train, bool(cached))
     needs_train = train is None and not cached
-    reads = needs_train or (validation is None and bool(getattr(recipe.data, "validation", ())))
+    reads = needs_train or (validation is None and bool(getattr(recipe.data, "validation", None)))
     tokenizer, tokenizer_file = None, None
     if task.needs_tokenizer and (recipe.tokenizer or reads):
         tokenizer, tokenizer_file = load_tokenizer(recipe.tokenizer or _own_tokenizer(recipe))
@@ -76,7 +76,7 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
 def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
     if cached and train is not None:
         raise ValueError("train_data: the teacher is a cache, which is the training data; leave train_data out")
-    if cached and (getattr(recipe.data, "train", ()) or getattr(recipe.data, "dataset", None)):
+    if cached and (getattr(recipe.data, "train", None) or getattr(recipe.data, "dataset", None)):
         raise ValueError("data.train: the teacher is a cache, which is the training data; leave data.train out")
     kinds = {bool(spec.cache) for spec in recipe.all_teachers}
     if len(kinds) > 1:
@@ -95,7 +95,7 @@ def _cached(recipe: Recipe, caches: list[CachedTeacher]) -> tuple[Source, Source
     """The caches' records as training data, and those that `data.validation_share` holds out."""
     source: Source = caches[0] if len(caches) == 1 else _SideBySide(caches)
     share = getattr(recipe.data, "validation_share", None)
-    if not share or getattr(recipe.data, "validation", ()):
+    if not share or getattr(recipe.data, "validation", None):
         return source, None
     every = max(round(1 / share), 2)
     rows = range(len(source))
@@ -118,8 +118,6 @@ class _SideBySide:
         return len(self.caches[0])
 
     def batch(self, indices: Sequence[int]) -> Any:
-        from dataclasses import replace
-
         first, *others = [cache.batch(indices) for cache in self.caches]
         for i, other in enumerate(others, 1):
             if not bool((first.input_ids == other.input_ids).all()):

@@ -1,4 +1,4 @@
-"""The row losses on views: through heads where both sides have one, on logits where not, from targets where the teacher is cached."""
+"""The row losses on views: through heads where both sides have one, else on logits; from targets where teachers are cached."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast import Parts, TopKTargets, kd_loss, linear_kd_loss, linear_topk_kd_loss, topk_kd_loss
+from kdfast.models.heads import LinearHead
 from kdfast.models.view import View
 from kdfast.train.objective import Metric, Metrics
 
@@ -48,15 +49,21 @@ def distillation(
         for name in ("skew", "ab_alpha", "ab_beta", "teacher_mix"):
             options.pop(name, None)
         return _shown(*_from_targets(student, given, labels, tail, workspace_mb, options))
-    heads = [teacher.head for teacher in teachers]
-    if student.head is None or any(head is None or head.form != heads[0].form for head in heads if heads[0] is not None):
+    sides = [through(view) for view in (student, *teachers)]
+    if None in sides or len({side[1].form for side in sides[1:] if side is not None}) > 1:
         logits = [teacher.logits for teacher in teachers]
         return _shown(*kd_loss(student.logits, logits if len(logits) > 1 else logits[0], labels, **options))
+    (hidden, head), *others = [side for side in sides if side is not None]
     return _shown(*linear_kd_loss(
-        student.hidden, student.head.weight, [t.hidden for t in teachers], [t.head.weight for t in teachers], labels,
-        student_bias=student.head.bias, teacher_bias=[t.head.bias for t in teachers], student_head=student.head.form,
-        teacher_head=heads[0].form, workspace_mb=workspace_mb, **options,
+        hidden, head.weight, [h for h, _ in others], [t.weight for _, t in others], labels, student_bias=head.bias,
+        teacher_bias=[t.bias for _, t in others], student_head=head.form, teacher_head=others[0][1].form,
+        workspace_mb=workspace_mb, **options,
     ))  # fmt: skip
+
+
+def through(view: View) -> tuple[Tensor, LinearHead] | None:
+    """Hidden states and the head they enter, where that is named."""
+    return None if view.head is None or view.hidden is None else (view.hidden, view.head)
 
 
 def hard(

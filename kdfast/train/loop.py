@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,10 +27,12 @@ from kdfast.train.evaluate import Evaluation, evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
 from kdfast.train.objective import Setting
-from kdfast.train.recipe import Optimizer, Phase, Recipe
+from kdfast.train.optimizer import lr_at, make_optimizer
+from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import objective_class
 from kdfast.train.shard import fully_sharded, set_gradient_sync
 from kdfast.train.step import DistillStep
+from kdfast.train.stop import stop_signals
 from kdfast.train.students import build_student
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.teachers import LiveTeacher
@@ -129,7 +129,7 @@ class _Run:
                 teacher.name_head(self.inputs.task.example(teacher.model))
             if needs != Needs() and not isinstance(teacher, LiveTeacher):
                 raise ValueError(
-                    f"teacher.cache: method {self.recipe.method.name} looks at more than a cache holds; use teacher.path"
+                    f"teacher.cache: method {self.recipe.method.name} needs more than a cache holds; use teacher.path"
                 )
 
     def _wrapped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -186,7 +186,7 @@ class _Run:
         recipe, evaluation = self.recipe, None
         log.start_clock()
         ahead = Ahead(self._read, self.accelerator.device, recipe.ahead)
-        with _stop_signals() as stop, contextlib.closing(ahead.steps(start + 1, recipe.total_steps + 1)) as steps:
+        with stop_signals() as stop, contextlib.closing(ahead.steps(start + 1, recipe.total_steps + 1)) as steps:
             for step, batches in steps:
                 self._step(step, batches, log, ahead.take_waited())
                 final = step == recipe.total_steps
@@ -201,12 +201,7 @@ class _Run:
                         shown.update(step)
                 if evaluating and not stopping and self.inputs.validation is not None:
                     evaluation = self._evaluate()
-                    scores = {
-                        f"validation_{k}": v
-                        for k, v in evaluation.items()
-                        if k in ("ppl", "top1") or k not in ("nll", "tokens")
-                    }
-                    log.evaluation(step, scores)
+                    log.evaluation(step, {f"validation_{k}": v for k, v in evaluation.items()})
                 if saving:
                     self._save(step, log.seconds)
                 if evaluating or saving:
@@ -363,46 +358,3 @@ def targets_in(view: View) -> Any:
 class _Nothing:
     def add(self, *args: Any) -> None:
         """Metrics of a check are not kept."""
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Within the block SIGINT and SIGTERM set an event; the second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def told(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def make_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW over what trains; biases and norms (fewer than two dimensions) do not decay."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
-
-
-def lr_at(step: int, steps: int, options: Optimizer) -> float:
-    """The learning rate of `step` (1-based): linear warm-up, then the schedule down to `final_lr_share * lr`."""
-    if step <= options.warmup_steps:
-        return options.lr * step / options.warmup_steps
-    if options.schedule == "constant":
-        return options.lr
-    done = (step - options.warmup_steps) / max(steps - options.warmup_steps, 1)
-    left = 1 - done if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return options.lr * (options.final_lr_share + (1 - options.final_lr_share) * left)

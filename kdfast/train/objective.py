@@ -16,8 +16,8 @@ from kdfast.train.schedule import values_at
 class Metric(NamedTuple):
     """A sum and a count on the device; logged as their quotient, or as its exponential (`show="exp"`: a perplexity)."""
 
-    sum: Tensor
-    count: Tensor
+    total: Tensor
+    count: Tensor  # type: ignore[assignment]
     show: str = "mean"
 
 
@@ -35,9 +35,9 @@ class Setting(NamedTuple):
 class Objective(nn.Module):
     """A loss from what is seen of student and teachers.
 
-    A subclass names its options (a frozen dataclass whose fields are the keys under `method:`), and writes `forward`. It may say
-    what it needs to see, have parameters of its own (trained, clipped, saved, resumed and sharded with the student's, left out of
-    the exported student), and prepare something before the first step.
+    A subclass names its options (a frozen dataclass whose fields are the keys under `method:`), and writes `forward`. It may
+    say what it needs to see, have parameters of its own (trained, clipped, saved, resumed and sharded with the student's, left
+    out of the exported student), and prepare something before the first step.
     """
 
     Options: ClassVar[type]
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         self.now = values_at(self.options, step, steps)
 
     def prepare(self, inputs: Any, folder: Any, say: Any) -> None:
-        """Work before the first step (decoding, prototypes); leaves what it makes in `folder` and finds it there when resumed."""
+        """Work before the first step (decoding, prototypes), kept in `folder` and found there when resumed."""
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         """The loss, divided by `num_items` (the rows of the whole optimiser step that count), and metrics."""

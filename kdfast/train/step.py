@@ -46,8 +46,8 @@ class DistillStep(nn.Module):
         self, batch: Batch, teachers: Sequence[View] | None = None, num_items: int | Tensor = 1, *, score: bool = False
     ) -> Any:
         if score:
-            return self.task.score(look(self.student, batch.inputs, head=self.head), batch)
-        view = look(self.student, batch.inputs, self.objective.needs_of_student(), self.head)
+            return self.task.score(look(self.student, batch.by_name, head=self.head), batch)
+        view = look(self.student, batch.by_name, self.objective.needs_of_student(), self.head)
         loss, metrics = self.objective(view, teachers or (), batch, num_items)
         if view.auxiliary is not None:
             # The model's own loss is a mean over this batch: of the step's mean it has the batch's share.

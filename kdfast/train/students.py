@@ -37,13 +37,15 @@ def build_student(recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn
     if spec.gradient_checkpointing:
         if not hasattr(student, "gradient_checkpointing_enable"):
             raise ValueError(f"student.gradient_checkpointing: expected a transformers model, got {type(student).__name__}")
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return student
 
 
 def resolved(path: str, key: str) -> str | Path:
     """A file or folder as it is, else a hub name's folder."""
-    return path if Path(path).exists() else resolve_folder(path, key)
+    if Path(path).exists() or path.count("/") != 1:
+        return path
+    return resolve_folder(path, key)
 
 
 def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
@@ -83,8 +85,8 @@ def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], to
     if hasattr(student, "merge_and_unload"):
         student.load_state_dict(weights, strict=False)
         with quiet():
-            student.save_pretrained(folder / "adapter")
-        student = student.merge_and_unload()
+            student.save_pretrained(folder / "adapter")  # type: ignore[operator]
+        student = student.merge_and_unload()  # type: ignore[operator]
         weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     if isinstance(student, PreTrainedModel):
         with quiet():

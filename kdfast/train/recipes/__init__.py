@@ -33,7 +33,5 @@ def objective_class(name: str) -> type[Objective]:
         if inspect.isclass(c) and issubclass(c, Objective) and c.__module__ == found.__name__ and wanted in ("", c.__name__)
     ]  # fmt: skip
     if not classes:
-        raise ValueError(
-            f"method: expected a subclass of kdfast.train.Objective in {module}, found none called {wanted or 'so'}"
-        )
+        raise ValueError(f"method: expected a subclass of kdfast.train.Objective in {module}, found none {wanted}")
     return classes[-1]

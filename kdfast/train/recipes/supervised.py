@@ -15,7 +15,7 @@ from kdfast.train.objective import Metrics, Objective
 
 
 @dataclass(frozen=True)
-class Options:
+class SupervisedOptions:
     """label_smoothing, z_loss: as in `kdfast.kd_loss`. workspace_mb: MiB for logits through a head."""
 
     label_smoothing: float = ranged(0.0, low=0.0, high=1.0)
@@ -24,7 +24,7 @@ class Options:
 
 
 class Supervised(Objective):
-    Options = Options
+    Options = SupervisedOptions
     teacher = "none"
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:

@@ -22,7 +22,7 @@ from kdfast.train.schedule import Schedule, Scheduled, scheduled
 
 
 @dataclass(frozen=True)
-class Options:
+class WordKDOptions:
     """What every row loss takes (`kdfast.kd_loss` has the equations).
 
     Args:
@@ -56,9 +56,9 @@ class Options:
 
 
 class WordKD(Objective):
-    Options = Options
+    Options = WordKDOptions
 
-    def __init__(self, options: Options, setting: Setting) -> None:
+    def __init__(self, options: WordKDOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         weights = [teacher.weight for teacher in setting.teachers]
         self.teacher_weights = None if len(set(weights)) == 1 else weights
@@ -70,7 +70,7 @@ class WordKD(Objective):
         if caches:
             self._check_cached(options)
 
-    def _check_cached(self, options: Options) -> None:
+    def _check_cached(self, options: WordKDOptions) -> None:
         t = options.temperature
         if not isinstance(t, Schedule) and not any(abs(c - t) <= 1e-6 * c for c in self.captured):
             listed = ", ".join(f"{c:g}" for c in self.captured)

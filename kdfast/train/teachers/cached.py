@@ -11,7 +11,7 @@ import torch
 
 from kdfast.cache import CacheReader
 from kdfast.cache.batch import Batch as CacheBatch
-from kdfast.models.view import Needs, View
+from kdfast.models.view import NOTHING, Needs, View
 from kdfast.train.batch import Batch
 
 
@@ -43,7 +43,7 @@ class CachedTeacher:
             return as_batch(self.reader.packed(indices, self.pack))
         return as_batch(self.reader.batch(list(indices)))
 
-    def __call__(self, batch: Batch, needs: Needs = Needs()) -> View:
+    def __call__(self, batch: Batch, needs: Needs = NOTHING) -> View:
         return View(targets=batch.targets)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdfast.models.heads import LinearHead, find_head
 from kdfast.models.load import from_function, load_folder
-from kdfast.models.view import Needs, View, look
+from kdfast.models.view import NOTHING, Needs, View, look
 from kdfast.train.batch import Batch
 
 
@@ -39,5 +39,5 @@ class LiveTeacher:
         self.model.to(device)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, needs: Needs = Needs()) -> View:
-        return look(self.model, batch.inputs, needs, self.head)
+    def __call__(self, batch: Batch, needs: Needs = NOTHING) -> View:
+        return look(self.model, batch.by_name, needs, self.head)

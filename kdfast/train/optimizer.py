@@ -1,0 +1,32 @@
+"""AdamW over what trains, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from kdfast.train.recipe import Optimizer
+
+
+def make_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.AdamW:
+    """AdamW over what trains; biases and norms (fewer than two dimensions) do not decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+
+
+def lr_at(step: int, steps: int, options: Optimizer) -> float:
+    """The learning rate of `step` (1-based): linear warm-up, then the schedule down to `final_lr_share * lr`."""
+    if step <= options.warmup_steps:
+        return options.lr * step / options.warmup_steps
+    if options.schedule == "constant":
+        return options.lr
+    done = (step - options.warmup_steps) / max(steps - options.warmup_steps, 1)
+    left = 1 - done if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return options.lr * (options.final_lr_share + (1 - options.final_lr_share) * left)
