@@ -116,6 +116,16 @@ def grad_buffers(student: Side, needs: Needs, empty: Callable[..., Tensor] = mem
     )
 
 
+def without_ignored(hidden: Tensor, scale: Tensor) -> Tensor:
+    """Hidden states whose rows that do not count are 0: their gradients are, but 0 * NaN would reach the head's.
+
+    Costs a pass over `[N, D]` on a GPU, where nobody asks the device whether there are any; nothing on a CPU without any.
+    """
+    if scale.device.type == "cpu" and bool((scale != 0).all()):
+        return hidden
+    return torch.where((scale != 0)[:, None], hidden, 0)
+
+
 RowKernel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -210,7 +220,8 @@ def linear_rows(
             first = end - waiting
             batch, accumulate = room.grads[:waiting], first > 0
             if needs.weight:
-                gemms.grad_weight(batch, student.hidden[chunking.select(first, end)], grad_weight, accumulate)
+                some = chunking.select(first, end)
+                gemms.grad_weight(batch, without_ignored(student.hidden[some], scale[some]), grad_weight, accumulate)
             if needs.bias:
                 sums = batch.sum(0, dtype=grad_bias.dtype)
                 grad_bias.add_(sums) if accumulate else grad_bias.copy_(sums)

@@ -95,12 +95,14 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
     if forced is not None:
-        forced = _holder(op, forced).name
-        why = _BACKENDS[forced].refuses(op, device, dtype)
+        holder = _holder(op, forced)
+        why = holder.refuses(op, device, dtype)
         if why is not None:
+            if holder.name != forced:
+                why = f"has no kernel for {op} and gives way to {holder.name}: {why}"
             able = [b.name for b in _BACKENDS.values() if b.refuses(op, device, dtype) is None]
             raise RuntimeError(f"use_backend({forced!r}): {why}; for {op} on {device} there is: {', '.join(able)}")
-        return forced
+        return holder.name
     reasons: list[str] = []
     for name in _ORDER.get(device, _ANY):
         backend = _BACKENDS.get(name)

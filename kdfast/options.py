@@ -7,6 +7,7 @@ a new option is a new field here and nothing else has to be kept in step.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Head:
 class RowOptions(_OpOptions):
     """loss of a row = soft_weight * T^2 * D(p_T, q_T) + hard_weight * CE(q_1, label) + z_loss * lse(student)^2.
 
-    p is the teacher, q the student. A softcap of 0 is no cap.
+    p is the teacher, q the student. A softcap of 0 is no cap. A term of weight 0 is no term, infinite or not (`weighted`).
     """
 
     divergence: str = "forward_kl"
@@ -113,6 +114,14 @@ class RowOptions(_OpOptions):
         """Whether any logit is capped or scaled."""
         return (self.student_softcap, self.teacher_softcap, self.student_scale, self.teacher_scale) != (0, 0, 1, 1)
 
+
+def weighted(weight: float, term: Any) -> Any:
+    """weight * term of a row loss; without weight no term even if it is infinite, but a NaN stays and names a bad row."""
+    return weight * (term if weight != 0 else term.nan_to_num(math.nan, 0.0, 0.0))
+
+
+#: How far the probabilities of a sparse target, tail included, may be from 1 together: rounding, not another unit.
+MASS_ERROR = 0.01
 
 #: Bytes after the last row of encoded targets that belong to no row, so that whole words may be read.
 CODEC_SLACK = 64

@@ -223,6 +223,49 @@ def raises(message: str, call: Callable[[], Any]) -> None:
         call()
 
 
+def check_no_weight(kw: dict[str, Any]) -> None:
+    """An infinite divergence of weight 0 leaves the cross-entropy, an infinite cross-entropy of weight 0 the divergence."""
+    student, (teacher,), labels = rows()
+    student[:, 20:30] = -torch.inf
+    labels[4] = 21
+    teacher[:, :5] = -torch.inf
+    for name, weights in (("hard", {"soft_weight": 0.0, "hard_weight": 1.0}), ("soft", {"hard_weight": 0.0})):
+        left, right = (teacher, labels % 20) if name == "hard" else (student.roll(1, 0), labels)
+        right = torch.where(labels == -100, labels, right)
+        x, whole = own(student).requires_grad_(), student.clone().double().requires_grad_()
+        split = kd_loss(x, own(left), right, tp_group=dist.group.WORLD, **weights, **kw)
+        with use_backend("reference"):
+            expected = kd_loss(whole, left.double(), right, **weights, **kw)
+        (grad,), (truth,) = torch.autograd.grad(split.sum(), x), torch.autograd.grad(expected.sum(), whole)
+        assert expected.isfinite().all(), name
+        assert truth.isfinite().all(), name
+        torch.testing.assert_close(split.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), own(truth), rtol=1e-4, atol=1e-6)
+
+
+def check_no_items() -> None:
+    student, (teacher,), labels = rows()
+    for num_items in (0, torch.tensor(0)):
+        x = own(student).requires_grad_()
+        loss = kd_loss(x, own(teacher), torch.full_like(labels, -100), num_items=num_items, tp_group=dist.group.WORLD)
+        assert loss == 0
+        assert (torch.autograd.grad(loss, x)[0] == 0).all()
+
+
+def check_ignored_rows() -> None:
+    """NaN in rows that do not count, computed through heads as on a GPU: all rows."""
+    student, teacher, labels = heads()
+    grads = []
+    for junk in (0.0, torch.nan):
+        h = student[0].clone()
+        h[labels == -100] = junk
+        w = own(student[1], 0).requires_grad_()
+        loss = linear_kd_loss(h.requires_grad_(), w, teacher[0], own(teacher[1], 0), labels, tp_group=dist.group.WORLD)
+        grads.append(torch.autograd.grad(loss, (h, w)))
+    for clean, filled in zip(*grads, strict=True):
+        assert torch.equal(clean, filled)
+
+
 def check_errors() -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
     x, label = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
@@ -271,6 +314,10 @@ def cases() -> dict[str, Callable[[], None]]:
     found["dtensor-logits-ragged"] = lambda: check_dtensor_logits(37)
     for placement in ("plain", "replicated", "rows-sharded"):
         found[f"dtensor-heads-hidden-{placement}"] = lambda p=placement: check_dtensor_heads(p)
+    for name, kw in {"forward-kl": {}, "reverse-kl-per-row": {"divergence": "reverse_kl", "reduction": "none"}}.items():
+        found[f"no-weight-{name}"] = lambda kw=kw: check_no_weight(kw)
+    found["no-items"] = check_no_items
+    found["ignored-rows"] = check_ignored_rows
     found["errors"] = check_errors
     return found | parallel_topk_ranks.cases() | parallel_fsdp_ranks.cases()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,38 @@ def check_dtensor() -> None:
     torch.testing.assert_close(grad.full_tensor(), truth)
 
 
+def check_no_distribution() -> None:
+    student, teachers, _ = rows()
+    good = topk_targets(teachers[0], 5)
+    ids, logprobs, log_tail = good.ids.clone(), good.logprobs.clone(), good.log_tail.clone()
+    ids[1], logprobs[1], log_tail[1] = -1, -torch.inf, -torch.inf
+    bad = dataclasses.replace(good, ids=ids, logprobs=logprobs, log_tail=log_tail)
+    kw = {"tp_group": dist.group.WORLD, "reduction": "none"}
+    for tail in ("ghost", "uniform", "none"):
+        with pytest.raises(ValueError, match="targets: row 1 has neither entries nor a tail"):
+            topk_kd_loss(own(student), bad, tail=tail, **kw)
+        expected = topk_kd_loss(own(student), good, torch.where(torch.arange(len(ids)) == 1, -100, 0), tail=tail, **kw)
+        got = topk_kd_loss(own(student), bad, torch.where(torch.arange(len(ids)) == 1, -100, 0), tail=tail, **kw)
+        assert torch.equal(got, expected)
+
+
+def check_row_without_entries() -> None:
+    """With tail "none" it has no soft loss, and keeps its hard one."""
+    student, teachers, labels = rows()
+    good = topk_targets(teachers[0], 5)
+    ids, logprobs, log_tail = good.ids.clone(), good.logprobs.clone(), good.log_tail.clone()
+    ids[1], logprobs[1], log_tail[1] = -1, -torch.inf, 0.0
+    empty = dataclasses.replace(good, ids=ids, logprobs=logprobs, log_tail=log_tail)
+    kw = {"tail": "none", "hard_weight": 0.5, "reduction": "none"}
+    x, whole = own(student).requires_grad_(), student.clone().requires_grad_()
+    loss = topk_kd_loss(x, empty, labels, tp_group=dist.group.WORLD, **kw)
+    with use_backend("reference"):
+        expected = topk_kd_loss(whole, empty, labels, **kw)
+    torch.testing.assert_close(loss, expected)
+    (grad,), (truth,) = torch.autograd.grad(loss.sum(), x), torch.autograd.grad(expected.sum(), whole)
+    torch.testing.assert_close(grad, own(truth), rtol=1e-4, atol=1e-6)
+
+
 def check_errors() -> None:
     group, targets = dist.group.WORLD, topk_targets(torch.randn(4, 12), 3)
     with pytest.raises(ValueError, match=re.escape("tp_group: expected slices of at least 12 ids like the targets', got 10")):
@@ -145,5 +178,7 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"topk-drawn-{k}-{samples}"] = lambda k=k, samples=samples: check_drawn(k, samples)
     found["topk-parts"] = check_parts
     found["topk-dtensor"] = check_dtensor
+    found["topk-no-distribution"] = check_no_distribution
+    found["topk-row-without-entries"] = check_row_without_entries
     found["topk-errors"] = check_errors
     return found

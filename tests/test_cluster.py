@@ -8,6 +8,7 @@ memory model, its speed.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -210,6 +211,17 @@ def test_excluded_ids(walk: Walk) -> None:
     torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=0)
 
 
+def test_an_infinite_divergence_without_weight(walk: Walk) -> None:
+    student, teacher, labels = batch(3, 3001, 3001)
+    student[:, 1000:2000] = -torch.inf
+    labels = labels % 1000
+    loss, grad, *_ = walk(student, teacher, labels, mode="same", soft=0.0, hard=1.0)
+    x = student.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(x, labels, reduction="none")
+    torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(exact.sum(), x)[0], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("mask", [-1e4, -1e9, -1e10, -1e20, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.7])
 def test_finite_masks_are_as_good_as_infinite_ones(temperature: float, mask: float, walk: Walk) -> None:
@@ -314,6 +326,19 @@ def _refusal(student: Tensor, *teachers: Tensor, grad: Tensor | None = None, **o
     return logits.refusal(student, teachers, RowOptions(**options), grad)
 
 
+def test_an_option_the_kernel_does_not_know_goes_to_triton() -> None:
+    pytest.importorskip("kdfast._cuda", reason="the CUDA extension is not built")
+    from kdfast.backends.cuda import logits
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(RowOptions):
+        sharpen: float = 0.0
+
+    half = torch.zeros(3, 50257, dtype=torch.bfloat16)
+    assert logits.refusal(half, [half], Later(), None) is None
+    assert "does not know sharpen" in str(logits.refusal(half, [half], Later(sharpen=0.5), None))
+
+
 def test_what_goes_to_triton_says_why() -> None:
     half = torch.zeros(3, 50257, dtype=torch.bfloat16)
     assert _refusal(half, half) is None
@@ -322,8 +347,9 @@ def test_what_goes_to_triton_says_why() -> None:
     assert "not jsd" in str(_refusal(half, half, divergence="jsd"))
     assert _refusal(half, half, divergence="jsd", beta=0.0) is None
     assert "one teacher" in str(_refusal(half, half, half))
-    assert "no heads" in str(_refusal(half, half, student_softcap=30.0))
-    assert "smoothing" in str(_refusal(half, half, label_smoothing=0.1))
+    assert "student_softcap" in str(_refusal(half, half, student_softcap=30.0))
+    assert "student_scale, teacher_softcap" in str(_refusal(half, half, student_scale=2.0, teacher_softcap=30.0))
+    assert "label_smoothing" in str(_refusal(half, half, label_smoothing=0.1))
     assert "gradients in the student's dtype" in str(_refusal(half.float(), half, grad=half))
     assert "aligned alike" in str(_refusal(half, torch.zeros(3, 50258, dtype=torch.bfloat16)))
     assert "aligned alike" in str(_refusal(half[:, 1:], half))

@@ -80,6 +80,14 @@ def test_cuda_gives_way_to_triton_for_ops_it_does_not_have() -> None:
     assert dispatch.kernel("scale", "cpp") is not dispatch.kernel("scale", "triton")
 
 
+def test_an_error_names_the_backend_that_was_asked_and_the_one_it_gives_way_to() -> None:
+    message = r"use_backend\('cuda'\): has no kernel for topk and gives way to triton: takes float32, .* not torch.float64;"
+    with pytest.raises(RuntimeError, match=message):
+        dispatch._choose("topk", "cuda", torch.float64, "cuda")
+    with pytest.raises(RuntimeError, match=r"use_backend\('cuda'\): runs on cuda, not cpu; for logits on cpu there is: cpp"):
+        dispatch._choose("logits", "cpu", torch.float32, "cuda")
+
+
 def test_an_unproven_backend_is_not_chosen_by_itself() -> None:
     name = "unproven-here"
     dispatch.register(dispatch.Backend(name, "kdfast.backends.reference", ("logits",), proven=False))

@@ -16,18 +16,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-MODULES = [
-    "check_logits.py",
-    "check_divergences.py",
-    "check_topk.py",
-    "check_linear_topk.py",
-    "check_linear.py",
-    "check_hidden.py",
-    "check_linear_logit_mse.py",
-    "check_attention.py",
-    "check_codec.py",
-]
 FOLDER = Path(__file__).parent / "triton_kernels"
+MODULES = sorted(path.name for path in FOLDER.glob("check_*.py"))
 
 
 def run(module: str, interpret: str) -> None:

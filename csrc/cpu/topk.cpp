@@ -228,7 +228,7 @@ void one_row(const TopKArgs& a, int64_t r, Room& room) {
     }
     const float z = kHard ? float(sums.lse_1 * sums.lse_1) : 0;
     const float loss = scale * (weighted(o.soft_scale, soft) + weighted(o.hard_weight, hard) + weighted(o.z_loss, z));
-    a.loss[r] = sums.bad || (a.labels && label < 0) ? kNan : loss;
+    a.loss[r] = sums.bad || e.no_distribution || (a.labels && label < 0) ? kNan : loss;
     if (a.parts) {
         const bool is_kl_at_1 = o.temperature == 1 && o.kind == Kind::forward_kl;
         const float parts[kParts] = {soft, nll, z, is_kl_at_1 ? soft : kNan, 0, 0, agree ? 1.0f : 0.0f};

@@ -32,6 +32,9 @@ inline Pair pair_of(vec up, vec uq) {
     return {exp(up), exp(uq), both ? vec{} : up - uq, up, uq};
 }
 
+// How far a target's probabilities, tail included, may be from 1 together; kdfast.options.MASS_ERROR.
+constexpr double kMassError = 0.01;
+
 // The distinct ids of a row's slots, ascending, and the label's, so that no gradient is q - 1 with q rounded.
 // An id of log-probability -inf is not an entry of that target: it belongs to the target's tail.
 struct Entries {
@@ -42,7 +45,7 @@ struct Entries {
     std::vector<Even> even;
     int64_t stride;
     int32_t best_id = -1;             // of the largest target probability
-    bool outside = false;
+    bool outside = false, no_distribution = false;
 
     Entries(int64_t k, int64_t sets)
         : z(size_t(padded(k + 1))), q(z), slope(z), log_p(z.size() * size_t(sets)), log_q(z), listed(size_t(sets)),
@@ -56,7 +59,7 @@ struct Entries {
     void read(const TopKArgs& a, int64_t r, Source row, int64_t label) {
         slots_.clear();
         ids.clear();
-        outside = false;
+        outside = no_distribution = false;
         for (int64_t i = 0; i < a.k; ++i) {
             const int32_t id = a.ids[r * a.k + i];
             if (id < 0) continue;
@@ -84,9 +87,13 @@ struct Entries {
         for (int64_t m = 0; m < a.sets(); ++m) {
             const float* from = &log_p[size_t(m * stride)];
             listed[size_t(m)] = size() - std::count(from, from + size(), -kInf);
-            const double others = double(a.vocab - listed[size_t(m)]);
-            const float each = others == 0 ? -kInf : float(a.log_tail[r * a.sets() + m] - std::log(others));
-            even.push_back({each, a.weights[size_t(m)] * a.mass[r * a.sets() + m]});
+            const double others = double(a.vocab - listed[size_t(m)]), log_tail = a.log_tail[r * a.sets() + m];
+            const float each = others == 0 ? -kInf : float(log_tail - std::log(others)), mass = a.mass[r * a.sets() + m];
+            even.push_back({each, a.weights[size_t(m)] * mass});
+            double total = std::exp(log_tail);
+            for (int64_t j = 0; j < size(); ++j) total += std::exp(double(from[j]));
+            // Not the other way round: a NaN is no distribution either.
+            no_distribution |= mass != 0 && !(std::abs(total - 1) <= kMassError);
         }
     }
 

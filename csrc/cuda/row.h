@@ -197,7 +197,8 @@ KDFAST_HD Outline outline_of(const Row& row, float scale, bool has_labels, int l
 
 template <AtOne A>
 KDFAST_HD float loss_of(const Outline& row, const Scalars& o, float soft, float s_label) {
-    float loss = row.valid ? o.soft_scale * soft : NAN;
+    // No weight means no term even if it is infinite.
+    float loss = !row.valid ? NAN : o.soft_scale == 0 ? 0.0f : o.soft_scale * soft;
     if (row.has_labels && !row.label_counts) loss = NAN;
     if (A != AtOne::none) {
         if (row.has_labels && o.hard_weight != 0) loss += o.hard_weight * row.nll(s_label);

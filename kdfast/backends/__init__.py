@@ -15,8 +15,9 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     Logits go through their side's head first (`options.student_softcap` ...), and gradients back through it. The teachers
     are one distribution over the Vc ids that all have: the weighted mean of their probabilities at T (at 1 for the parts
     at 1), or of their logits. `options.kind` and `options.coefficients` say which divergence.
-    A row with a NaN or +inf logit, or a label outside [0, Vs) other than ignore_index, gets loss NaN; nothing is
-    read out of bounds and nothing raises: `ops` reads the losses and names the row.
+    A term of weight 0 is no term: an infinite divergence or cross-entropy leaves loss and gradient as they are without it.
+    A row with a NaN or +inf logit, or a label outside [0, Vs) other than ignore_index, gets loss NaN, whatever the weights;
+    nothing is read out of bounds and nothing raises: `ops` reads the losses and names the row.
 
 `linear`
     forward(student: Side, teachers: [Side, ...], labels, scale, options, chunking: Chunking, need_parts, needs: Needs)
@@ -24,7 +25,8 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     product(side: Side, out [N,V]) -> None: out = hidden @ weight.T + bias in the dtype of out
     `Side`, `Needs` and `Chunking` are those of `kdfast.chunks`, whose `linear_rows` is the loop over chunks. It asks the row
     kernel (argument `kernel`, by default `forward` of `logits`) to write gradients in another dtype than the logits have, and
-    gives it the rows of `row_inputs` (a last argument) after the teachers' logits.
+    gives it the rows of `row_inputs` (a last argument) after the teachers' logits. Hidden states of rows with scale 0 may hold
+    anything.
 
 `parallel`
     log_sums, row_sums, gradient: a slice of the vocabulary before, between and after the exchanges of `ops.parallel`;
@@ -43,8 +45,9 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     log-probabilities at options.temperature of the ids in K slots (-inf: not an entry of that target; an id in two slots counts
     with the sum; id -1: no slot) and of all other ids < vocab_size together, which lies on them evenly (spread) or as the
     student's own. Both sum to 1. The soft term is the sum over m of teacher_weights[m] * (mass * D + mass * log(mass)) over ids
-    < vocab_size, D forward KL, reverse KL or JSD. NaN in a table, or an id >= vocab_size, makes the row's loss NaN. Of the
-    parts teacher_nll and teacher_entropy are left 0. `stats` as for `logits`.
+    < vocab_size, D forward KL, reverse KL or JSD. NaN in a table, an id >= vocab_size, or a sum that is further from 1 than
+    MASS_ERROR where mass is not 0, makes the row's loss NaN. Of the parts teacher_nll and teacher_entropy are left 0. `stats`
+    as for `logits`.
 
 `attention`
     forward(q_s [B,H,Lq,ds], k_s [B,Hs,Lk,ds], q_t [B,H,Lq,dt], k_t [B,Ht,Lk,dt], query_mask [B,Lq] | None,
@@ -53,8 +56,9 @@ All tensors are on one device; rows have unit stride along the vocabulary and an
     map_forward(maps_s [B,H,Lq,Lk], maps_t, mask of the same shape | None, scale [B,H], need_grad) -> loss [B,H], grad
     options is an `AttentionOptions`. Strides are free. Query head h sees key head h * Hs // H. `scale` multiplies a head's
     loss and gradient; the loss is a sum over the pairs (kl: rows) that both masks and causality let count. What a mask
-    leaves out is not used, whatever it holds. A query that sees no key gives 0. NaN or infinity that counts makes the
-    head's loss not finite. No dimension is 0. Memory grows with Lq + Lk, not their product, except in `reference`.
+    leaves out is not used, whatever it holds; `ops` has the masks leave out all that is in no pair that counts. A query that
+    sees no key gives 0. NaN or infinity that counts makes the head's loss not finite. No dimension is 0. Memory grows with
+    Lq + Lk, not their product, except in `reference`.
 
 `hidden`
     mse(student [N,Ds], projection [D,Ds] | None, bias [D] | None, teacher [N,D], scale [N], needs: Needs)

@@ -87,6 +87,7 @@ def _loss(
     )
     counts, everything = inputs.counted(kind, query_mask, key_mask, causal, maps)
     scale = inputs.head_scale(counts, everything, normalize, reduction, q_s)
+    query_mask, key_mask = inputs.used(query_mask, key_mask, causal, maps)
     backend = dispatch.choose("attention", q_s.device, q_s.dtype)
     arguments = (*maps.tensors, query_mask, key_mask, scale, *options.values, backend)
     needs = tuple(x.requires_grad and torch.is_grad_enabled() for x in (q_s, k_s))
@@ -131,7 +132,8 @@ def attention_mse(
         q_t, k_t: the teacher's, same B, Lq and Lk, any head size and dtype. No gradient.
         on: "scores" or "probs".
         scale_s, scale_t: factors of the products; None: 1/sqrt(head size) of that side.
-        query_mask: `[B, Lq]` bool, True counts. key_mask: `[B, Lk]`. What a mask leaves out is never read.
+        query_mask: `[B, Lq]` bool, True counts. key_mask: `[B, Lk]`. What is in no
+            pair that counts may hold anything.
         causal: query i sees keys j <= i, as `F.scaled_dot_product_attention(is_causal=True)`.
         normalize: "valid" divides by the pairs that count, "all" by every pair.
         method: "gram" (linear in the length), "tiled", or "auto"; on scores only.

@@ -105,6 +105,21 @@ def counted(
     return (seen > 0).sum(1) if kind == "kl" else seen.sum(1), everything
 
 
+def used(query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, maps: Maps) -> tuple[Tensor | None, Tensor | None]:
+    """The masks, without the queries and keys that are in no pair that counts: 0 * NaN of those would reach a gradient."""
+    (batch, _, lq, _), lk = maps.q_s.shape, maps.k_s.shape[2]
+    if (query_mask is None and key_mask is None and not (causal and lk > lq)) or lq == 0 or lk == 0:
+        return query_mask, key_mask
+    queries = _keys_seen(key_mask, causal, batch, lq, lk, maps.q_s.device) > 0
+    queries = queries if query_mask is None else queries & query_mask
+    if causal:
+        # A key is seen by the queries from its own position on.
+        keys = torch.nn.functional.pad(queries.flip(1).cumsum(1).flip(1) > 0, (0, lk - lq))
+    else:
+        keys = queries.any(1, keepdim=True).expand(batch, lk)
+    return queries.contiguous(), (keys if key_mask is None else keys & key_mask).contiguous()
+
+
 def _keys_seen(key_mask: Tensor | None, causal: bool, batch: int, lq: int, lk: int, device: torch.device) -> Tensor:
     """`[B, Lq]` int64: how many keys count for each query."""
     if lk == 0:

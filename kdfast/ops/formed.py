@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.ops import rows
 from kdfast.ops.autograd import known_signature
 from kdfast.ops.scale import scale_grad
 
@@ -80,5 +81,6 @@ class InBackward(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         *tensors, scale = ctx.saved_tensors
-        _, *grads = getattr(torch.ops.kdfast, ctx.name)(*tensors, scale * upstream, *ctx.scalars, *ctx.needs)
+        scale = rows.folded(scale, upstream)
+        _, *grads = getattr(torch.ops.kdfast, ctx.name)(*tensors, scale, *ctx.scalars, *ctx.needs)
         return _in_their_dtypes(ctx, tuple(grads), 3)

@@ -222,6 +222,6 @@ class _InBackward(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         *student, labels, scale, row_index = ctx.saved_tensors[:6]
-        tensors = (*student, labels, scale * upstream, row_index, None, *ctx.saved_tensors[6:])
+        tensors = (*student, labels, rows.folded(scale, upstream), row_index, None, *ctx.saved_tensors[6:])
         _, _, *grads = _op((*ctx.counts, *tensors, *ctx.scalars, False, *ctx.needs), check=False)
         return _to_student(ctx, grads, None)

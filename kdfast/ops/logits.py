@@ -81,7 +81,8 @@ def kd_loss(
             `ignore_index` do not count. None: every row counts and there is no hard loss.
         divergence, beta, skew, ab_alpha, ab_beta: the soft term, as above. 0 <= beta <= 1, 0 <= skew < 1, others >= 0.
         temperature: T > 0, on both sides of the soft term.
-        soft_weight, hard_weight: the two weights. The hard cross-entropy is at T = 1 over the whole student vocabulary.
+        soft_weight, hard_weight: the two weights; a term of weight 0 is left out, infinite or not. The hard cross-entropy is
+            at T = 1 over the whole student vocabulary.
         scale_by_t2: multiply the soft term by T^2, which keeps its gradient's size as T changes.
         token_weight: `[...]` weights >= 0; a row of weight 0 does not count.
         label_smoothing: share of the hard target that is spread evenly over the student's vocabulary.
@@ -90,7 +91,8 @@ def kd_loss(
         teacher_weights: a positive number per teacher, normalised to sum 1; None: all alike.
         teacher_mix: "probs": p is the weighted mean of the teachers' tempered probabilities; "logits": of their logits.
         reduction: "mean" over the rows that count, "sum", or "none" (`[...]`, 0 where a row does not count).
-        num_items: divisor of the mean in place of the rows that count (gradient accumulation, data parallel).
+        num_items: divisor of the mean in place of the rows that count (gradient accumulation, data parallel). Where it
+            is 0 the loss is 0 with zero gradients, whatever counts.
         tp_group: a process group over whose ranks the vocabulary is sliced: rank r holds ids r*C to (r+1)*C of every side,
             fewer only on the last rank. Labels are ids of the whole vocabulary; labels and weights are the same on all
             ranks, and so is the loss. Runs in plain PyTorch between two exchanges of a few numbers a row. Logits that are

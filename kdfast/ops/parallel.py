@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdfast import dispatch
 from kdfast.ops import rows
-from kdfast.options import PARTS, RowOptions
+from kdfast.options import PARTS, RowOptions, weighted
 
 #: Row statistics that backward needs: log-sum-exps (student at 1, student at T, teachers at T), slope, offset, vocabulary.
 STATS_BESIDE_TEACHERS = 5
@@ -149,13 +149,13 @@ def _row_losses(
     sums: dict[str, Tensor], lse: Tensor, vocab: Tensor, labelled: bool, options: RowOptions
 ) -> tuple[Tensor, Tensor]:
     """(loss, student's cross-entropy without smoothing) of each row."""
-    loss, nll = options.soft_scale * sums["value"], torch.zeros_like(lse)
+    loss, nll = weighted(options.soft_scale, sums["value"]), torch.zeros_like(lse)
     if labelled:
         hard = nll = torch.where(sums["label_hits"] > 0, lse - sums["label_logit"], torch.nan)
         if options.label_smoothing != 0:
             hard = (1 - options.label_smoothing) * nll + options.label_smoothing * (lse - sums["logits"] / vocab)
-        # 0 * NaN is NaN: a label out of range is a bad row even when the hard loss has no weight.
-        loss = loss + options.hard_weight * hard
+        # The NaN of a label out of range stays even when the hard loss has no weight.
+        loss = loss + weighted(options.hard_weight, hard)
     if options.z_loss != 0:
         loss = loss + options.z_loss * lse**2
     return loss, nll

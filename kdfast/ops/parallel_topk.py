@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast.ops import parallel
-from kdfast.options import PARTS, Head, RowOptions
+from kdfast.options import MASS_ERROR, PARTS, Head, RowOptions
 
 
 def _offset(width: int, like: Tensor, ranks: dist.ProcessGroup) -> tuple[int, int]:
@@ -47,7 +47,7 @@ class SparseSlices:
         loss, _, parts = self.dense.forward(student, teachers[:1], labels, scale, of_student, group, need_parts, total)
         soft = torch.zeros_like(loss)
         for m, (weight, teacher) in enumerate(zip(options.teacher_weights, teachers, strict=True)):
-            share = scale * weight * mass[:, m]
+            share = torch.where(scale == 0, scale, scale * weight * mass[:, m])
             value, _, found = self.dense.forward(student, [teacher], None, share, soft_only, group, need_parts, part)
             constant = torch.where(share == 0, 0, mass[:, m].log())
             loss = loss + value + share * options.soft_scale * constant
@@ -77,7 +77,7 @@ def _teachers(
     ranks: dist.ProcessGroup,
 ) -> list[Tensor]:  # fmt: skip
     """This rank's slice of every target's dense teacher, as logits."""
-    ids, log_p, log_tail, _ = targets
+    ids, log_p, log_tail, mass = targets
     width = max(0, min(student.shape[1], vocab_size - begin))
     z = _through(student[:, :width].to(log_p.dtype), options) / options.temperature
     local = ids.long() - begin
@@ -91,12 +91,16 @@ def _teachers(
     gathered = parallel.gather(torch.stack([rest, (~listed).sum(-1).double()]), ranks)
     rest, log_others = gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0).log()
     outside = (ids >= vocab_size).any(-1)
+    total = torch.where(ids[:, None] >= 0, log_p.exp(), 0).sum(-1) + log_tail.exp()
+    none = (mass != 0) & ~((total - 1).abs() <= MASS_ERROR)
     teachers = []
     for m in range(log_tail.shape[1]):
         even = -log_others[:, m, None].to(z.dtype).expand_as(z)
         within = even if spread else torch.where(rest[:, m, None].isneginf(), even, z - rest[:, m, None].to(z.dtype))
         dense = torch.where(listed[:, m], p[:, m].log(), log_tail[:, m, None] + within)
-        teachers.append(torch.where(outside[:, None], torch.nan, options.temperature * dense))
+        # A target without mass has no loss, whatever stands in for it.
+        dense = torch.where((mass[:, m] == 0)[:, None], 0, options.temperature * dense)
+        teachers.append(torch.where((outside | none[:, m])[:, None], torch.nan, dense))
     return teachers
 
 

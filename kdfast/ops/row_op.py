@@ -235,5 +235,5 @@ class _InBackward(torch.autograd.Function):
         *tensors, scale, stats = ctx.saved_tensors
         grad = None
         if upstream is not None:
-            grad = _op(f"{ctx.name}_backward", ctx.n_targets, *tensors, scale * upstream, stats, *ctx.scalars)
+            grad = _op(f"{ctx.name}_backward", ctx.n_targets, *tensors, rows.folded(scale, upstream), stats, *ctx.scalars)
         return None, None, grad, *(None,) * (len(ctx.needs_input_grad) - 3)

@@ -159,7 +159,8 @@ def row_scale(
 ) -> Tensor:
     """`[N]` factors of each row's loss: weight, mask, and 1/count for the mean. No host synchronisation.
 
-    A mean over no rows is 0, with zero gradients: a batch of padding must not poison a training run.
+    A mean over no rows is 0, with zero gradients, and so is one whose `num_items` is 0: a batch of padding must not poison a
+    training run.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
@@ -175,7 +176,8 @@ def row_scale(
             raise ValueError(f"token_weight: expected device {like.device}, got {token_weight.device}")
         scale = token_weight.detach().reshape(-1).to(dtype)
         if labels is not None:
-            scale = scale * (labels != options.ignore_index)
+            # Not a product: what stands in a row that the label leaves out may be NaN.
+            scale = torch.where(labels != options.ignore_index, scale, 0)
         counted = (scale > 0).sum()
     elif labels is not None:
         scale = (labels != options.ignore_index).to(dtype)
@@ -183,13 +185,30 @@ def row_scale(
     else:
         scale = torch.ones(n, dtype=dtype, device=like.device)
         if reduction == "mean":
-            return scale.fill_(1.0 / max(n, 1)) if num_items is None else scale / num_items
+            return scale.fill_(1.0 / max(n, 1)) if num_items is None else _divided(scale, num_items)
         return scale
     if reduction != "mean":
         return scale
     if num_items is None:
         return scale / counted.clamp(min=1)
-    return scale / num_items
+    return _divided(scale, num_items)
+
+
+def _divided(scale: Tensor, num_items: int | float | Tensor) -> Tensor:
+    """scale / num_items; 0 where that is 0."""
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items: expected one number, got a tensor of shape {list(num_items.shape)}; sum it first")
+        # Dividing by infinity asks neither the host nor 0 / 0.
+        return scale / num_items.detach().to(scale.dtype).masked_fill(num_items == 0, math.inf)
+    if num_items < 0 or num_items != num_items:
+        raise ValueError(f"num_items: expected a number >= 0, got {num_items}")
+    return torch.zeros_like(scale) if num_items == 0 else scale / num_items
+
+
+def folded(scale: Tensor, upstream: Tensor) -> Tensor:
+    """Row scales times the incoming gradients of the row losses; a row that does not count stays out whatever comes in."""
+    return torch.where(scale == 0, scale, scale * upstream)
 
 
 def check_rows(
@@ -213,6 +232,8 @@ def check_rows(
     for name, tensor in (*zip(names, teachers, strict=True), ("student", student)):
         if tensor is not None and bool((tensor[row].isnan() | tensor[row].isposinf()).any()):
             raise ValueError(f"{name} logits: row {row} holds NaN or +inf, expected finite numbers or -inf")
+        if tensor is not None and bool(tensor[row].isneginf().all()):
+            raise ValueError(f"row {row} has loss NaN: the {name} logits are -inf throughout, expected a distribution")
     raise ValueError(f"row {row} has loss NaN: its logits hold NaN or +inf, or are -inf throughout")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from kdfast.ops import rows
 from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.targets import TopKTargets
-from kdfast.options import PARTS, RowOptions
+from kdfast.options import MASS_ERROR, PARTS, RowOptions
 
 TAILS = ("ghost", "renormalize", "uniform", "none")
 #: Divergences whose sum over a bucket is that of the bucket's masses, or that have a sum over an even tail.
@@ -118,8 +118,11 @@ def _resolved(t: TopKTargets, tail: str, temperature: float) -> tuple[Tensor, Te
         log_p = log_p + (t.weights.reshape(-1, t.k).log() - logprobs)
     log_p = torch.where(ids >= 0, log_p, -torch.inf)
     total = log_p.logsumexp(-1)
-    # Without entries there is no soft loss with tail "none", and nothing to renormalize: NaN names the row.
-    mass = total.exp() if tail == "none" else torch.where(total.isneginf(), torch.nan, mass)
+    if tail == "none":
+        # Without entries there is no soft loss; without a tail either there is no distribution, which a mass of 1 shows.
+        mass = torch.where(total.isneginf() & log_tail.isneginf(), mass, total.exp())
+    else:
+        mass = torch.where(total.isneginf(), torch.nan, mass)  # nothing to renormalize
     log_p = log_p - torch.where(total.isneginf(), 0, total)[:, None]
     return ids, log_p, torch.full_like(log_tail, -torch.inf), mass
 
@@ -133,6 +136,18 @@ def check_ids(targets: Sequence[Tensor], row: int, vocab: int) -> None:
         raise ValueError(f"targets: row {row} holds NaN, expected log-probabilities <= 0 and weights >= 0")
     if bool(mass.isnan().any()):
         raise ValueError(f"targets: row {row} has no entries, expected at least one with tail 'renormalize'")
+    total = torch.where(ids >= 0, log_p.exp(), 0).sum(-1) + log_tail.exp()
+    wrong = (mass != 0) & ~((total - 1).abs() <= MASS_ERROR)
+    if not bool(wrong.any()):
+        return
+    m = int(wrong.nonzero()[0])
+    name, found = rows.member("targets", m, len(mass)), float(total[m])
+    if found == 0:
+        raise ValueError(
+            f"{name}: row {row} has neither entries nor a tail, expected a distribution; give it label ignore_index or token"
+            " weight 0"
+        )
+    raise ValueError(f"{name}: row {row} has probabilities that sum to {found:.4g} with the tail, expected 1")
 
 
 def label_logprobs(targets: TopKTargets | EncodedTargets, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdfast import _C, memory
 from kdfast.backends.compiled.extension import address, matrix, threads
 from kdfast.backends.compiled.products import mm
-from kdfast.chunks import Needs, grad_hidden_dtype
+from kdfast.chunks import Needs, grad_hidden_dtype, without_ignored
 
 #: Bytes of projected states a chunk holds (packing the projection again for smaller ones costs more than the caches give), and
 #: the rows below which a GEMM runs badly.
@@ -53,8 +53,7 @@ def mse(
     for begin in range(0, n, chunk):
         rows = slice(begin, begin + chunk)
         wide = student[rows].float()
-        if not scale[rows].all():
-            wide = wide.masked_fill((scale[rows] == 0)[:, None], 0)  # 0 * NaN would reach the projection's gradient
+        wide = without_ignored(wide, scale[rows])
         projected = room[: wide.shape[0]]
         mm(wide, weight.t(), projected)
         loss[rows] = _rows(False, projected, teacher[rows], offset, scale[rows], projected if needs.any else None)

@@ -1,13 +1,14 @@
 """Knowledge distillation on logits, each read once (`csrc/cuda/logits.cu`). Contract: `kdfast.backends`.
 
 Bytes a row of V columns: student and teacher read, gradient written. The kernel knows forward KL, cross-entropy and z-loss, one
-teacher, plain heads; `refusal` says what else goes to Triton. So does the gradient from row statistics, a single pass that
+teacher, plain heads; by `refusal` everything else goes to Triton. So does the gradient from row statistics, a single pass that
 has nothing to keep; the statistics are Triton's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import combinations
 from typing import Any
 
@@ -17,6 +18,10 @@ from torch import Tensor
 from kdfast import _cuda, dispatch
 from kdfast.options import PARTS, RowOptions
 
+#: Options the kernel takes, whatever they are. Any other that is not at its default goes to Triton, a new one too.
+_TAKEN = {"temperature", "soft_weight", "hard_weight", "scale_by_t2", "z_loss"}
+#: `kind` and the number of teachers answer for these; rows of `ignore_index` have scale 0.
+_ASKED_ELSEWHERE = {"divergence", "beta", "skew", "ab_alpha", "ab_beta", "teacher_weights", "teacher_mix", "ignore_index"}
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -26,8 +31,10 @@ def refusal(student: Tensor, teachers: Sequence[Tensor], options: RowOptions, gr
         return f"it has forward_kl only, not {options.kind}"
     if len(teachers) != 1:
         return f"it takes one teacher, not {len(teachers)}"
-    if options.heads or options.label_smoothing != 0:
-        return "it has no heads (softcap, scale) and no label smoothing"
+    known = _TAKEN | _ASKED_ELSEWHERE
+    unknown = [f.name for f in fields(options) if f.name not in known and getattr(options, f.name) != f.default]
+    if unknown:
+        return f"it has plain heads and labels only, and does not know {', '.join(unknown)}"
     tensors = (student, teachers[0], student if grad is None else grad)
     if tensors[2].dtype != student.dtype:
         return "it writes gradients in the student's dtype only"

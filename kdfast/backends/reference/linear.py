@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast.backends.reference import logits
 from kdfast.backends.reference.logits import wide
-from kdfast.chunks import Chunking, Needs, RowKernel, Side, grad_buffers
+from kdfast.chunks import Chunking, Needs, RowKernel, Side, grad_buffers, without_ignored
 from kdfast.options import RowOptions
 
 
@@ -44,7 +44,7 @@ def forward(
     if needs.hidden:
         hidden.copy_(wide(z) @ wide(student.weight))
     if needs.weight:
-        weight.copy_(wide(z).T @ wide(student.hidden))
+        weight.copy_(wide(z).T @ without_ignored(wide(student.hidden), scale))
     if needs.bias:
         bias.copy_(wide(z).sum(0))
     return loss, parts, hidden, weight, bias

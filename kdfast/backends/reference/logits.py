@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backends.reference import divergence
-from kdfast.options import PARTS, RowOptions
+from kdfast.options import PARTS, RowOptions, weighted
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -70,15 +70,15 @@ def forward(
     log_p = _teacher_logprobs(z_t, options.teacher_weights, options.teacher_mix, temperature)
     soft = divergence.value(options, log_p, (z_s[:, :common] / temperature).log_softmax(-1))
     lse = z_s.logsumexp(-1)
-    row = options.soft_scale * soft
+    row = weighted(options.soft_scale, soft)
     nll = torch.zeros_like(soft)
     if labels is not None:
         nll = hard_loss(z_s, labels)
         hard = nll
         if options.label_smoothing != 0:
             hard = (1 - options.label_smoothing) * nll + options.label_smoothing * (lse - z_s.mean(-1))
-        # 0 * NaN is NaN: a label out of range is a bad row even when the hard loss has no weight.
-        row = row + options.hard_weight * hard
+        # The NaN of a label out of range stays even when the hard loss has no weight.
+        row = row + weighted(options.hard_weight, hard)
     if options.z_loss != 0:
         row = row + options.z_loss * lse**2
     counts = scale != 0
@@ -120,10 +120,11 @@ def backward(
     grad: Tensor,
 ) -> None:
     z_s, z_t, common = _inputs(student, teachers, options)
-    log_p = _teacher_logprobs(z_t, options.teacher_weights, options.teacher_mix, options.temperature)
-    log_q = (z_s[:, :common] / options.temperature).log_softmax(-1)
     out = torch.zeros_like(z_s)
-    out[:, :common] = (options.soft_scale / options.temperature) * divergence.derivative(options, log_p, log_q)
+    if options.soft_scale != 0:
+        log_p = _teacher_logprobs(z_t, options.teacher_weights, options.teacher_mix, options.temperature)
+        log_q = (z_s[:, :common] / options.temperature).log_softmax(-1)
+        out[:, :common] = (options.soft_scale / options.temperature) * divergence.derivative(options, log_p, log_q)
     if options.z_loss != 0:
         out += 2 * options.z_loss * z_s.logsumexp(-1, keepdim=True) * z_s.softmax(-1)
     if labels is not None and options.hard_weight != 0:

@@ -145,11 +145,12 @@ def gradient(
     """
     for rows in _groups(student):
         r = _Rows(student[rows], [t[rows] for t in teachers], options)
-        log_q = r.log_q(lses[rows, 1], options.temperature)
-        log_p = r.log_p(lses[rows, 2 : 2 + len(r.z_t)], options.temperature)
         out = torch.zeros_like(r.z_s)
-        soft = divergence.derivative(options, log_p, log_q, slope[rows].to(log_q.dtype)[:, None])
-        out[:, : r.common] = (options.soft_scale / options.temperature) * soft
+        if options.soft_scale != 0:
+            log_q = r.log_q(lses[rows, 1], options.temperature)
+            log_p = r.log_p(lses[rows, 2 : 2 + len(r.z_t)], options.temperature)
+            soft = divergence.derivative(options, log_p, log_q, slope[rows].to(log_q.dtype)[:, None])
+            out[:, : r.common] = (options.soft_scale / options.temperature) * soft
         hard_weight = 0.0 if labels is None else options.hard_weight
         if hard_weight != 0 or options.z_loss != 0:
             q = _minus(r.z_s, lses[rows, 0]).exp()

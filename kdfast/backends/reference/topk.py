@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdfast.backends.reference import logits
 from kdfast.backends.reference.logits import poison, through_head, wide
-from kdfast.options import PARTS, Head, RowOptions
+from kdfast.options import MASS_ERROR, PARTS, Head, RowOptions, weighted
 
 
 def capture(
@@ -89,6 +89,13 @@ def _terms(student: Tensor, targets: Sequence[Tensor], options: RowOptions, voca
     return [options.temperature * _dense(tempered, ids, log_p[:, m], log_tail[:, m], spread) for m in sets]
 
 
+def _sums_to_1(targets: Sequence[Tensor], m: int) -> Tensor:
+    """Which rows of a target are a distribution."""
+    ids, log_p, log_tail, _ = targets
+    total = torch.where(ids >= 0, log_p[:, m].exp(), 0).sum(-1) + log_tail[:, m].exp()
+    return (total - 1).abs() <= MASS_ERROR
+
+
 def _soft(options: RowOptions) -> RowOptions:
     return dataclasses.replace(
         options, hard_weight=0.0, z_loss=0.0, teacher_weights=(1.0,), teacher_softcap=0.0, teacher_scale=1.0
@@ -112,11 +119,12 @@ def forward(
     for m, (weight, teacher) in enumerate(zip(options.teacher_weights, teachers, strict=True)):
         plain = dataclasses.replace(_soft(options), soft_weight=1.0, scale_by_t2=False)
         value, _, _ = logits.forward(student, [teacher], None, ones, plain, False, None)
+        value = torch.where(_sums_to_1(targets, m), value, torch.nan)
         soft = soft + weight * torch.where(mass[:, m] == 0, 0, mass[:, m] * (value + mass[:, m].log()))
     # What the student does at T = 1 needs no teacher: any will do.
     rest = dataclasses.replace(_soft(options), soft_weight=0.0, hard_weight=options.hard_weight, z_loss=options.z_loss)
     row, _, at_1 = logits.forward(student, [wide(student).detach()], labels, ones, rest, True, None)
-    loss = torch.where(counts, scale * (options.soft_scale * soft + row), 0)
+    loss = torch.where(counts, scale * (weighted(options.soft_scale, soft) + row), 0)
     parts = loss.new_zeros(0)
     if need_parts:
         ids = targets[0].long().clamp(0, vocab_size - 1)
@@ -158,6 +166,7 @@ def backward(
     rest = dataclasses.replace(_soft(options), soft_weight=0.0, hard_weight=options.hard_weight, z_loss=options.z_loss)
     logits.backward(student, [wide(student).detach()], labels, scale, stats, rest, total)
     for m, (weight, teacher) in _weighted(options, teachers):
-        logits.backward(student, [teacher], None, scale * weight * mass[:, m], stats, _soft(options), part)
+        share = torch.where(scale == 0, scale, scale * weight * mass[:, m])
+        logits.backward(student, [teacher], None, share, stats, _soft(options), part)
         total += part
     grad.copy_(total)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.backends.triton.tiles import grid, on
-from kdfast.chunks import Needs, grad_hidden_dtype
+from kdfast.chunks import Needs, grad_hidden_dtype, without_ignored
 
 #: Columns of a row in flight; wider rows are walked.
 BLOCK, WARPS = 4096, 8
@@ -174,8 +174,7 @@ def mse(
     if needs.hidden:
         grad_hidden = _product(grad, weight)
     if needs.weight:
-        # 0 * NaN would reach the projection's gradient.
-        grad_weight = _product(grad.t(), torch.where((scale != 0)[:, None], student, 0)).float()
+        grad_weight = _product(grad.t(), without_ignored(student, scale)).float()
     if needs.bias:
         grad_bias = grad.sum(0, dtype=torch.float32)
     return shares.sum(1), grad_hidden.to(grad_hidden_dtype(student)), grad_weight, grad_bias

@@ -53,6 +53,7 @@ class Flags:
         mixed: several teachers, by their probabilities.
         student_head, teacher_head: NO_HEAD, SCALED or CAPPED of `tiles`.
         unit_t: the temperature is 1, so that its sums serve T = 1 too.
+        soft: the divergence has a weight.
         labels: there are labels. hard: the hard loss has a weight. smooth: and smoothed labels. z: there is a z-loss.
         parts: metrics are wanted. grad: the gradient is.
         extra: the student has columns beyond those all sides have.
@@ -64,6 +65,7 @@ class Flags:
     student_head: int = 0
     teacher_head: int = 0
     unit_t: bool = False
+    soft: bool = True
     labels: bool = False
     hard: bool = False
     smooth: bool = False
@@ -79,7 +81,8 @@ class Flags:
         return cls(
             divergence.kind_of(options), teachers, teachers > 1 and options.teacher_mix == "probs",
             _head(options.student_softcap, options.student_scale), _head(options.teacher_softcap, options.teacher_scale),
-            options.temperature == 1, labels, hard, hard and options.label_smoothing != 0, options.z_loss != 0,
+            options.temperature == 1, options.soft_scale != 0, labels, hard, hard and options.label_smoothing != 0,
+            options.z_loss != 0,
             parts, grad, extra,
         )  # fmt: skip
 

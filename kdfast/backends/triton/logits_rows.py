@@ -125,11 +125,19 @@ def weights_at_1(scale, lse, width, o, F: tl.constexpr):
 
 
 @triton.jit
+def weighted_soft(soft, o, F: tl.constexpr):
+    """The soft term; without weight none even if it is infinite, but the NaN of a bad row stays."""
+    return o.soft_scale * soft if F.soft else tl.where(soft == soft, 0.0, soft)
+
+
+@triton.jit
 def _store_grad(g_ptr, s, q, h, h_sum, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F: tl.constexpr):
     """The gradient of a tile, from h and the row's sum of h."""
-    if F.kind != FORWARD_KL:
-        h -= q * h_sum
-    g = soft_weight * h
+    g = tl.zeros_like(s)
+    if F.soft:
+        if F.kind != FORWARD_KL:
+            h -= q * h_sum
+        g = soft_weight * h
     if F.grad_at_1:
         if F.own_q_at_1:
             q = tl.exp2((s - m_h) * LOG2E - l_h)
@@ -222,7 +230,7 @@ def _forward_row(
 
     # A row that is -inf throughout has no distribution.
     soft = tl.where((l_s > -INF) & has_distribution(l_t, F), soft, float("nan"))
-    loss = o.soft_scale * soft
+    loss = weighted_soft(soft, o, F)
     nll = lse - s_label
     if F.hard:
         hard = nll

@@ -9,10 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdfast import options
 from kdfast.backends.triton.divergence import divergence
 from kdfast.backends.triton.logits_rows import NO_COLUMN, load_student
 from kdfast.backends.triton.teachers import appended
 from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST, add_exp2, closed, raised, tile_columns
+
+MASS_ERROR = tl.constexpr(options.MASS_ERROR)
 
 
 @triton.jit
@@ -101,6 +104,7 @@ def _log_add(log_x, logs):
 def _one_target(log_p, log_tail, weight, log_q, q, first, log_q_out, vocab, o, F: tl.constexpr):
     """(value, h of the marked columns, sum of h, h of all other columns together, log p of each of them) of one target."""
     listed = first & (log_p != -INF)
+    total = tl.sum(tl.exp2(log_p * LOG2E), 0) + tl.exp2(log_tail * LOG2E)
     others = vocab - tl.sum(listed.to(tl.int32), 0)
     even = tl.where(others == 0, -INF, log_tail - LN2 * tl.log2(others.to(tl.float32)))
     if F.spread:
@@ -125,6 +129,8 @@ def _one_target(log_p, log_tail, weight, log_q, q, first, log_q_out, vocab, o, F
         base = tl.where(log_q_rest == -INF, 0.0, log_q_rest)
         rest = h_rest * tl.exp2((log_q_out - base) * LOG2E)
         h += tl.where(unlisted == -INF, 0.0, h_rest * tl.exp2((unlisted - base) * LOG2E))
+    # Not the other way round: a NaN is no distribution either.
+    value = tl.where((weight == 0) | (tl.abs(total - 1) <= MASS_ERROR), value, float("nan"))
     return value, h, h_sum, rest, even
 
 

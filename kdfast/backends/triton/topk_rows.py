@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kdfast.backends.triton.divergence import FORWARD_KL, divergence
-from kdfast.backends.triton.logits_rows import NO_COLUMN, grad_beyond, load_label, load_student, weights_at_1
+from kdfast.backends.triton.logits_rows import NO_COLUMN, grad_beyond, load_label, load_student, weighted_soft, weights_at_1
 from kdfast.backends.triton.tiles import (
     INF,
     LN2,
@@ -79,7 +79,7 @@ def _write_grad(
     if F.kind == FORWARD_KL:
         h_sum = h_sum * 0.0
     share = tl.where(l_u == -INF, 0.0, tl.exp2((m_u - top) * c + (l_u - l)))  # of the unmarked columns in the softmax
-    rest = soft_weight * (rest - share * h_sum)
+    rest = soft_weight * (rest - share * h_sum) if F.soft else 0.0
     l_u = tl.where(l_u == -INF, 0.0, l_u)  # nothing is unmarked, or it is -inf throughout
     in_row = tl.cdiv(vocab, LANES * VEC)
     for i in range(0, in_row):
@@ -87,9 +87,11 @@ def _write_grad(
         columns = tile_columns(start, LANES, VEC, RAGGED)
         x = load_student(s_ptr, columns, vocab, o, F, "evict_first")
         taken = marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED)
-        if F.spread:
+        if F.spread and F.soft:
             even = _even_tile(x, (columns < vocab) & (taken == 0), top, l, told[5], told[6], o, F)
             g = soft_weight * (even[1] - even[2] * h_sum)
+        elif F.soft == 0:
+            g = tl.zeros_like(x)
         else:
             g = tl.where(taken, 0.0, rest * tl.exp2((x - m_u) * c - l_u))
         if F.grad_at_1:
@@ -98,7 +100,9 @@ def _write_grad(
         tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < vocab, eviction_policy="evict_first")
     if F.extra:
         grad_beyond(s_ptr, g_ptr, vocab, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
-    g = soft_weight * (h - q * h_sum)
+    g = tl.zeros_like(z)
+    if F.soft:
+        g = soft_weight * (h - q * h_sum)
     if F.grad_at_1:
         g += grad_at_1(tl.exp2((z - m_h) * LOG2E - l_h), ids, label, weights_1, tl.constexpr(F.smooth))
     g = back_through_head(g, z, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
@@ -178,7 +182,7 @@ def _forward_row(
 
     # A student that is -inf throughout has no distribution; an id outside the vocabulary names no column.
     soft = tl.where((l > -INF) & (tl.max(ids, 0) < vocab), soft, float("nan"))
-    loss = o.soft_scale * soft
+    loss = weighted_soft(soft, o, F)
     lse = m_h + LN2 * l_h
     nll = lse - s_label
     if F.hard:
