@@ -53,6 +53,25 @@ def test_use_backend_is_undone() -> None:
     assert dispatch.choose("logits", device, torch.float32) == "cpp"
 
 
+def test_blocks_may_end_in_another_order_than_they_began() -> None:
+    """As those of two threads do: what the first to begin put back must not outlive the second."""
+    device = torch.device("cpu")
+    first, second = use_backend("reference"), use_backend("cpp")
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.choose("logits", device, torch.float32) == "cpp"
+    second.__exit__(None, None, None)
+    assert not dispatch._forced
+    gpu = torch.device("cuda")
+    assert not rows.values_are_checked(gpu)
+    first, second = debug_checks(), debug_checks(False)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not rows.values_are_checked(gpu)
+    second.__exit__(None, None, None)
+    assert not rows.values_are_checked(gpu)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
 def test_cuda_without_a_gpu_says_what_is_missing() -> None:
     reason = next(row.reason for row in kdfast.backends() if row.name == "cuda")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.autograd import known_signature
+from kdfast.ops.autograd import known_signature, save, saved
 from kdfast.ops.scale import scale_grad
 
 
@@ -73,12 +73,12 @@ class InBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scalars, ctx.needs = rest[n_tensors:-n_needs], rest[-n_needs:]
         ctx.dtypes = _dtypes(tuple(rest[:n_needs]))
-        ctx.save_for_backward(*rest[:n_tensors])
+        save(ctx, *rest[:n_tensors])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        *tensors, scale = ctx.saved_tensors
+        *tensors, scale = saved(ctx)
         _, *grads = getattr(torch.ops.kdfast, ctx.name)(*tensors, scale * upstream, *ctx.scalars, *ctx.needs)
         return _in_their_dtypes(ctx, tuple(grads), 3)

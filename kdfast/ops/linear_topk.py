@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdfast import dispatch
 from kdfast.chunks import logit_chunks
-from kdfast.ops import rows, tails
+from kdfast.ops import ranges, rows, tails
 from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side, main_grad_of
 from kdfast.ops.linear_op import LinearCall, side_of
@@ -126,6 +126,7 @@ def linear_topk_kd_loss(
     beta: float = 0.5,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
+    shift_labels: bool = False,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -174,8 +175,12 @@ def linear_topk_kd_loss(
     # Whether all slices together hold the targets' vocabulary shows when the ranks talk.
     vocab = several[0].vocab_size if shards.group else student_weight.shape[0]
     tails.check_row_inputs(several, lead, student_hidden.device, "student_hidden", vocab, "student_weight")
+    if shift_labels:
+        labels = ranges.shifted_labels(labels, lead, ignore_index)
+    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
+    ranges.check_targets(several, options.temperature, scale)
     student = rows.as_rows(student_hidden)
     check_row_index(row_index, student, student.shape[0])
     heads_dtype = autocast_dtype(student_weight)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops import parallel, parallel_topk, rows, tails
+from kdfast.ops import parallel, parallel_topk, ranges, rows, tails
 from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.row_op import RowCall, RowOp
 from kdfast.ops.row_options import head_fields, row_options
@@ -77,10 +77,9 @@ def check_capture(
         least = "0 <=" if samples else "0 <"
         raise ValueError(f"k: expected {least} k <= {vocab} (the vocabulary), got {k}")
     at = tuple(float(t) for t in temperatures)
-    if not at or not all(t > 0 and math.isfinite(t) for t in at):
+    if not at or not all(0 < t < math.inf for t in at):
         raise ValueError(f"temperatures: expected one or more finite numbers above 0, got {at}")
-    if not (sample_temperature > 0 and math.isfinite(sample_temperature)):
-        raise ValueError(f"sample_temperature: expected a finite number above 0, got {sample_temperature}")
+    ranges.check_positive("sample_temperature", sample_temperature)
     return at
 
 
@@ -202,6 +201,7 @@ def topk_kd_loss(
     beta: float = 0.5,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
+    shift_labels: bool = False,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -241,14 +241,15 @@ def topk_kd_loss(
         divergence: "forward_kl", "reverse_kl" (not with "renormalize": infinite) or "jsd"; with "none" only "forward_kl".
         temperature: one of `targets.temperatures`.
         tp_group: as in `kd_loss`, the targets being whole on all ranks; a rank forms its slice of the dense teacher.
-        labels, soft_weight, hard_weight, beta, scale_by_t2, ignore_index, token_weight, label_smoothing, z_loss,
-            student_head, teacher_weights, reduction, num_items, overwrite_logits, return_parts: as in `kd_loss`. Of the
+        labels, soft_weight, hard_weight, beta, scale_by_t2, ignore_index, shift_labels, token_weight, label_smoothing,
+            z_loss, student_head, teacher_weights, reduction, num_items, overwrite_logits, return_parts: as in `kd_loss`. Of the
             parts, `teacher_nll` and `teacher_entropy` spread the tail evenly over the unselected ids (several teachers: means
             of each one's), `top1_agreement` is with the largest entry, and `kl_at_1` is NaN unless it is the soft term.
 
     Raises:
         ValueError: as `kd_loss`; a temperature that was not captured; a student smaller than `targets.vocab_size`; an
-            entry's id outside the vocabulary (on a CPU, or under `debug_checks()`); a divergence that the tail does not have.
+            entry's id outside the vocabulary, or logits in the place of log-probabilities (on a CPU, or under
+            `debug_checks()`); a divergence that the tail does not have.
 
     Source: sparse logit sampling, arXiv 2503.16870 (ghost token, unbiased sampled targets); Kim & Rush 2016, arXiv
     1606.07947, for the word-level loss they approximate; GKD, arXiv 2306.13649 (jsd).
@@ -269,8 +270,12 @@ def topk_kd_loss(
     # Whether all slices together hold the targets' vocabulary shows when the ranks talk.
     vocab = several[0].vocab_size if shards.group else student_logits.shape[-1]
     tails.check_row_inputs(several, lead, student_logits.device, "student_logits", vocab)
+    if shift_labels:
+        labels = ranges.shifted_labels(labels, lead, ignore_index)
+    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
+    ranges.check_targets(several, options.temperature, scale)
     if overwrite_logits:
         rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)
