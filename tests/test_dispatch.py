@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import kdfast
-from kdfast import _C, dispatch, kd_loss, use_backend
+from kdfast import _C, debug_checks, dispatch, kd_loss, use_backend
 from kdfast.backends import cuda
+from kdfast.ops import rows
 
 
 def python(code: str, **environment: str) -> str:

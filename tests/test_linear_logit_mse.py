@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
-import sys
-import threading
 import os
 import subprocess
 import sys
+import threading
 
 import plain
 import pytest

@@ -140,7 +140,7 @@ def test_targets_of_no_vocabulary_temperature_or_weight(loss: Any) -> None:
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_shifted_labels_are_labels_shifted(loss: Any, dtype: torch.dtype) -> None:
-    student, ids = students(), LABELS.to(dtype)
+    student, ids = students(), LABELS.to(dtype, copy=True)
     ids[0, 3] = -100
     options = {"hard_weight": 0.7, "token_weight": torch.rand(B, L), "reduction": "none"}
     by_hand = loss(*student, labels=F.pad(ids[:, 1:], (0, 1), value=-100), **options)
@@ -149,9 +149,7 @@ def test_shifted_labels_are_labels_shifted(loss: Any, dtype: torch.dtype) -> Non
     assert bool((found[:, -1] == 0).all()) and bool(found[0, 2] == 0)
     used = [x for x in student if torch.autograd.grad(by_hand.sum(), x, retain_graph=True, allow_unused=True)[0] is not None]
     for x in used:
-        assert torch.equal(
-            *(torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (found, by_hand))
-        )
+        assert torch.equal(*(torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (found, by_hand)))
     mean = loss(*student, labels=ids, shift_labels=True)
     assert torch.equal(mean, loss(*student, labels=F.pad(ids[:, 1:], (0, 1), value=-100)))
 
@@ -176,7 +174,9 @@ def test_labels_that_cannot_be_shifted(loss: Any) -> None:
 
 def test_shifted_labels_in_modules_and_of_length_zero() -> None:
     x, _, _ = students()
-    assert torch.equal(kdfast.losses.KDLoss(shift_labels=True)(x, LOGITS, LABELS), kd(x, x, x, labels=LABELS, shift_labels=True))
+    assert torch.equal(
+        kdfast.losses.KDLoss(shift_labels=True)(x, LOGITS, LABELS), kd(x, x, x, labels=LABELS, shift_labels=True)
+    )
     empty = torch.zeros(B, 0, V)
     assert float(kdfast.kd_loss(empty, empty, LABELS[:, :0], shift_labels=True)) == 0
 
