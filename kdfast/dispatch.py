@@ -133,7 +133,8 @@ def _holder(op: str, name: str) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every op runs on the backend `name`, in the whole process; of blocks in several threads the last one counts.
+    """Within the block every op runs on the backend `name`, in the whole process; of blocks in several threads the last one
+    counts.
 
     Raises:
         ValueError: no such backend.

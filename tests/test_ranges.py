@@ -1,4 +1,4 @@
-"""What public docstrings say of their arguments' ranges holds: one line names the argument, what was expected and what was got."""
+"""The ranges in public docstrings hold: one line names the argument, what was expected and what was got."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_numbers_of_divergences(loss: Any, option: str, bad: float) -> None:
 @each_loss
 @pytest.mark.parametrize("bad", [-1, -0.5, math.nan, math.inf, torch.tensor(-3), torch.tensor(math.nan)], ids=str)
 def test_num_items(loss: Any, bad: Any) -> None:
-    with pytest.raises(ValueError, match="^num_items: expected a finite number >= 0"):
+    with pytest.raises(ValueError, match=r"^num_items: expected a finite number >= 0"):
         loss(*students(), num_items=bad)
 
 
@@ -82,16 +82,16 @@ def test_token_weight(loss: Any, bad: float) -> None:
     weight[1, 2] = bad
     with pytest.raises(ValueError, match=f"^token_weight: expected finite weights >= 0, got {bad:g}"):
         loss(*students(), token_weight=weight)
-    with pytest.raises(ValueError, match="^token_weight: expected a tensor or None, got list"):
+    with pytest.raises(ValueError, match=r"^token_weight: expected a tensor or None, got list"):
         loss(*students(), token_weight=[1.0])
 
 
 @pytest.mark.parametrize("bad", [(1.0, -1.0), (0.0, 1.0), (math.nan, 1.0), (math.inf, 1.0)])
 def test_teacher_weights(bad: tuple[float, float]) -> None:
     x, _, _ = students()
-    with pytest.raises(ValueError, match="^teacher_weights: expected finite numbers above 0"):
+    with pytest.raises(ValueError, match=r"^teacher_weights: expected finite numbers above 0"):
         kdfast.kd_loss(x, [LOGITS, LOGITS], teacher_weights=bad)
-    with pytest.raises(ValueError, match="^teacher_weights: expected finite numbers above 0"):
+    with pytest.raises(ValueError, match=r"^teacher_weights: expected finite numbers above 0"):
         kdfast.topk_kd_loss(x, [TARGETS, TARGETS], teacher_weights=bad)
 
 
@@ -99,17 +99,17 @@ def test_teacher_weights(bad: tuple[float, float]) -> None:
 def test_temperatures_scales_and_workspace(bad: float) -> None:
     x, hidden, weight = students()
     for options in ({"temperatures": (1.0, bad)}, {"sample_temperature": bad, "samples": 2}):
-        with pytest.raises(ValueError, match="^(sample_)?temperatures?: expected .*finite number"):
+        with pytest.raises(ValueError, match=r"^(sample_)?temperatures?: expected .*finite number"):
             kdfast.topk_targets(LOGITS, K, **options)
-        with pytest.raises(ValueError, match="^(sample_)?temperatures?: expected .*finite number"):
+        with pytest.raises(ValueError, match=r"^(sample_)?temperatures?: expected .*finite number"):
             kdfast.linear_topk_targets(hidden, weight, K, **options)
-    with pytest.raises(ValueError, match="^workspace_mb: expected a finite number above 0"):
+    with pytest.raises(ValueError, match=r"^workspace_mb: expected a finite number above 0"):
         linear(x, hidden, weight, workspace_mb=bad)
-    with pytest.raises(ValueError, match="^student_head: expected a finite scale above 0"):
+    with pytest.raises(ValueError, match=r"^student_head: expected a finite scale above 0"):
         kd(x, hidden, weight, student_head=Head(scale=bad))
     maps = [torch.randn(1, 2, 4, 8) for _ in range(4)]
     for loss in (kdfast.attention_mse, kdfast.attention_kl):
-        with pytest.raises(ValueError, match="^scale_t: expected a finite number above 0"):
+        with pytest.raises(ValueError, match=r"^scale_t: expected a finite number above 0"):
             loss(*maps, scale_t=bad)
 
 
@@ -119,7 +119,7 @@ def test_logits_are_no_log_probabilities(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"^targets: row \d has entries of probability .* expected at most 1; logprobs are"):
         loss(*students(), raw)
     heavy = dataclasses.replace(TARGETS, log_tail=torch.zeros_like(TARGETS.log_tail))
-    with pytest.raises(ValueError, match="^targets: row 0 has entries of probability"):
+    with pytest.raises(ValueError, match=r"^targets: row 0 has entries of probability"):
         loss(*students(), heavy)
     # Rows that do not count may hold anything, and rounding to bfloat16 is no fault.
     loss(*students(), raw, labels=torch.full((B, L), -100))
@@ -129,11 +129,11 @@ def test_logits_are_no_log_probabilities(loss: Any) -> None:
 
 @pytest.mark.parametrize("loss", [topk, linear_topk])
 def test_targets_of_no_vocabulary_temperature_or_weight(loss: Any) -> None:
-    with pytest.raises(ValueError, match="^targets.vocab_size: expected a number above 0, got 0"):
+    with pytest.raises(ValueError, match=r"^targets.vocab_size: expected a number above 0, got 0"):
         loss(*students(), dataclasses.replace(TARGETS, vocab_size=0))
-    with pytest.raises(ValueError, match="^targets.temperatures: expected finite numbers above 0"):
+    with pytest.raises(ValueError, match=r"^targets.temperatures: expected finite numbers above 0"):
         loss(*students(), dataclasses.replace(TARGETS, temperatures=(1.0, -2.0)))
-    with pytest.raises(ValueError, match="^targets.weights: expected weights >= 0, got -0.5"):
+    with pytest.raises(ValueError, match=r"^targets.weights: expected weights >= 0, got -0.5"):
         loss(*students(), dataclasses.replace(TARGETS, weights=torch.full((B, L, K), -0.5)), tail="none")
 
 
@@ -146,7 +146,8 @@ def test_shifted_labels_are_labels_shifted(loss: Any, dtype: torch.dtype) -> Non
     by_hand = loss(*student, labels=F.pad(ids[:, 1:], (0, 1), value=-100), **options)
     found = loss(*student, labels=ids, shift_labels=True, **options)
     assert torch.equal(found, by_hand)
-    assert bool((found[:, -1] == 0).all()) and bool(found[0, 2] == 0)
+    assert bool((found[:, -1] == 0).all())
+    assert bool(found[0, 2] == 0)
     used = [x for x in student if torch.autograd.grad(by_hand.sum(), x, retain_graph=True, allow_unused=True)[0] is not None]
     for x in used:
         assert torch.equal(*(torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (found, by_hand)))
@@ -163,7 +164,7 @@ def test_shifted_labels_with_another_ignore_index(loss: Any) -> None:
 
 @each_loss
 def test_labels_that_cannot_be_shifted(loss: Any) -> None:
-    with pytest.raises(ValueError, match="^shift_labels: expected labels to shift, got labels None"):
+    with pytest.raises(ValueError, match=r"^shift_labels: expected labels to shift, got labels None"):
         loss(*students(), shift_labels=True)
     with pytest.raises(ValueError, match=r"^labels: expected shape \[2, 5\]"):
         loss(*students(), labels=LABELS[:, 1:], shift_labels=True)
@@ -174,9 +175,8 @@ def test_labels_that_cannot_be_shifted(loss: Any) -> None:
 
 def test_shifted_labels_in_modules_and_of_length_zero() -> None:
     x, _, _ = students()
-    assert torch.equal(
-        kdfast.losses.KDLoss(shift_labels=True)(x, LOGITS, LABELS), kd(x, x, x, labels=LABELS, shift_labels=True)
-    )
+    module = kdfast.losses.KDLoss(shift_labels=True)
+    assert torch.equal(module(x, LOGITS, LABELS), kd(x, x, x, labels=LABELS, shift_labels=True))
     empty = torch.zeros(B, 0, V)
     assert float(kdfast.kd_loss(empty, empty, LABELS[:, :0], shift_labels=True)) == 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from kdfast.ops.linear_op import LinearCall
 from kdfast.ops.row_options import row_options
 from kdfast.ops.shards import Shards, is_dtensor
 from kdfast.options import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import LinearKDKeywords
 
 
 def check_side(
@@ -78,6 +83,30 @@ def _as_list(argument: Any) -> list[Any]:
     return list(argument) if isinstance(argument, Sequence) else [argument]
 
 
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[LinearKDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[LinearKDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[LinearKDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -113,7 +142,7 @@ def linear_kd_loss(
     tp_group: Any = None,
     reduce_hidden_grad: bool = True,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from the two models' last hidden states and their heads.
 
     Equals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from kdfast.ops.shards import Shards, gathered, is_dtensor
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import as_targets, capture_outputs, check_capture, uniform_draws
 from kdfast.options import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import LinearTopKKDKeywords
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
 _lib.define(
@@ -108,6 +113,30 @@ def linear_topk_targets(
     return as_targets(outputs, hidden.shape[:-1], at, weight.shape[0])
 
 
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor,
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[LinearTopKKDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor,
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[LinearTopKKDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor,
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[LinearTopKKDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -137,7 +166,7 @@ def linear_topk_kd_loss(
     tp_group: Any = None,
     reduce_hidden_grad: bool = True,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from sparse targets to a student's last hidden states and head.
 
     Equals

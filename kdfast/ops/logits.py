@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +15,37 @@ from kdfast.ops.row_options import row_options
 from kdfast.ops.shards import Shards
 from kdfast.options import Head
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import KDKeywords
+
 _op = RowOp("logits", dense=True, stats=lambda teachers: 3 + teachers)
 _parallel_op = RowOp(
     "parallel", extra="str group", dense=True, stats=lambda teachers: teachers + parallel.STATS_BESIDE_TEACHERS,
     kernel=parallel.slices, vocab=lambda student, extra: student.shape[1] * parallel.size(extra[0]),
 )  # fmt: skip
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[KDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[KDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[KDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
 
 
 def kd_loss(
@@ -50,7 +76,7 @@ def kd_loss(
     tp_group: Any = None,
     overwrite_logits: bool = False,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from logits to logits, fused: no N x V distribution is ever formed.
 
     Equals, with T = temperature, p = softmax(teacher_logits / T), q = softmax(student_logits / T):

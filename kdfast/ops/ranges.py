@@ -85,8 +85,8 @@ def check_targets(targets: Sequence[TopKTargets], temperature: float, scale: Ten
         if len(bad):
             row = int(bad[0])
             raise ValueError(
-                f"{name}: row {row} has entries of probability {float(mass[row]):.4g} together, expected at most 1; logprobs are"
-                " those of the whole vocabulary at temperature 1 (logits.log_softmax(-1)), not logits: topk_targets makes them"
+                f"{name}: row {row} has entries of probability {float(mass[row]):.4g} together, expected at most 1;"
+                " logprobs are logits.log_softmax(-1) over the whole vocabulary, not logits: topk_targets makes them"
             )
         if t.weights is not None and bool(((t.weights < 0).any(-1).reshape(-1) & (scale != 0)).any()):
             raise ValueError(f"{name}.weights: expected weights >= 0, got {float(t.weights.min()):g}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from kdfast.ops.shards import Shards
 from kdfast.ops.tails import label_logprobs
 from kdfast.ops.targets import TopKTargets
 from kdfast.options import Head, RowOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import TopKKDKeywords
 
 __all__ = ["label_logprobs", "topk_kd_loss", "topk_targets"]
 
@@ -188,6 +193,27 @@ def topk_targets(
     return as_targets(outputs, lead, at, vocab)
 
 
+@overload
+def topk_kd_loss(
+    student_logits: Tensor, targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[TopKKDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def topk_kd_loss(
+    student_logits: Tensor, targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[TopKKDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def topk_kd_loss(
+    student_logits: Tensor, targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[TopKKDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
 def topk_kd_loss(
     student_logits: Tensor,
     targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
@@ -212,7 +238,7 @@ def topk_kd_loss(
     tp_group: Any = None,
     overwrite_logits: bool = False,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from a teacher's entries and what is known of all other ids; no dense teacher is formed.
 
     Equals, with T = temperature, S the entries, p_S = exp(logprobs / T - log_z), p_tail = exp(log_tail) and
