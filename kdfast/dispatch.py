@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,8 +70,10 @@ class BackendInfo:
 
 
 _BACKENDS: dict[str, Backend] = {}
-# Process-wide on purpose: on a GPU autograd runs backward in a thread of its own, which must see the same choice.
-_forced: str | None = None
+# Process-wide on purpose: on a GPU autograd runs backward in a thread of its own, which must see the same choice. Blocks of
+# several threads may end in another order than they began in, so each takes out what it put in, by one operation of the list.
+_forced: list[tuple[int, str]] = []
+_blocks = itertools.count()
 _chosen: dict[tuple[str, str, torch.dtype, str | None], str] = {}
 
 
@@ -87,7 +90,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: a backend forced by `use_backend` cannot run it; the message lists those that can.
     """
-    key = (op, device.type, dtype, _forced)
+    last = _forced[-1:]
+    key = (op, device.type, dtype, last[0][1] if last else None)
     if key not in _chosen:
         _chosen[key] = _choose(*key)
     return _chosen[key]
@@ -131,25 +135,26 @@ def _holder(op: str, name: str) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every op runs on the backend `name`, in the whole process.
+    """Within the block every op runs on the backend `name`, in the whole process; of blocks in several threads the last one
+    counts.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend cannot run on this machine (why, and what can); later, at a call whose
             device or dtype it does not take.
     """
-    global _forced
     if name not in _BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(_BACKENDS)}, got {name!r}")
     why = _BACKENDS[name].missing()
     if why is not None:
         able = [b.name for b in _BACKENDS.values() if b.missing() is None]
         raise RuntimeError(f"use_backend({name!r}): {why}; available here: {', '.join(able)}")
-    before, _forced = _forced, name
+    block = next(_blocks), name
+    _forced.append(block)
     try:
         yield
     finally:
-        _forced = before
+        _forced.remove(block)
 
 
 def backends() -> list[BackendInfo]:

@@ -30,29 +30,32 @@ class Head:
         return self.grams[dtype]
 
 
+# Never changed in place: threads (autograd has one for each device) read it while another puts a new one in its place. Two that
+# do so at once forget what one of them found, which costs it its next call.
 _heads: dict[tuple[object, ...], tuple[StorageWeakRef, Head]] = {}
 
 
 def head_of(weight: Tensor, center: bool) -> Head:
     """The `Head` of a weight, from an earlier call if nothing was written to it since.
 
-    Known by its memory, place, shape and version counter. The memory is held weakly: a head that is gone is forgotten at
-    the next call.
+    Known by its memory, place, shape and version counter, and on a GPU by the stream that forms its Gram, for which another
+    stream would not wait. The memory is held weakly: a head that is gone is forgotten at the next call.
     """
-    for key in [key for key, (memory, _) in _heads.items() if memory.expired()]:
-        del _heads[key]
+    global _heads
+    heads = _heads
+    if any(memory.expired() for memory, _ in heads.values()):
+        _heads = heads = {key: entry for key, entry in heads.items() if not entry[0].expired()}
     if weight.is_inference():  # has no version counter
         return Head(column_mean(weight) if center else None)
     memory = StorageWeakRef(weight.untyped_storage())
-    place = memory.cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, center
-    known = _heads.get((*place, weight._version))
+    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+    place = memory.cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, center, stream
+    known = heads.get((*place, weight._version))
     if known is not None:
         return known[1]
-    outdated = [key for key in _heads if key[:-1] == place]
-    for key in outdated or list(_heads)[: max(0, len(_heads) - _HEADS + 1)]:
-        del _heads[key]
+    others = [(key, entry) for key, entry in heads.items() if key[:-1] != place]
     head = Head(column_mean(weight) if center else None)
-    _heads[(*place, weight._version)] = memory, head
+    _heads = {**dict(others[max(0, len(others) - _HEADS + 1) :]), (*place, weight._version): (memory, head)}
     return head
 
 

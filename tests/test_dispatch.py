@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import kdfast
-from kdfast import _C, dispatch, kd_loss, use_backend
+from kdfast import _C, debug_checks, dispatch, kd_loss, use_backend
 from kdfast.backends import cuda
+from kdfast.ops import rows
 
 
 def python(code: str, **environment: str) -> str:
@@ -51,6 +52,25 @@ def test_use_backend_is_undone() -> None:
     with contextlib.suppress(KeyError), use_backend("reference"):
         raise KeyError
     assert dispatch.choose("logits", device, torch.float32) == "cpp"
+
+
+def test_blocks_may_end_in_another_order_than_they_began() -> None:
+    """As those of two threads do: what the first to begin put back must not outlive the second."""
+    device = torch.device("cpu")
+    first, second = use_backend("reference"), use_backend("cpp")
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.choose("logits", device, torch.float32) == "cpp"
+    second.__exit__(None, None, None)
+    assert not dispatch._forced
+    gpu = torch.device("cuda")
+    assert not rows.values_are_checked(gpu)
+    first, second = debug_checks(), debug_checks(False)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not rows.values_are_checked(gpu)
+    second.__exit__(None, None, None)
+    assert not rows.values_are_checked(gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import os
 import subprocess
 import sys
+import threading
 
 import plain
 import pytest
@@ -175,6 +177,28 @@ def test_few_heads_are_kept() -> None:
         linear_logit_mse(h_s, w_s, h_t, teacher, method="gram")
         assert len(head_grams._heads) <= 8
     assert len(head_grams._heads) == 8
+
+
+def test_threads_keep_heads_at_once() -> None:
+    """Heads live and die in several threads (autograd has one for each device); none may see another's changes half done."""
+    h_s, w_s, h_t, w_t = make(9, 50, 6, 8)
+    expected = linear_logit_mse(h_s, w_s, h_t, w_t, method="gram")
+    start, before = threading.Barrier(8), sys.getswitchinterval()
+
+    def work() -> None:
+        start.wait()
+        for _ in range(150):
+            assert torch.equal(linear_logit_mse(h_s, w_s, h_t, w_t.clone(), method="gram"), expected)
+            assert torch.equal(linear_logit_mse(h_s, w_s, h_t, w_t, method="gram"), expected)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(work) for _ in range(8)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(head_grams._heads) <= 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

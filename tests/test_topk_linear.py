@@ -179,7 +179,7 @@ TARGETS = topk_targets(torch.randn(4, 20), 3)
         ({"student_hidden": torch.randn(4, 7)}, r"student_hidden: expected shape \[..., 8\] to match student_weight"),
         ({"student_weight": torch.randn(19, 8)}, "student_weight: expected a vocabulary of at least 20"),
         ({"targets": TARGETS[:3]}, r"targets: expected leading dimensions \[4\] like student_hidden, got"),
-        ({"workspace_mb": 0}, "workspace_mb: expected a number above 0"),
+        ({"workspace_mb": 0}, "workspace_mb: expected a finite number above 0"),
         ({"tail": "none", "divergence": "jsd"}, "expected forward_kl with tail 'none'"),
         ({"student_hidden": torch.full((4, 8), torch.nan)}, "row 0 has loss NaN"),
         ({"labels": torch.full((4,), 20), "hard_weight": 1.0}, "labels: row 0 has label 20"),

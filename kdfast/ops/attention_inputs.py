@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdfast.ops import rows
+from kdfast.ops import ranges, rows
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Maps:
     def default_scale(self, side: Tensor, given: float | None, name: str) -> float:
         """The factor of a side's products: what was given, or 1/sqrt(head size)."""
         scale = 1.0 / math.sqrt(side.shape[-1]) if given is None else float(given)
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"{name}: expected a finite number above 0, got {scale}")
+        ranges.check_positive(name, scale)
         return scale
 
 

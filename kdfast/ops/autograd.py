@@ -6,6 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -14,3 +17,19 @@ def known_signature(forward: _F) -> _F:
     on short rows, and several times as much when Python's code has left the caches."""
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, for tensors made under `torch.inference_mode()` too, as a teacher's often are: autograd refuses
+    to save those, having no version counter to watch, so that they are held beside."""
+    if torch.compiler.is_compiling():  # the compiler saves what its graph needs
+        ctx.unwatched = [None] * len(tensors)
+        ctx.save_for_backward(*tensors)
+        return
+    ctx.unwatched = [x if x is not None and x.is_inference() else None for x in tensors]
+    ctx.save_for_backward(*(x if held is None else None for x, held in zip(tensors, ctx.unwatched, strict=True)))
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` was given."""
+    return [x if held is None else held for x, held in zip(ctx.saved_tensors, ctx.unwatched, strict=True)]

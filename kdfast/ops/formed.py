@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import rows
-from kdfast.ops.autograd import known_signature
+from kdfast.ops.autograd import known_signature, save, saved
 from kdfast.ops.scale import scale_grad
 
 
@@ -74,13 +74,13 @@ class InBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scalars, ctx.needs = rest[n_tensors:-n_needs], rest[-n_needs:]
         ctx.dtypes = _dtypes(tuple(rest[:n_needs]))
-        ctx.save_for_backward(*rest[:n_tensors])
+        save(ctx, *rest[:n_tensors])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        *tensors, scale = ctx.saved_tensors
+        *tensors, scale = saved(ctx)
         scale = rows.folded(scale, upstream)
         _, *grads = getattr(torch.ops.kdfast, ctx.name)(*tensors, scale, *ctx.scalars, *ctx.needs)
         return _in_their_dtypes(ctx, tuple(grads), 3)

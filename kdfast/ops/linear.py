@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops import rows
+from kdfast.ops import ranges, rows
 from kdfast.ops.linear_op import LinearCall
 from kdfast.ops.row_options import row_options
 from kdfast.ops.shards import Shards, is_dtensor
 from kdfast.options import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import LinearKDKeywords
 
 
 def check_side(
@@ -46,8 +51,8 @@ def check_row_index(row_index: Tensor | None, like: Tensor, n: int) -> None:
 
 def check_chunking(workspace_mb: float | None, logits_dtype: torch.dtype) -> None:
     """Raises when the workspace is no workspace."""
-    if workspace_mb is not None and workspace_mb <= 0:
-        raise ValueError(f"workspace_mb: expected a number above 0, got {workspace_mb}")
+    if workspace_mb is not None:
+        ranges.check_positive("workspace_mb", workspace_mb)
     if logits_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype: expected torch.float32 or torch.bfloat16, got {logits_dtype}")
 
@@ -78,6 +83,30 @@ def _as_list(argument: Any) -> list[Any]:
     return list(argument) if isinstance(argument, Sequence) else [argument]
 
 
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[LinearKDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[LinearKDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[LinearKDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -100,6 +129,7 @@ def linear_kd_loss(
     ab_beta: float = 0.0,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
+    shift_labels: bool = False,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -112,7 +142,7 @@ def linear_kd_loss(
     tp_group: Any = None,
     reduce_hidden_grad: bool = True,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from the two models' last hidden states and their heads.
 
     Equals
@@ -130,6 +160,8 @@ def linear_kd_loss(
             `[Vt, Dt]`, no gradient. A frozen head or hidden (requires_grad False) skips its GEMM. The head's gradient is
             accumulated in float32; where `student_weight.main_grad` is a float32 tensor, backward adds it there and
             `student_weight.grad` stays as it was.
+            Of a head with a LoRA adapter, `lm_head.weight` is the frozen base alone, which a tensor does not tell: merge the
+            adapter, or pass `base + scaling * lora_B.weight @ lora_A.weight`, through which both get their gradients.
         student_bias, teacher_bias: `[Vs]`, `[Vt]`.
         logits_dtype: float32, or bfloat16, which halves the workspace and, where only half products are fast, the time;
             it costs 4-23% of the gradient's accuracy once the student is close to the teacher.
@@ -142,7 +174,7 @@ def linear_kd_loss(
             other DTensor head, as under FSDP2, is gathered: each rank's loss is that of its own rows, and the head's gradient
             the ranks' mean, as FSDP2 averages the others.
         reduce_hidden_grad: all-reduce the gradient of student_hidden over tp_group, once; False leaves every rank its share.
-        divergence ... return_parts: as in `kd_loss`. With reduction "none" backward runs the chunks again.
+        divergence ... return_parts: as in `kd_loss`, `shift_labels` too. With reduction "none" backward runs the chunks again.
 
     On a CPU bfloat16 heads give float32 logits by a product of our own (torch has none; oneDNN's would round to bfloat16), on
     pairs of values where the processor has AVX512_BF16; gradients of the logits then enter their products in bfloat16, as on
@@ -181,6 +213,9 @@ def linear_kd_loss(
         check_side(rows.member("teacher", i, len(weights)) + "_", *side, student_hidden)
         rows.check_lead(rows.member("teacher_hidden", i, len(weights)), side[0].shape[:-1], lead, "student_hidden")
     check_chunking(workspace_mb, logits_dtype)
+    if shift_labels:
+        labels = ranges.shifted_labels(labels, lead, ignore_index)
+    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
     student = rows.as_rows(student_hidden)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.chunks import Chunking, Needs, Side, grad_buffers
 from kdfast.ops import parallel, parallel_topk, rows, tails
-from kdfast.ops.autograd import known_signature
+from kdfast.ops.autograd import known_signature, save, saved
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
 
@@ -90,6 +90,8 @@ def _counting_rows(scale: Tensor, row_index: Tensor | None) -> Tensor | None:
     if row_index is not None:
         if bool(((row_index < 0) | (row_index >= scale.numel())).any()):
             raise ValueError(f"row_index: expected positions from 0 to {scale.numel() - 1}, got {row_index.tolist()[:8]} ...")
+        if bool((row_index[1:] <= row_index[:-1]).any()):
+            raise ValueError("row_index: expected ascending positions without repeats, got others; use row_index.unique()")
         left_out = counts.index_fill(0, row_index, False)
         if bool(left_out.any()):
             raise ValueError(
@@ -215,13 +217,14 @@ class _InBackward(torch.autograd.Function):
         ctx.counts = inputs[:2]
         first_scalar = 9 + 3 * inputs[0] + inputs[1]
         ctx.scalars = inputs[first_scalar:-4]
-        ctx.save_for_backward(*inputs[2:8], *inputs[9:first_scalar])
+        save(ctx, *inputs[2:8], *inputs[9:first_scalar])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        *student, labels, scale, row_index = ctx.saved_tensors[:6]
-        tensors = (*student, labels, rows.folded(scale, upstream), row_index, None, *ctx.saved_tensors[6:])
+        tensors = saved(ctx)
+        *student, labels, scale, row_index = tensors[:6]
+        tensors = [*student, labels, rows.folded(scale, upstream), row_index, None, *tensors[6:]]
         _, _, *grads = _op((*ctx.counts, *tensors, *ctx.scalars, False, *ctx.needs), check=False)
         return _to_student(ctx, grads, None)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from kdfast import dispatch
 from kdfast.chunks import logit_chunks
-from kdfast.ops import rows, tails
+from kdfast.ops import ranges, rows, tails
 from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side, main_grad_of
 from kdfast.ops.linear_op import LinearCall, side_of
@@ -19,6 +19,11 @@ from kdfast.ops.shards import Shards, gathered, is_dtensor
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import as_targets, capture_outputs, check_capture, uniform_draws
 from kdfast.options import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import LinearTopKKDKeywords
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
 _lib.define(
@@ -108,6 +113,30 @@ def linear_topk_targets(
     return as_targets(outputs, hidden.shape[:-1], at, weight.shape[0])
 
 
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor,
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[LinearTopKKDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor,
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[LinearTopKKDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor,
+    targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[LinearTopKKDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -126,6 +155,7 @@ def linear_topk_kd_loss(
     beta: float = 0.5,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
+    shift_labels: bool = False,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -136,7 +166,7 @@ def linear_topk_kd_loss(
     tp_group: Any = None,
     reduce_hidden_grad: bool = True,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from sparse targets to a student's last hidden states and head.
 
     Equals
@@ -174,8 +204,12 @@ def linear_topk_kd_loss(
     # Whether all slices together hold the targets' vocabulary shows when the ranks talk.
     vocab = several[0].vocab_size if shards.group else student_weight.shape[0]
     tails.check_row_inputs(several, lead, student_hidden.device, "student_hidden", vocab, "student_weight")
+    if shift_labels:
+        labels = ranges.shifted_labels(labels, lead, ignore_index)
+    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
+    ranges.check_targets(several, options.temperature, scale)
     student = rows.as_rows(student_hidden)
     check_row_index(row_index, student, student.shape[0])
     heads_dtype = autocast_dtype(student_weight)

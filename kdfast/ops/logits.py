@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops import parallel, rows
+from kdfast.ops import parallel, ranges, rows
 from kdfast.ops.row_op import RowCall, RowOp
 from kdfast.ops.row_options import row_options
 from kdfast.ops.shards import Shards
 from kdfast.options import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import KDKeywords
 
 _op = RowOp("logits", dense=True, stats=lambda teachers: 3 + teachers)
 _parallel_op = RowOp(
     "parallel", extra="str group", dense=True, stats=lambda teachers: teachers + parallel.STATS_BESIDE_TEACHERS,
     kernel=parallel.slices, vocab=lambda student, extra: student.shape[1] * parallel.size(extra[0]),
 )  # fmt: skip
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[KDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[KDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[KDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
 
 
 def kd_loss(
@@ -37,6 +63,7 @@ def kd_loss(
     ab_beta: float = 0.0,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
+    shift_labels: bool = False,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -49,7 +76,7 @@ def kd_loss(
     tp_group: Any = None,
     overwrite_logits: bool = False,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from logits to logits, fused: no N x V distribution is ever formed.
 
     Equals, with T = temperature, p = softmax(teacher_logits / T), q = softmax(student_logits / T):
@@ -77,8 +104,11 @@ def kd_loss(
         teacher_logits: `[..., Vt]`, same leading dimensions and device, or a sequence of such tensors: several teachers,
             mixed in the same pass. Gets no gradient. When Vt != Vs the soft term compares the ids all sides have, as if
             the larger side's other logits were -inf.
-        labels: `[...]` int64 or int32, already aligned with the logits (the caller shifts). Rows whose label is
-            `ignore_index` do not count. None: every row counts and there is no hard loss.
+        labels: `[...]` int64 or int32, already aligned with the logits (the caller shifts, or says `shift_labels`). Rows whose
+            label is `ignore_index` do not count. None: every row counts and there is no hard loss.
+        shift_labels: labels are `[B, L]` like input_ids, and row t is compared with label t + 1, the last of a sequence with
+            none: labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index). `token_weight` stays with the rows: a weight per
+            token of the input is shifted by the caller, F.pad(weight[:, 1:], (0, 1)).
         divergence, beta, skew, ab_alpha, ab_beta: the soft term, as above. 0 <= beta <= 1, 0 <= skew < 1, others >= 0.
         temperature: T > 0, on both sides of the soft term.
         soft_weight, hard_weight: the two weights; a term of weight 0 is left out, infinite or not. The hard cross-entropy is
@@ -91,7 +121,7 @@ def kd_loss(
         teacher_weights: a positive number per teacher, normalised to sum 1; None: all alike.
         teacher_mix: "probs": p is the weighted mean of the teachers' tempered probabilities; "logits": of their logits.
         reduction: "mean" over the rows that count, "sum", or "none" (`[...]`, 0 where a row does not count).
-        num_items: divisor of the mean in place of the rows that count (gradient accumulation, data parallel). Where it
+        num_items: divisor >= 0 of the mean in place of the rows that count (gradient accumulation, data parallel). Where it
             is 0 the loss is 0 with zero gradients, whatever counts.
         tp_group: a process group over whose ranks the vocabulary is sliced: rank r holds ids r*C to (r+1)*C of every side,
             fewer only on the last rank. Labels are ids of the whole vocabulary; labels and weights are the same on all
@@ -103,6 +133,9 @@ def kd_loss(
 
     Raises:
         ValueError: a shape, dtype, device, option, or (on a CPU, or under `debug_checks()`) a value is wrong.
+
+    Under `torch.compile` options may change from call to call; each new value of a number is compiled anew, up to
+    `torch._dynamo.config.recompile_limit` values.
 
     Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, equation 4 and section 2.1; GKD, arXiv 2306.13649 (jsd);
     DistiLLM, arXiv 2402.03898 (skew); f-distill, arXiv 2307.15190 (tvd); ABKD, arXiv 2505.04560 (alpha_beta).
@@ -126,6 +159,9 @@ def kd_loss(
         rows.check_float(name, teacher, like=student_logits, like_name="student_logits")
         rows.check_vocab(name, teacher)
         rows.check_lead(name, teacher.shape[:-1], lead, "student_logits")
+    if shift_labels:
+        labels = ranges.shifted_labels(labels, lead, ignore_index)
+    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
     if overwrite_logits:

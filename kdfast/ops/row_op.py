@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdfast import dispatch, memory
 from kdfast.ops import rows
-from kdfast.ops.autograd import known_signature
+from kdfast.ops.autograd import known_signature, save, saved
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
 
@@ -228,11 +228,11 @@ class _InBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         n_tensors = n_targets + 3  # student, targets, labels, scale
         ctx.name, ctx.n_targets, ctx.scalars = name, n_targets, rest[n_tensors:-1]
-        ctx.save_for_backward(*rest[:n_tensors], stats)
+        save(ctx, *rest[:n_tensors], stats)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        *tensors, scale, stats = ctx.saved_tensors
+        *tensors, scale, stats = saved(ctx)
         grad = None
         if upstream is not None:
             grad = _op(f"{ctx.name}_backward", ctx.n_targets, *tensors, rows.folded(scale, upstream), stats, *ctx.scalars)

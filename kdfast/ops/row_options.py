@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kdfast.ops import rows
+from kdfast.ops import ranges, rows
 from kdfast.options import DIVERGENCES, TEACHER_MIXES, Head, RowOptions
 
 
@@ -30,20 +30,19 @@ def row_options(
     options = RowOptions(**fields, teacher_weights=_normalised(teacher_weights, teachers))
     rows.check_choice("divergence", options.divergence, DIVERGENCES)
     rows.check_choice("teacher_mix", options.teacher_mix, TEACHER_MIXES)
-    if not (options.temperature > 0 and math.isfinite(options.temperature)):
-        raise ValueError(f"temperature: expected a finite number above 0, got {options.temperature}")
+    ranges.check_positive("temperature", options.temperature)
     for name in ("soft_weight", "hard_weight", "z_loss", "ab_alpha", "ab_beta"):
-        _check_range(options, name, "a finite number >= 0", 0, math.inf)
-    _check_range(options, "beta", "a number from 0 to 1", 0, 1, closed=True)
+        _check_below(fields, name, "a finite number >= 0", math.inf)
     for name in ("skew", "label_smoothing"):
-        _check_range(options, name, "a number >= 0 and below 1", 0, 1)
+        _check_below(fields, name, "a number >= 0 and below 1", 1)
+    if not 0 <= options.beta <= 1:
+        raise ValueError(f"beta: expected a number from 0 to 1, got {options.beta}")
     return options
 
 
-def _check_range(options: RowOptions, name: str, expected: str, low: float, high: float, closed: bool = False) -> None:
-    value = getattr(options, name)
-    if not (low <= value < high or (closed and value == high)):
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+def _check_below(fields: dict[str, Any], name: str, expected: str, high: float) -> None:
+    if name in fields and not 0 <= fields[name] < high:
+        raise ValueError(f"{name}: expected {expected}, got {fields[name]}")
 
 
 def head_fields(side: str, head: Head) -> dict[str, float]:
@@ -67,6 +66,6 @@ def _normalised(weights: Sequence[float] | None, teachers: int) -> tuple[float, 
     if len(weights) != teachers:
         raise ValueError(f"teacher_weights: expected {teachers} numbers, one per teacher, got {len(weights)}")
     total = sum(weights)
-    if not (all(w > 0 for w in weights) and math.isfinite(total)):
+    if not (all(w > 0 for w in weights) and total < math.inf):
         raise ValueError(f"teacher_weights: expected finite numbers above 0, got {weights}")
     return tuple(w / total for w in weights)

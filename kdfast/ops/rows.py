@@ -8,6 +8,7 @@ at once, so that none of them needs to know how the loss is reduced.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,9 @@ from kdfast.options import PARTS, RowOptions
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
-_debug = os.environ.get("KDFAST_CHECK") == "1"
+# The blocks of all threads, the last one counts; each takes out what it put in, whatever order they end in.
+_debug: list[tuple[int, bool]] = [(-1, os.environ.get("KDFAST_CHECK") == "1")]
+_blocks = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,17 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
     On a CPU values are always checked. `KDFAST_CHECK=1` in the environment switches this on for good.
     """
-    global _debug
-    before, _debug = _debug, enabled
+    block = next(_blocks), enabled
+    _debug.append(block)
     try:
         yield
     finally:
-        _debug = before
+        _debug.remove(block)
 
 
 def values_are_checked(device: torch.device) -> bool:
     """Whether values on this device are looked at: on a CPU always, on a GPU under `debug_checks()` only."""
-    return device.type == "cpu" or _debug
+    return device.type == "cpu" or _debug[-1][1]
 
 
 def first_bad(loss: Tensor) -> int | None:

@@ -14,7 +14,10 @@ _lib.define("scale_(Tensor(a!) grad, Tensor upstream, str backend) -> ()")
 
 @torch.library.impl(_lib, "scale", "CompositeExplicitAutograd")
 def _scale(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    return grad * upstream.to(torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+    if grad.device.type == "cpu":  # torch multiplies half values by a number of no dimensions in float32
+        return torch.mul(grad, upstream)
+    # Elsewhere it would round such a number to the dtype of the other side first; one of one dimension it does not.
+    return torch.mul(grad, upstream.reshape(1), out=torch.empty_like(grad))
 
 
 @torch.library.impl(_lib, "scale_", "CompositeExplicitAutograd")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from kdfast import dispatch
-from kdfast.ops import parallel, parallel_topk, rows, tails
+from kdfast.ops import parallel, parallel_topk, ranges, rows, tails
 from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.row_op import RowCall, RowOp
 from kdfast.ops.row_options import head_fields, row_options
@@ -19,6 +19,11 @@ from kdfast.ops.shards import Shards
 from kdfast.ops.tails import label_logprobs
 from kdfast.ops.targets import TopKTargets
 from kdfast.options import Head, RowOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdfast.ops.row_keywords import TopKKDKeywords
 
 __all__ = ["label_logprobs", "topk_kd_loss", "topk_targets"]
 
@@ -77,10 +82,9 @@ def check_capture(
         least = "0 <=" if samples else "0 <"
         raise ValueError(f"k: expected {least} k <= {vocab} (the vocabulary), got {k}")
     at = tuple(float(t) for t in temperatures)
-    if not at or not all(t > 0 and math.isfinite(t) for t in at):
+    if not at or not all(0 < t < math.inf for t in at):
         raise ValueError(f"temperatures: expected one or more finite numbers above 0, got {at}")
-    if not (sample_temperature > 0 and math.isfinite(sample_temperature)):
-        raise ValueError(f"sample_temperature: expected a finite number above 0, got {sample_temperature}")
+    ranges.check_positive("sample_temperature", sample_temperature)
     return at
 
 
@@ -189,6 +193,27 @@ def topk_targets(
     return as_targets(outputs, lead, at, vocab)
 
 
+@overload
+def topk_kd_loss(
+    student_logits: Tensor, targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[False] = False, **options: Unpack[TopKKDKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def topk_kd_loss(
+    student_logits: Tensor, targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: Literal[True], **options: Unpack[TopKKDKeywords],
+) -> tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
+@overload
+def topk_kd_loss(
+    student_logits: Tensor, targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
+    labels: Tensor | None = None, *, return_parts: bool, **options: Unpack[TopKKDKeywords],
+) -> Tensor | tuple[Tensor, rows.Parts]: ...  # fmt: skip
+
+
 def topk_kd_loss(
     student_logits: Tensor,
     targets: TopKTargets | EncodedTargets | Sequence[TopKTargets | EncodedTargets],
@@ -202,6 +227,7 @@ def topk_kd_loss(
     beta: float = 0.5,
     scale_by_t2: bool = True,
     ignore_index: int = -100,
+    shift_labels: bool = False,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -212,7 +238,7 @@ def topk_kd_loss(
     tp_group: Any = None,
     overwrite_logits: bool = False,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, rows.Parts]:
     """Knowledge distillation from a teacher's entries and what is known of all other ids; no dense teacher is formed.
 
     Equals, with T = temperature, S the entries, p_S = exp(logprobs / T - log_z), p_tail = exp(log_tail) and
@@ -241,14 +267,14 @@ def topk_kd_loss(
         divergence: "forward_kl", "reverse_kl" (not with "renormalize": infinite) or "jsd"; with "none" only "forward_kl".
         temperature: one of `targets.temperatures`.
         tp_group: as in `kd_loss`, the targets being whole on all ranks; a rank forms its slice of the dense teacher.
-        labels, soft_weight, hard_weight, beta, scale_by_t2, ignore_index, token_weight, label_smoothing, z_loss,
-            student_head, teacher_weights, reduction, num_items, overwrite_logits, return_parts: as in `kd_loss`. Of the
+        labels, soft_weight, hard_weight, beta, scale_by_t2, ignore_index, shift_labels, token_weight, label_smoothing,
+            z_loss, student_head, teacher_weights, reduction, num_items, overwrite_logits, return_parts: as in `kd_loss`. Of the
             parts, `teacher_nll` and `teacher_entropy` spread the tail evenly over the unselected ids (several teachers: means
             of each one's), `top1_agreement` is with the largest entry, and `kl_at_1` is NaN unless it is the soft term.
 
     Raises:
         ValueError: as `kd_loss`; a temperature that was not captured; a student smaller than `targets.vocab_size`; an
-            entry's id outside the vocabulary, or a row that counts whose entries and tail do not sum to 1 (on a CPU, or under
+            entry's id outside the vocabulary, logits in the place of log-probabilities, or a row that counts whose entries and tail do not sum to 1 (on a CPU, or under
             `debug_checks()`; else the row's loss is NaN); a divergence that the tail does not have.
 
     Source: sparse logit sampling, arXiv 2503.16870 (ghost token, unbiased sampled targets); Kim & Rush 2016, arXiv
@@ -270,8 +296,12 @@ def topk_kd_loss(
     # Whether all slices together hold the targets' vocabulary shows when the ranks talk.
     vocab = several[0].vocab_size if shards.group else student_logits.shape[-1]
     tails.check_row_inputs(several, lead, student_logits.device, "student_logits", vocab)
+    if shift_labels:
+        labels = ranges.shifted_labels(labels, lead, ignore_index)
+    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
+    ranges.check_targets(several, options.temperature, scale)
     if overwrite_logits:
         rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)

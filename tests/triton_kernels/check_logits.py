@@ -200,6 +200,14 @@ def test_scale_of_a_strided_gradient(device: str) -> None:
     assert torch.equal(wide[:, :7], expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_third_of_a_strided_gradient_is_rounded_once(dtype: torch.dtype, device: str) -> None:
+    wide, third = torch.randn(4, 20, device=device).to(dtype), torch.tensor(1 / 3, device=device)
+    expected = (wide[:, :7].float() * third).to(dtype)
+    scale.scale_(wide[:, :7], third)
+    assert torch.equal(wide[:, :7], expected)
+
+
 def test_a_bad_row_is_named_when_values_are_checked(device: str) -> None:
     student, teacher, labels, _ = batch(50, 50, torch.float32, device)
     out_of_range, nan = labels.clone(), student.clone()

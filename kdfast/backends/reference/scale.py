@@ -4,4 +4,5 @@ from torch import Tensor
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
-    grad.mul_(upstream)
+    # On a GPU torch rounds a number of no dimensions to the dtype of `grad` before the product; on a CPU it does not.
+    grad.mul_(upstream if grad.device.type == "cpu" else upstream.reshape(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +21,7 @@ def scale_kernel(grad_ptr, upstream_ptr, n, BLOCK: tl.constexpr):
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
     if not grad.is_contiguous():
-        grad.mul_(upstream.to(torch.promote_types(grad.dtype, torch.float32)))
+        grad.mul_(upstream.reshape(1))  # of no dimensions it would be rounded to the dtype of `grad` before the product
     elif grad.numel():
         grid = (triton.cdiv(grad.numel(), BLOCK),)
         scale_kernel[grid](grad, upstream, grad.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
