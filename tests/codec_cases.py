@@ -46,11 +46,9 @@ def extreme_ids() -> TopKTargets:
 
 def peaked(rows: int, vocab: int, temperatures: tuple[float, ...], k: int) -> TopKTargets:
     """Rows of which some hold nearly all at one id: no levels serve two temperatures, so that they are stored exactly."""
-    z = (
-        torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
-        * torch.tensor([1.0, 8.0, 3.0, 10.0] * rows)[:rows, None]
-    )
-    z[:, 7] += torch.tensor([0.0, 40.0, 3.0, 60.0] * rows)[:rows]
+    spread, peak = (torch.tensor(x * rows)[:rows] for x in ([1.0, 8.0, 3.0, 10.0], [0.0, 40.0, 3.0, 60.0]))
+    z = spread[:, None] * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    z[:, 7] += peak
     with kdfast.use_backend("reference"):
         return kdfast.topk_targets(z, k, temperatures=temperatures)
 

@@ -242,7 +242,8 @@ def count_exact(layout: Layout, jobs: np.ndarray) -> int:
     """
     rows, size = int(jobs[:, JOB.index("tokens")].sum()), int(jobs[:, JOB.index("size")].sum())
     index = Index(np.empty(size + CODEC_SLACK, np.uint8), np.empty(rows, np.int64), np.empty(rows, np.int32))
-    rest = Collated(*(np.empty(rows, t) for t in (np.int64, np.int64, bool, bool)), None, None)
+    numbers, flags = (lambda: np.empty(rows, np.int64)), (lambda: np.empty(rows, bool))
+    rest = Collated(numbers(), numbers(), flags(), flags(), None, None)
     own = jobs.copy()
     own[:, JOB.index("room")] = own[:, JOB.index("tokens")]
     own[:, JOB.index("at")] = own[:, JOB.index("tokens")].cumsum() - own[:, JOB.index("tokens")]

@@ -141,13 +141,13 @@ def check_promise(info: CacheInfo) -> None:
     promised = info.settings.max_kl
     if info.settings.values_bits is None and not info.kl_max <= promised:
         raise CacheError(
-            f"max_kl: expected at most the {promised:.2g} nats a token that the cache promises at every temperature, its manifest"
-            f" records {info.kl_max:.2g}: capture it again (format version 1 broke it on peaked rows)"
+            f"max_kl: expected at most the {promised:.2g} nats a token that the cache promises at every temperature, its"
+            f" manifest records {info.kl_max:.2g}: capture it again (format version 1 broke it on peaked rows)"
         )
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> CacheInfo:
-    """Reads every record of a cache through: checksums, code, ids, and the content keys; and what its manifest says of the code.
+    """Reads every record of a cache through: checksums, code, ids, content keys; and checks what its manifest says of them.
 
     Args:
         progress: called as progress(tokens_done, tokens_total).
