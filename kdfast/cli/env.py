@@ -62,7 +62,7 @@ def _extension() -> str:
     from kdfast.backends import compiled
 
     module, why = compiled.load()
-    return f"built, kernels for {module.isa()}" if module is not None else str(why)
+    return f"built, kernels for {module.isa()}" if module is not None else str(why).removeprefix("the C++ extension is ")
 
 
 def _cuda_extension() -> str:

@@ -22,7 +22,7 @@ def load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("kdfast._C")
     except ImportError as error:
-        return None, f"the C++ extension does not load ({error}): {REMEDY}"
+        return None, f"the C++ extension is broken ({error}): {REMEDY}"
     lacking = [name for name in _FUNCTIONS if not hasattr(module, name)]
     if lacking:
         return None, f"the C++ extension is another version's (it lacks {', '.join(lacking)}): {REMEDY}"
