@@ -45,35 +45,83 @@ bool has_gaps(const std::int32_t* ids, const float* logprobs, std::int64_t n) {
     return gap;
 }
 
+// Rows on their way to bytes. A row that is refused and does not count becomes an empty one.
+class Encoder {
+  public:
+    Encoder(const Layout& layout, const std::vector<std::uintptr_t>& rows, const codec::EncodeOptions& options)
+        : layout_(layout), options_(options), ids_(pointer<const std::int32_t>(rows.at(0))),
+          logprobs_(pointer<const float>(rows.at(1))), log_z_(pointer<const float>(rows.at(2))),
+          log_tail_(pointer<const float>(rows.at(3))), draws_(pointer<const std::int32_t>(rows.at(4))),
+          counted_(pointer<const std::uint8_t>(rows.at(5))), scratch_(codec::scratch_for(layout)),
+          row_(codec::row_bytes(static_cast<std::size_t>(layout.k), layout.n_t)),  // a row may claim far more than it takes
+          no_ids_(static_cast<std::size_t>(layout.k), -1), zeros_(static_cast<std::size_t>(layout.k + layout.n_t)) {}
+
+    codec::Result run(std::int64_t tokens, float* kl) {
+        if (has_gaps(ids_, logprobs_, tokens * layout_.k)) options_.count_width = codec::count_width_for(layout_.k);
+        bytes.reserve(static_cast<std::size_t>(tokens) * (3 * static_cast<std::size_t>(layout_.k) + 16));
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            codec::Status status = add(row_at(t), kl[t]);
+            if (status != codec::kOk && counted_ && !counted_[t]) {
+                if (!options_.count_width) {  // the rows so far have no counts
+                    options_.count_width = codec::count_width_for(layout_.k);
+                    bytes.clear();
+                    exact = 0;
+                    t = -1;
+                    continue;
+                }
+                status = add(empty(), kl[t]);
+            }
+            if (status != codec::kOk) return {status, t};
+        }
+        return {};
+    }
+
+    bool has_counts() const { return options_.count_width != 0; }
+    std::vector<std::uint8_t> bytes;
+    std::int64_t exact = 0;  // rows that were stored exactly
+
+  private:
+    codec::RowsIn row_at(std::int64_t t) const {
+        return {ids_ + t * layout_.k, logprobs_ + t * layout_.k, log_z_ + t * layout_.n_t, log_tail_ + t * layout_.n_t,
+                layout_.samples ? draws_ + t * layout_.k : nullptr};
+    }
+    codec::RowsIn empty() const { return {no_ids_.data(), zeros_.data(), zeros_.data(), zeros_.data(), no_ids_.data()}; }
+
+    codec::Status add(const codec::RowsIn& row, float& kl) {
+        std::uint8_t* out = row_.data();
+        codec::Coded coded{};
+        const codec::Status status = KDFAST_CALL(codec_encode, layout_, row, options_, out, coded, codec::aligned(scratch_));
+        if (status != codec::kOk) return status;
+        bytes.insert(bytes.end(), row_.data(), out);
+        kl = coded.kl;
+        exact += coded.exact;
+        return status;
+    }
+
+    const Layout& layout_;
+    codec::EncodeOptions options_;
+    const std::int32_t* ids_;
+    const float *logprobs_, *log_z_, *log_tail_;
+    const std::int32_t* draws_;
+    const std::uint8_t* counted_;
+    std::vector<std::uint32_t> scratch_;
+    std::vector<std::uint8_t> row_;
+    std::vector<std::int32_t> no_ids_;
+    std::vector<float> zeros_;
+};
+
 py::tuple encode(const LayoutArguments& arguments, std::int64_t tokens, const std::vector<std::uintptr_t>& rows, double max_kl,
                  int values_bits, std::uintptr_t kl) {
     const Layout layout = layout_of(arguments);
-    const auto* ids = pointer<const std::int32_t>(rows.at(0));
-    const auto* logprobs = pointer<const float>(rows.at(1));
-    const auto *log_z = pointer<const float>(rows.at(2)), *log_tail = pointer<const float>(rows.at(3));
-    const auto* draws = pointer<const std::int32_t>(rows.at(4));
+    Encoder encoder(layout, rows, {max_kl, values_bits, 0});
     codec::Result result;
-    std::vector<std::uint8_t> bytes;
-    codec::EncodeOptions options{max_kl, values_bits, 0};
     {
         const py::gil_scoped_release release;
-        if (has_gaps(ids, logprobs, tokens * layout.k)) options.count_width = codec::count_width_for(layout.k);
-        auto scratch = codec::scratch_for(layout);
-        const std::size_t most = codec::row_bytes(static_cast<std::size_t>(layout.k), layout.n_t);
-        std::vector<std::uint8_t> row_bytes(most);  // a row may claim far more than it takes
-        bytes.reserve(static_cast<std::size_t>(tokens) * (3 * static_cast<std::size_t>(layout.k) + 16));
-        for (std::int64_t t = 0; t < tokens && result.status == codec::kOk; ++t) {
-            const codec::RowsIn row{ids + t * layout.k, logprobs + t * layout.k, log_z + t * layout.n_t,
-                                    log_tail + t * layout.n_t, layout.samples ? draws + t * layout.k : nullptr};
-            std::uint32_t count = 0;
-            std::uint8_t* out = row_bytes.data();
-            float& error = pointer<float>(kl)[t];
-            result = {KDFAST_CALL(codec_encode, layout, row, options, out, count, error, codec::aligned(scratch)), t};
-            bytes.insert(bytes.end(), row_bytes.data(), out);
-        }
+        result = encoder.run(tokens, pointer<float>(kl));
     }
+    const auto& bytes = encoder.bytes;
     const py::bytes data(reinterpret_cast<const char*>(bytes.data()), result.status == codec::kOk ? bytes.size() : 0);
-    return py::make_tuple(static_cast<int>(result.status), result.token, data, options.count_width != 0);
+    return py::make_tuple(static_cast<int>(result.status), result.token, data, encoder.has_counts(), encoder.exact);
 }
 
 py::tuple decode(const LayoutArguments& arguments, std::int64_t tokens, std::uintptr_t data, std::size_t size, bool has_counts,
@@ -131,7 +179,8 @@ void decode_indexed(const LayoutArguments& arguments, std::uintptr_t data, std::
 void bind_codec(py::module_& m) {
     m.def("codec_encode", &encode, py::arg("layout"), py::arg("tokens"), py::arg("rows"), py::arg("max_kl"),
           py::arg("values_bits"), py::arg("kl"),
-          "Rows at the given addresses as (status, token, bytes, has_counts); `kl` receives one float32 a token.");
+          "Rows at the given addresses as (status, token, bytes, has_counts, exact rows); `kl` receives one float32 a token.");
+    m.attr("codec_version") = codec::kVersion;
     m.def("codec_decode", &decode, py::arg("layout"), py::arg("tokens"), py::arg("data"), py::arg("size"),
           py::arg("has_counts"), py::arg("rows"), "Writes `tokens` rows to the given addresses and returns (status, token).");
     m.def("codec_decode_batch", &decode_batch, py::arg("layout"), py::arg("jobs"), py::arg("count"), py::arg("next"),

@@ -23,12 +23,13 @@ class Walk {
             pos_ += count_width;
         }
         at = pos_;
-        Status status = tails(count == 0);
+        bool exact = false;
+        Status status = tails(count == 0, exact);
         if (status != kOk || !count) return status;
         const std::size_t bytes = id_bytes(count);
         if (lacks(bytes)) return kTruncated;
         pos_ += bytes;
-        if ((status = blocks(count)) != kOk) return status;
+        if ((status = exact ? values(count) : blocks(count)) != kOk) return status;
         return layout_.samples ? blocks(count) : kOk;
     }
 
@@ -37,13 +38,22 @@ class Walk {
   private:
     bool lacks(std::size_t bytes) const { return bytes > size_ - pos_; }
 
-    Status tails(bool empty) {
+    Status tails(bool empty, bool& exact) {
         if (lacks(2 * static_cast<std::size_t>(layout_.n_t))) return kTruncated;
+        int all = 0;
         for (int j = 0; j < layout_.n_t; ++j, pos_ += 2) {
             std::uint16_t code;
             std::memcpy(&code, data_ + pos_, 2);
-            if ((code == kTailAll) != empty) return kBadTail;
+            all += code == kTailAll;
         }
+        exact = all && !empty;
+        return all == layout_.n_t || (!all && !empty) ? kOk : kBadTail;
+    }
+
+    Status values(std::int64_t count) {
+        const std::size_t bytes = exact_bytes(static_cast<std::size_t>(count), layout_.n_t);
+        if (lacks(bytes)) return kTruncated;
+        pos_ += bytes;
         return kOk;
     }
 

@@ -157,9 +157,11 @@ def hidden(
 
 _CodecLayout = tuple[Any, ...]
 
+codec_version: int
+
 def codec_encode(
     layout: _CodecLayout, tokens: int, rows: list[int], max_kl: float, values_bits: int, kl: int
-) -> tuple[int, int, bytes, bool]: ...
+) -> tuple[int, int, bytes, bool, int]: ...
 def codec_decode(
     layout: _CodecLayout, tokens: int, data: int, size: int, has_counts: bool, rows: list[int]
 ) -> tuple[int, int]: ...

@@ -32,10 +32,16 @@ def rows_of(targets: TopKTargets) -> codec.Rows:
 
 
 def mixed_targets(
-    rows: int, vocab: int, exact: int, samples: int, temperatures: tuple[float, ...], sample_temperature: float
+    rows: int,
+    vocab: int,
+    exact: int,
+    samples: int,
+    temperatures: tuple[float, ...],
+    sample_temperature: float,
+    sharpness: tuple[float, float] = (1.1, 3.5),
 ) -> tuple[TopKTargets, np.ndarray]:
     """The likeliest `exact` ids and draws from the others (exact 0: from all), with their weights and draw counts."""
-    logits = teacher_logits(rows, vocab).double()
+    logits = teacher_logits(rows, vocab, sharpness=sharpness).double()
     logp, g = logits.log_softmax(-1), torch.Generator().manual_seed(1)
     first = logp.topk(exact).indices
     r = (logp / sample_temperature).scatter(-1, first, -torch.inf).softmax(-1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from cache_helpers import mixed_targets, teacher_targets
 
+import kdfast
 from kdfast import EncodedTargets, TopKTargets
 from kdfast.cache import CacheReader, CacheWriter, codec
 
@@ -43,6 +44,21 @@ def extreme_ids() -> TopKTargets:
     return TopKTargets(ids.int(), p.log(), torch.zeros(7, 1), tail.log().float(), (1.0,), 1 << 24)
 
 
+def peaked(rows: int, vocab: int, temperatures: tuple[float, ...], k: int) -> TopKTargets:
+    """Rows of which some hold nearly all at one id: no levels serve two temperatures, so that they are stored exactly."""
+    spread, peak = (torch.tensor(x * rows)[:rows] for x in ([1.0, 8.0, 3.0, 10.0], [0.0, 40.0, 3.0, 60.0]))
+    z = spread[:, None] * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    z[:, 7] += peak
+    with kdfast.use_backend("reference"):
+        return kdfast.topk_targets(z, k, temperatures=temperatures)
+
+
+def _peaked_draws() -> tuple[TopKTargets, dict[str, object]]:
+    """Draws at T = 2 of ids so rare at T = 1 that no level holds them."""
+    targets, _ = mixed_targets(sum(LENGTHS), 1000, 6, 20, (0.5, 1.0, 2.0), 2.0, sharpness=(4.0, 9.0))
+    return targets, {"kind": "mixed", "samples": 20, "sample_temperature": 2.0}
+
+
 def _topk(vocab: int, k: int, temperatures: tuple[float, ...]) -> tuple[TopKTargets, dict[str, object]]:
     return teacher_targets(sum(LENGTHS), vocab, k, temperatures), {}
 
@@ -67,6 +83,10 @@ CASES = {
     "sampled-tempered": lambda: _drawn(0, 12, 2.0),
     "mixed": lambda: _drawn(6, 20, 1.0),
     "mixed-tempered": lambda: _drawn(40, 40, 0.5),
+    "exact": lambda: (peaked(sum(LENGTHS), 3000, (1.0, 2.0, 4.0), 70), {}),
+    "exact-one-T": lambda: (peaked(sum(LENGTHS), 500, (1.0,), 20), {"max_kl": 1e-9}),
+    "exact-topp": lambda: (cut(peaked(sum(LENGTHS), 1000, (2.0, 1.0), 64), [64, 60, 0, 1, 17, 64, 5]), {"kind": "topp"}),
+    "exact-mixed": _peaked_draws,
 }
 
 

@@ -151,7 +151,7 @@ FORGERIES = [
     pytest.param(_set("settings", "kind", value="sampled"), "samples", id="kind-without-samples"),
     pytest.param(_set("settings", "samples", value=1 << 70), "samples", id="huge-samples"),
     pytest.param(_set("settings", "sample_temperature", value=3.0), "sample_temperature", id="draws-at-no-temperature"),
-    pytest.param(_set("version", value=2), "version 1", id="newer-version"),
+    pytest.param(_set("version", value=3), "versions 1 and 2", id="newer-version"),
     pytest.param(_set("format", value="zip"), "format", id="another-format"),
 ]
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cache_helpers import SETTINGS, document, mixed_targets, small_cache, teacher_targets
+from codec_cases import cache_of
 
 from kdfast.cache import CacheReader, CacheWriter
 
@@ -103,7 +104,10 @@ def tail_and_rest(code: int) -> tuple[f64, f64]:
 def row_of(b: Bytes, s: dict[str, Any], counts: bool) -> dict[str, Any]:
     k, temperatures = s["k"], s["temperatures"]
     n = b.number(1 if k < 256 else 2 if k < 65536 else 4) if counts else k
-    masses = {t: tail_and_rest(b.number(2)) for t in temperatures}
+    codes = [b.number(2) for _ in temperatures]
+    if n and codes == [65535] * len(codes):
+        return exact_row_of(b, s, n)
+    masses = {t: tail_and_rest(code) for t, code in zip(temperatures, codes, strict=True)}
     log_tail = [LOG(f32(masses[t][0])) if masses[t][0] else f32(-np.inf) for t in temperatures]
     if not n:
         return {"ids": [], "logprobs": [], "log_z": [f32(0)] * len(temperatures), "log_tail": log_tail, "weights": []}
@@ -119,13 +123,30 @@ def row_of(b: Bytes, s: dict[str, Any], counts: bool) -> dict[str, Any]:
         log_z.append(f32(0) if t == 1 else top * inv + LOG(scaled))
     out = {"ids": ids, "logprobs": logp, "log_z": log_z, "log_tail": log_tail}
     if draws is not None:
-        t = s["sample_temperature"]
-        inv, z, begin = f32(1 / t), log_z[temperatures.index(t)], f32(1)
-        if s["kind"] == "mixed":
-            begin = f32(sum16([EXP(x * inv - z) if c else f32(0) for x, c in zip(logp, draws, strict=True)]) + masses[t][0])
-        share = [((f32(c) / f32(s["samples"])) * begin) * EXP(x - (x * inv - z)) for x, c in zip(logp, draws, strict=True)]
-        out["weights"] = [w if c else x for w, c, x in zip(share, draws, p, strict=True)]
+        out["weights"] = weights_of(s, logp, p, draws, log_z, [masses[t][0] for t in temperatures])
     return out
+
+
+def exact_row_of(b: Bytes, s: dict[str, Any], n: int) -> dict[str, Any]:
+    ids, n_t = ids_of(b, n, s["vocab_size"]), len(s["temperatures"])
+    logp, log_z, log_tail = ([f32(x) for x in np.frombuffer(b.take(4 * m), "<f4")] for m in (n, n_t, n_t))
+    out = {"ids": ids, "logprobs": logp, "log_z": log_z, "log_tail": log_tail}
+    if s["kind"] in ("sampled", "mixed"):
+        tails = [f64(EXP(x)) if x > -np.inf else f64(0) for x in log_tail]
+        out["weights"] = weights_of(s, logp, [EXP(x) for x in logp], block_numbers(b, n), log_z, tails)
+    return out
+
+
+def weights_of(
+    s: dict[str, Any], logp: list[f32], p: list[f32], draws: list[int], log_z: list[f32], tails: list[f64]
+) -> list[f32]:
+    t = s["sample_temperature"]
+    at = s["temperatures"].index(t)
+    inv, z, begin = f32(1 / t), log_z[at], f32(1)
+    if s["kind"] == "mixed":
+        begin = f32(sum16([EXP(x * inv - z) if c else f32(0) for x, c in zip(logp, draws, strict=True)]) + tails[at])
+    share = [((f32(c) / f32(s["samples"])) * begin) * EXP(x - (x * inv - z)) for x, c in zip(logp, draws, strict=True)]
+    return [w if c else x for w, c, x in zip(share, draws, p, strict=True)]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -135,7 +156,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     blank = text.replace(found[1], b"0" * 32)
     assert hashlib.blake2b(blank, digest_size=16).hexdigest() == found[1].decode()
     manifest = json.loads(text)
-    assert (manifest["format"], manifest["version"], manifest["complete"]) == ("kdfast-cache", 1, True)
+    assert (manifest["format"], manifest["version"], manifest["complete"]) == ("kdfast-cache", 2, True)
     return [r for shard in manifest["shards"] for r in read_shard(folder / shard["name"], shard, manifest["settings"])]
 
 
@@ -207,3 +228,9 @@ def test_drawn_entries_too(tmp_path: Path, exact: int) -> None:
     with CacheWriter(tmp_path, **{**SETTINGS, **kind}) as writer:
         writer.add(torch.arange(9), targets)
     assert_same_reading(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["exact", "exact-one-T", "exact-topp", "exact-mixed"])
+def test_rows_that_are_stored_exactly_too(tmp_path: Path, case: str) -> None:
+    assert cache_of(case, tmp_path / "c").info.exact_rows > 0
+    assert_same_reading(tmp_path / "c")

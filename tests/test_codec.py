@@ -211,7 +211,7 @@ def token_of(message: str) -> int:
 
 
 @needs_native
-@pytest.mark.parametrize("case", ["topp", "mixed", "sampled-tempered", "k3-three-T"])
+@pytest.mark.parametrize("case", ["topp", "mixed", "sampled-tempered", "k3-three-T", "exact", "exact-mixed"])
 def test_forged_records_get_the_verdict_of_the_decoder(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte changed under a checksum that fits: refused alike, or decoded alike, or the row at fault is NaN."""
     reader = cache_of(case, tmp_path / "c")

@@ -79,18 +79,25 @@ struct Cursor {
     bool slack;  // kSlack bytes after `size` may be read
 };
 
+// What became of a row: its KL(exact || decoded), the worst over the temperatures, and whether it was stored exactly.
+struct Coded {
+    float kl;
+    bool exact;
+};
+
 struct EncodeOptions {
-    double max_kl;
-    int values_bits;  // 0: as many levels as max_kl asks for
+    double max_kl;    // of every row
+    int values_bits;  // in its place; 0: none
     unsigned count_width;
 };
 
+constexpr int kVersion = 2;  // of the format; older ones are read too
 constexpr std::uint32_t kMaxLevel = 65535;
 constexpr int kBlock = 64;              // entries that share a width
 constexpr int kPlaceBits = 6;           // bits of a place in a block
 constexpr unsigned kMaxPatches = 63;
 constexpr unsigned kTailNone = 0;       // nothing is left over
-constexpr unsigned kTailAll = 65535;    // no entries: everything is left over
+constexpr unsigned kTailAll = 65535;    // no entries: everything is left over; with entries: the row is exact
 constexpr int kTailLeast = -96;         // log2 of the smallest odds of a tail
 constexpr int kTailMantissa = 9;
 constexpr std::size_t kSlack = 64;
@@ -98,25 +105,27 @@ constexpr std::size_t kSlack = 64;
 // Bytes of `count` packed numbers of `width` bits, and how many low bits of an id are packed where a row has `count` of them.
 // Static: the linker must not give one instruction set's to the others.
 static inline std::size_t packed_bytes(std::size_t count, unsigned width) { return (count * width + 7) / 8; }
+// Bytes of the values of an exact row: log-probabilities, log_z and log_tail.
+static inline std::size_t exact_bytes(std::size_t count, int n_t) { return 4 * (count + 2 * static_cast<std::size_t>(n_t)); }
 static inline unsigned low_width(std::int64_t vocab, std::int64_t count) {
     return 31 - static_cast<unsigned>(__builtin_clz(static_cast<unsigned>(vocab / count)));
 }
 
 // Bytes a row of n entries can claim without being refused, and 32-bit words of scratch a call needs (aligned to 64 bytes).
-constexpr std::size_t row_bytes(std::size_t n, int n_t) { return 4 + 2 * static_cast<std::size_t>(n_t) + 10 * n + 512; }
+constexpr std::size_t row_bytes(std::size_t n, int n_t) { return 4 + 10 * static_cast<std::size_t>(n_t) + 12 * n + 512; }
 constexpr std::size_t scratch_words(std::size_t k, int n_t) { return (16 + 3 * static_cast<std::size_t>(n_t)) * (k + 128); }
 
 }  // namespace codec
 
 // Decodes `tokens` rows from the cursor. Nothing outside data and rows is touched, whatever the bytes are.
 // The same for rows that an index finds; a row that the other would refuse is NaN, with ids 0.
-// Encodes one row to `out` and moves it on; `kl` receives the worst KL(exact || decoded) over the temperatures.
+// Encodes one row to `out` and moves it on.
 KDFAST_PER_ISA(codec::Result codec_decode(const codec::Layout& layout, codec::Cursor& in, unsigned count_width,
                                           std::int64_t tokens, const codec::RowsOut& out, std::uint32_t* scratch);
                void codec_decode_indexed(const codec::Layout& layout, const codec::Indexed& in, std::int64_t tokens,
                                          const codec::RowsOut& out, std::uint32_t* scratch);
                codec::Status codec_encode(const codec::Layout& layout, const codec::RowsIn& row,
-                                          const codec::EncodeOptions& options, std::uint8_t*& out, std::uint32_t& count,
-                                          float& kl, std::uint32_t* scratch);)
+                                          const codec::EncodeOptions& options, std::uint8_t*& out, codec::Coded& coded,
+                                          std::uint32_t* scratch);)
 
 }  // namespace kdfast

@@ -70,9 +70,19 @@ class RowDecoder {
           spare_ids_(reinterpret_cast<std::int32_t*>(spare_logp_ + words_)) {}
 
     Status row(std::int64_t count, const RowsOut& out);
+    // Values of the last row if it was stored exactly, else null. Its log_tail, and late its logprobs, are for the caller to
+    // copy from there when it has taken the other rows' logs.
+    const std::uint8_t* exact() const { return exact_; }
 
   private:
     Status read_tails(bool empty, const RowsOut& out);
+    Status read_exact(std::int64_t count);
+    float exact_value(std::int64_t i) const {
+        float x;
+        std::memcpy(&x, exact_ + 4 * i, sizeof(x));
+        return x;
+    }
+    double tail(std::int64_t count, int column) const;
     Status read_ids(std::int64_t count);
     Status read_blocks(std::int64_t count, std::uint32_t* out);
     bool apply_patches(unsigned patches, unsigned width, std::int64_t n, std::uint32_t* out);
@@ -90,6 +100,7 @@ class RowDecoder {
     Cursor& in_;
     const bool late_;
     std::size_t words_, tails_at_ = 0;
+    const std::uint8_t* exact_ = nullptr;
     std::uint32_t *places_, *low_, *levels_, *draws_, *patches_;
     float *p_, *spare_logp_, *logp_ = nullptr;
     std::int32_t *spare_ids_, *ids_ = nullptr;
@@ -100,11 +111,14 @@ class RowDecoder {
 Status RowDecoder::read_tails(bool empty, const RowsOut& out) {
     tails_at_ = in_.pos;
     if (lacks(2 * static_cast<std::size_t>(layout_.n_t))) return codec::kTruncated;
+    int all = 0;
     for (int j = 0; j < layout_.n_t; ++j) {
         const unsigned code = tail_code(j);
-        if ((code == codec::kTailAll) != empty) return codec::kBadTail;
+        all += code == codec::kTailAll;
         out.log_tail[j] = static_cast<float>(tail_mass(code).tail);  // its log is taken for all rows at once
     }
+    if (all != layout_.n_t && (all || empty)) return codec::kBadTail;
+    exact_ = all && !empty ? in_.data : nullptr;  // where its values are is known behind its ids
     in_.pos += 2 * static_cast<std::size_t>(layout_.n_t);
     return codec::kOk;
 }
@@ -170,6 +184,35 @@ Status RowDecoder::read_blocks(std::int64_t count, std::uint32_t* out) {
     return codec::kOk;
 }
 
+// p_ and logp_ of a row that was stored exactly; whether its values are log-probabilities.
+Status RowDecoder::read_exact(std::int64_t count) {
+    const std::size_t bytes = codec::exact_bytes(static_cast<std::size_t>(count), layout_.n_t);
+    if (lacks(bytes)) return codec::kTruncated;
+    exact_ = in_.data + in_.pos;
+    in_.pos += bytes;
+    ivec wrong = {};
+    for (std::int64_t i = 0; i < count; i += W) {
+        const ivec there = lane_numbers() + static_cast<int>(i) < static_cast<int>(count);
+        vec logp = {};  // the slack behind the row holds a vector
+        std::memcpy(&logp, exact_ + 4 * i, sizeof(logp));
+        wrong |= there & (~(logp <= 1e-3f) | ~(logp > -kInf));
+        logp = there ? logp : vec{};
+        store(logp_ + i, logp);
+        store(p_ + i, exp_fixed(logp));
+    }
+    bool good = !any(wrong);
+    for (int j = 0; j < layout_.n_t; ++j)
+        good &= std::fabs(exact_value(count + j)) < kInf && exact_value(count + layout_.n_t + j) <= 1e-3f;
+    return good ? codec::kOk : codec::kBadCode;
+}
+
+// What is left at a temperature.
+double RowDecoder::tail(std::int64_t count, int column) const {
+    if (!exact_) return tail_mass(tail_code(column)).tail;
+    const float log_tail = exact_value(count + layout_.n_t + column);
+    return log_tail > -kInf ? static_cast<double>(exp_fixed(set(log_tail))[0]) : 0.0;
+}
+
 // p_ and logp_ of entries in proportion to (2 level + 1)^2; late: p in the place of logp_.
 void RowDecoder::probabilities(std::int64_t count) {
     std::uint64_t sum = 0;
@@ -227,7 +270,7 @@ Status RowDecoder::weights(std::int64_t count, const RowsOut& out) {
         exact |= draws_[i] == 0;
     }
     if (draws != static_cast<std::uint64_t>(layout_.samples) || (exact && !layout_.mixed)) return codec::kBadDraws;
-    const vec from = set(layout_.mixed ? static_cast<float>(sum.total() + tail_mass(tail_code(column)).tail) : 1.0f);
+    const vec from = set(layout_.mixed ? static_cast<float>(sum.total() + tail(count, column)) : 1.0f);
     for (std::int64_t i = 0; i < count; i += W) {
         const ivec c = load_words(draws_ + i);
         const vec logp = load(logp_ + i), share = __builtin_convertvector(c, vec) / static_cast<float>(layout_.samples);
@@ -247,11 +290,12 @@ Status RowDecoder::row(std::int64_t count, const RowsOut& out) {
     logp_ = direct ? out.logprobs : spare_logp_;
     if (count) {
         if ((status = read_ids(count)) != codec::kOk) return status;
-        if ((status = read_blocks(count, levels_)) != codec::kOk) return status;
+        if ((status = exact_ ? read_exact(count) : read_blocks(count, levels_)) != codec::kOk) return status;
         if (layout_.samples && (status = read_blocks(count, draws_)) != codec::kOk) return status;
-        probabilities(count);
+        if (!exact_) probabilities(count);
     }
-    for (int j = 0; j < layout_.n_t; ++j) out.log_z[j] = j == layout_.one || !count ? 0.0f : log_z(count, j);
+    for (int j = 0; j < layout_.n_t; ++j)
+        out.log_z[j] = exact_ ? exact_value(count + j) : j == layout_.one || !count ? 0.0f : log_z(count, j);
     if (!direct) {
         copy_words(out.ids, ids_, count);
         copy_words(out.logprobs, logp_, count);
@@ -298,8 +342,22 @@ void fill(const Layout& layout, const RowsOut& row, std::int32_t id, float logpr
     if (layout.samples) std::fill_n(row.weights, layout.k, rest);
 }
 
+// Values of exact rows to where the logs of masses were taken.
+void copy_exact(const Layout& layout, const std::uint8_t* values, std::int64_t count, const RowsOut& row) {
+    std::memcpy(row.logprobs, values, static_cast<std::size_t>(count) * 4);
+    std::memcpy(row.log_tail, values + 4 * (count + layout.n_t), static_cast<std::size_t>(layout.n_t) * 4);
+}
+
+constexpr std::int64_t kTogether = 32;  // rows that are still in the cache when their logs are taken
+
+// Where the values of exact rows are; null for the others.
+struct Exact {
+    const std::uint8_t* values[kTogether];
+    std::int64_t counts[kTogether];
+};
+
 codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
-                            std::uint32_t* scratch) {
+                            Exact& exact, std::uint32_t* scratch) {
     RowDecoder decoder(layout, in, scratch, takes_logs_late(layout));
     const std::size_t most = codec::row_bytes(static_cast<std::size_t>(layout.k), layout.n_t) + codec::kSlack;
     for (std::int64_t t = 0; t < tokens; ++t) {
@@ -314,6 +372,8 @@ codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_wid
         }
         const Status status = decoder.row(count, row_at(layout, out, t));
         if (status != codec::kOk) return {status, t};
+        exact.values[t] = decoder.exact();
+        exact.counts[t] = count;
     }
     return {codec::kOk, tokens};
 }
@@ -322,14 +382,16 @@ codec::Result decode_masses(const Layout& layout, Cursor& in, unsigned count_wid
 
 codec::Result codec_decode(const Layout& layout, Cursor& in, unsigned count_width, std::int64_t tokens, const RowsOut& out,
                            std::uint32_t* scratch) {
-    constexpr std::int64_t together = 32;  // rows that are still in the cache when their logs are taken
     codec::Result result{codec::kOk, 0};
+    Exact exact;
     while (result.status == codec::kOk && result.token < tokens) {
-        const std::int64_t start = result.token, n = tokens - start < together ? tokens - start : together;
+        const std::int64_t start = result.token, n = tokens - start < kTogether ? tokens - start : kTogether;
         const RowsOut rows = row_at(layout, out, start);
-        const codec::Result some = decode_masses(layout, in, count_width, n, rows, scratch);
+        const codec::Result some = decode_masses(layout, in, count_width, n, rows, exact, scratch);
         take_logs(rows.log_tail, some.token * layout.n_t);
         if (takes_logs_late(layout)) take_logs(rows.logprobs, some.token * layout.k);
+        for (std::int64_t t = 0; t < some.token; ++t)
+            if (exact.values[t]) copy_exact(layout, exact.values[t], exact.counts[t], row_at(layout, rows, t));
         result = {some.status, start + some.token};
     }
     return result;
@@ -349,10 +411,12 @@ void codec_decode_indexed(const Layout& layout, const codec::Indexed& in, std::i
         }
         const bool inside = count > 0 && count <= layout.k && offset >= 0 && offset <= static_cast<std::int64_t>(in.size);
         cursor.pos = inside ? static_cast<std::size_t>(offset) : 0;
-        if (inside && decoder.row(count, row) == codec::kOk)
-            take_logs(row.log_tail, layout.n_t);
-        else
+        if (!inside || decoder.row(count, row) != codec::kOk) {
             fill(layout, row, 0, nan, nan);
+            continue;
+        }
+        take_logs(row.log_tail, layout.n_t);
+        if (decoder.exact()) copy_exact(layout, decoder.exact(), count, row);
     }
 }
 

@@ -1,5 +1,5 @@
 // Picks for every token the coarsest levels that keep the KL error within max_kl, and packs them.
-#include "codec_math.h"
+#include "codec_pack.h"
 
 namespace kdfast {
 namespace KDFAST_ISA {
@@ -14,48 +14,11 @@ constexpr int kTrials = 4;           // steps of the search that aim at max_kl; 
 constexpr double kDrawnLevel = 8;    // level of the least likely drawn entry, at least, where its p matters
 constexpr std::int64_t kSortByRank = 160;
 
-typedef std::uint8_t* Bytes;
-
-template <typename T>
-inline void put(Bytes& out, T value) {
-    std::memcpy(out, &value, sizeof(value));
-    out += sizeof(value);
-}
-
-inline unsigned bit_length(std::uint32_t x) { return x ? 32 - static_cast<unsigned>(__builtin_clz(x)) : 0; }
-
-// Bits to bytes, lowest first; whole words are stored, so that up to 8 bytes behind the last one are touched.
-class BitWriter {
-  public:
-    explicit BitWriter(Bytes& out) : out_(out) {}
-    void add(std::uint64_t bits, unsigned width) {  // width <= 56, nothing above it
-        word_ |= bits << used_;
-        std::memcpy(out_, &word_, sizeof(word_));
-        used_ += width;
-        out_ += used_ >> 3;
-        word_ >>= used_ & ~7u;
-        used_ &= 7;
-    }
-    void close() { out_ += used_ != 0; }
-
-  private:
-    Bytes& out_;
-    std::uint64_t word_ = 0;
-    unsigned used_ = 0;
-};
-
-// Numbers of `width` <= 24 bits, lowest bit first, the last byte filled with zeros.
-void pack(const std::uint32_t* values, std::int64_t count, unsigned width, Bytes& out) {
-    const std::uint64_t mask = (1u << width) - 1;
-    BitWriter writer(out);
-    std::int64_t i = 0;
-    for (; width <= 14 && i + 4 <= count; i += 4) {
-        const std::uint64_t low = (values[i] & mask) | (values[i + 1] & mask) << width;
-        const std::uint64_t high = (values[i + 2] & mask) | (values[i + 3] & mask) << width;
-        writer.add(low | high << 2 * width, 4 * width);
-    }
-    for (; i < count; ++i) writer.add(values[i] & mask, width);
-    writer.close();
+// What float32 adds to a KL of `kl` between what is measured here and what a reader computes: log-probabilities at T are as
+// large as log_z is, each is off by e, and a KL is a quadratic form in what it is off by.
+double rounding(double kl, double largest_log_z) {
+    const double e = std::ldexp(20 + largest_log_z, -21);
+    return e * (std::sqrt(2 * kl) + e);
 }
 
 unsigned tail_code(double tail, double rest, bool empty) {
@@ -66,19 +29,6 @@ unsigned tail_code(double tail, double rest, bool empty) {
     const std::uint64_t bits = (bits_as<std::uint64_t>(tail / rest) + one / 2) / one;  // rest 0: infinity, the largest code
     const std::uint64_t code = bits > least ? bits - least : 1;
     return static_cast<unsigned>(code < codec::kTailAll ? code : codec::kTailAll - 1);
-}
-
-// Of n values below 2^16, how many take more bits than 0 to 15; returns the bits of the longest.
-unsigned count_lengths(const std::uint32_t* values, std::int64_t n, std::int32_t* longer_than) {
-    std::uint32_t all = 0;
-    for (int w = 0; w < 16; w += W) {
-        const ivec largest = ((ivec{} + 1) << (lane_numbers() + w)) - 1;  // of w bits
-        ivec counts = {};
-        for (std::int64_t i = 0; i < n; ++i) counts = plus_greater(counts, ivec{} + static_cast<int>(values[i]), largest);
-        store_words(longer_than + w, counts);
-    }
-    for (std::int64_t i = 0; i < n; ++i) all |= values[i];
-    return bit_length(all);
 }
 
 // What p says more than q of one outcome, p (log p/q - 1 + q/p) / p, from y = q / p.
@@ -105,9 +55,10 @@ class RowEncoder {
     }
 
     Status read(const RowsIn& row);
+    // KL(exact || decoded). With values_bits there is no limit to keep; else a row that no level keeps it for becomes exact.
     float quantise(double max_kl, int values_bits);
     void write(Bytes& out, unsigned count_width) const;
-    std::int64_t count() const { return n_; }
+    bool exact() const { return exact_; }
 
   private:
     template <typename T>
@@ -124,9 +75,11 @@ class RowEncoder {
     Status masses(const RowsIn& row);
     double entry_kl(int column, float unit) const;
     double coarsest() const;
+    bool search(double limit, double& kl);
     double kl_at(float levels_per_unit, float cap);
     std::uint16_t* codes() const { return reinterpret_cast<std::uint16_t*>(rank_); }  // the ranks are no longer needed
     void write_ids(Bytes& out) const;
+    void write_exact(Bytes& out) const;
     void write_blocks(Bytes& out, const std::uint32_t* values) const;
     float* p(int column) const { return p_ + static_cast<std::size_t>(column) * words_; }
     float* inverse_p(int column) const { return inverse_p_ + static_cast<std::size_t>(column) * words_; }
@@ -135,6 +88,9 @@ class RowEncoder {
     std::size_t words_;
     std::uint32_t* next_;
     std::int64_t n_ = 0;
+    bool exact_ = false;
+    const float *log_z_ = nullptr, *log_tail_ = nullptr;
+    double largest_log_z_ = 0;
     double* tail_kl_;
     std::int32_t *raw_ids_, *ids_;
     std::uint32_t *raw_draws_, *draws_, *rank_, *levels_, *patches_;
@@ -222,6 +178,8 @@ void RowEncoder::sort() {
 // Probabilities at every temperature and the tails' codes.
 Status RowEncoder::masses(const RowsIn& row) {
     for (std::int64_t i = n_; i % 16; ++i) logp_[i] = 0;
+    log_z_ = row.log_z;
+    log_tail_ = row.log_tail;
     for (int j = 0; j < layout_.n_t; ++j) {
         if (!(std::fabs(row.log_z[j]) < kInf) || !(row.log_tail[j] <= 1e-3f)) return codec::kInputValue;
         const vec inverse = set(static_cast<float>(1.0 / layout_.temperatures[j]));
@@ -237,7 +195,8 @@ Status RowEncoder::masses(const RowsIn& row) {
             sum.add(kept);
         }
         const double rest = sum.total(), tail = row.log_tail[j] == -kInf ? 0.0 : std::exp(static_cast<double>(row.log_tail[j]));
-        if (n_ && !(std::fabs(rest + tail - 1.0) <= kMassSlack)) return codec::kInputMass;
+        if (!(std::fabs(rest + tail - 1.0) <= kMassSlack)) return codec::kInputMass;
+        largest_log_z_ = std::fmax(largest_log_z_, std::fabs(static_cast<double>(row.log_z[j])));
         codes()[j] = static_cast<std::uint16_t>(tail_code(tail, rest, n_ == 0));
         const double coded = tail_mass(codes()[j]).tail;
         tail_kl_[j] = tail > 0 ? tail * std::log(tail / coded) - tail + coded : 0.0;
@@ -322,36 +281,48 @@ double RowEncoder::kl_at(float levels_per_unit, float cap) {
 // At a temperature other than that of the draws a drawn entry's target is a power of its p, which takes a relative precision
 // whatever p is. Drawn at 1 and used at 1, p cancels from its weight.
 double RowEncoder::coarsest() const {
+    if (!layout_.samples || layout_.n_t == 1) return 1;
     double rarest = 1;
     for (std::int64_t i = 0; i < n_; ++i)
         if (draws_[i] && root_[i] < rarest) rarest = root_[i];
-    const double least = layout_.samples && layout_.n_t > 1 ? kDrawnLevel / rarest : 1;
-    return least < codec::kMaxLevel ? least : codec::kMaxLevel;
+    return kDrawnLevel / rarest;
 }
 
 float RowEncoder::quantise(double max_kl, int values_bits) {
     if (!n_) return 0.0f;
+    double kl = 0;
     if (values_bits) {
         float top = 0;
         for (std::int64_t i = 0; i < n_; ++i) top = root_[i] > top ? root_[i] : top;
         const auto levels = static_cast<float>(1 << values_bits);
-        return static_cast<float>(kl_at(levels / top, levels - 1));
+        kl = kl_at(levels / top, levels - 1);
+    } else {
+        exact_ = !search(max_kl - rounding(max_kl, largest_log_z_), kl);
     }
-    // A uniform error of one level in sqrt(p) costs about 1 / (6 levels^2) an entry: KL falls as levels^-2, with noise.
+    return exact_ || !(kl > 0) ? 0.0f : static_cast<float>(kl);
+}
+
+// The coarsest levels with a KL of at most `limit` at every temperature; false when there are none.
+bool RowEncoder::search(double limit, double& kl) {
     constexpr double most = codec::kMaxLevel + 1;
     const double least = coarsest();
-    double levels = std::sqrt((static_cast<double>(n_) + 1) / (6 * max_kl)), kl = 0, good = most;
+    double tails = 0;  // no levels mend a tail
+    for (int j = 0; j < layout_.n_t; ++j) tails = std::fmax(tails, tail_kl_[j]);
+    if (!(tails <= limit) || !(least < most)) return false;
+    // A uniform error of one level in sqrt(p) costs about 1 / (6 levels^2) an entry: KL falls as levels^-2, with noise.
+    double levels = std::sqrt((static_cast<double>(n_) + 1) / (6 * limit)), good = most;
     for (int trial = 0; trial < kTrials; ++trial) {
         levels = levels < least ? least : levels < most ? levels : most;
         kl = kl_at(static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
-        if (kl <= max_kl && levels <= good) good = levels;
-        if (kl <= max_kl && (kl >= 0.85 * max_kl || levels == least)) return static_cast<float>(kl);
-        const double step = std::sqrt(kl / (0.95 * max_kl));
+        if (kl <= limit && levels <= good) good = levels;
+        if (kl <= limit && (kl >= 0.85 * limit || levels == least)) return true;
+        const double step = std::sqrt(kl / (0.95 * limit));
         levels *= step < 0.5 ? 0.5 : step < 8 ? step : 8;
     }
     for (levels = good < most ? good : levels;; levels = levels * 1.09 < most ? levels * 1.09 : most) {
         kl = kl_at(static_cast<float>(levels), static_cast<float>(codec::kMaxLevel));
-        if (kl <= max_kl || levels >= most) return static_cast<float>(kl);
+        if (kl <= limit) return true;
+        if (!(levels < most)) return false;
     }
 }
 
@@ -406,26 +377,37 @@ void RowEncoder::write_blocks(Bytes& out, const std::uint32_t* values) const {
     }
 }
 
+void RowEncoder::write_exact(Bytes& out) const {
+    const auto n = static_cast<std::size_t>(n_), n_t = static_cast<std::size_t>(layout_.n_t);
+    std::memcpy(out, logp_, n * 4);
+    std::memcpy(out + n * 4, log_z_, n_t * 4);
+    std::memcpy(out + (n + n_t) * 4, log_tail_, n_t * 4);
+    out += (n + 2 * n_t) * 4;
+}
+
 void RowEncoder::write(Bytes& out, unsigned count_width) const {
     const std::uint32_t count = static_cast<std::uint32_t>(n_);
     std::memcpy(out, &count, 4);
     out += count_width;
-    for (int j = 0; j < layout_.n_t; ++j) put(out, codes()[j]);
+    for (int j = 0; j < layout_.n_t; ++j) put(out, exact_ ? static_cast<std::uint16_t>(codec::kTailAll) : codes()[j]);
     if (!n_) return;
     write_ids(out);
-    write_blocks(out, levels_);
+    if (exact_)
+        write_exact(out);
+    else
+        write_blocks(out, levels_);
     if (layout_.samples) write_blocks(out, draws_);
 }
 
 }  // namespace
 
 codec::Status codec_encode(const Layout& layout, const RowsIn& row, const codec::EncodeOptions& options, std::uint8_t*& out,
-                           std::uint32_t& count, float& kl, std::uint32_t* scratch) {
+                           codec::Coded& coded, std::uint32_t* scratch) {
     RowEncoder encoder(layout, scratch);
     const Status status = encoder.read(row);
     if (status != codec::kOk) return status;
-    kl = encoder.quantise(options.max_kl, options.values_bits);
-    count = static_cast<std::uint32_t>(encoder.count());
+    coded.kl = encoder.quantise(options.max_kl, options.values_bits);
+    coded.exact = encoder.exact();
     encoder.write(out, options.count_width);
     return codec::kOk;
 }

@@ -16,6 +16,7 @@ from kdfast.cache.codec_math import (
     MAX_LEVEL,
     MAX_PATCHES,
     PLACE_BITS,
+    TAIL_ALL,
     count_width,
     low_width,
     pack_bits,
@@ -54,10 +55,12 @@ class _Row:
         if not np.isfinite(log_z).all() or not (log_tail <= np.float32(1e-3)).all():
             raise Fault(Status.INPUT_VALUE)
         temperatures = np.array(layout.temperatures)
+        self.log_z, self.log_tail = log_z, log_tail
+        self.values = logprobs[kept]
         self.p = np.exp(np.clip(self.logp / temperatures[:, None] - log_z[:, None].astype(np.float64), -87, 88))
         self.tail = np.exp(log_tail.astype(np.float64))
         rest = self.p.sum(1)
-        if len(kept) and not (np.abs(rest + self.tail - 1) <= _MASS_SLACK).all():
+        if not (np.abs(rest + self.tail - 1) <= _MASS_SLACK).all():
             raise Fault(Status.INPUT_MASS)
         self.codes = [tail_code(float(t), float(r), not len(kept)) for t, r in zip(self.tail, rest, strict=True)]
 
@@ -65,47 +68,60 @@ class _Row:
         """KL(exact || decoded) over entries and tail, the worst over the temperatures."""
         worst = 0.0
         for p, tail, temperature, code in zip(self.p, self.tail, self.layout.temperatures, self.codes, strict=True):
-            coded_tail, rest = tail_mass(code)
-            q = (2.0 * levels + 1) ** (2 / temperature)
+            rest = tail_mass(code)[1]
+            odd = 2.0 * levels + 1
+            q = np.exp(np.maximum(np.log(odd / odd.max()) * (2 / temperature), -87))
             ratio = q / q.sum() * rest / p
-            own = tail * math.log(tail / coded_tail) - tail + coded_tail if tail > 0 else 0.0
-            worst = max(worst, float((p * (ratio - 1 - np.log(ratio))).sum()) + own)
+            worst = max(worst, float((p * (ratio - 1 - np.log(ratio))).sum()) + self.tail_kl(tail, code))
         return worst
 
-    def quantise(self, max_kl: float, values_bits: int) -> tuple[np.ndarray, float]:
-        """Levels, and their KL error."""
+    @staticmethod
+    def tail_kl(tail: float, code: int) -> float:
+        coded = tail_mass(code)[0]
+        return tail * math.log(tail / coded) - tail + coded if tail > 0 else 0.0
+
+    def quantise(self, max_kl: float, values_bits: int) -> tuple[np.ndarray | None, float]:
+        """Levels, and their KL error; None where no levels keep it within `max_kl`: the row is stored exactly."""
         root = np.sqrt(self.p[self.layout.temperatures.index(1.0)])
         if not len(root):
             return np.zeros(0, np.int64), 0.0
         if values_bits:
             levels = np.minimum(root / root.max() * 2**values_bits, 2**values_bits - 1).astype(np.int64)
             return levels, self.kl(levels)
-        # A uniform error of one level in sqrt(p) costs about 1 / (6 scale^2) an entry: KL falls as scale^-2, with noise.
-        scale, trial = math.sqrt((len(root) + 1) / (6 * max_kl)), 0
         least = 1.0
         if self.draws is not None and len(self.layout.temperatures) > 1:
             # At a temperature other than that of the draws a drawn entry's target is a power of its p, which takes a relative
             # precision whatever p is. Drawn at 1 and used at 1, p cancels from its weight.
-            least = min(_DRAWN_LEVEL / min(root[self.draws > 0].min(initial=1.0), 1.0), float(MAX_LEVEL))
+            least = _DRAWN_LEVEL / min(root[self.draws > 0].min(initial=1.0), 1.0)
+        limit = max_kl - rounding(max_kl, float(np.abs(self.log_z).max()))
+        if max(map(self.tail_kl, self.tail, self.codes)) > limit or least > MAX_LEVEL:  # no levels mend a tail
+            return None, 0.0
+        # A uniform error of one level in sqrt(p) costs about 1 / (6 scale^2) an entry: KL falls as scale^-2, with noise.
+        scale, trial = math.sqrt((len(root) + 1) / (6 * limit)), 0
         while True:
             scale = min(max(scale, least), MAX_LEVEL + 1.0)
             levels = np.minimum(root * scale, MAX_LEVEL).astype(np.int64)
             kl, trial = self.kl(levels), trial + 1
-            done = kl <= max_kl and (trial >= _TRIALS or kl >= 0.85 * max_kl or scale == least)
-            if done or scale > MAX_LEVEL:
+            if kl <= limit and (trial >= _TRIALS or kl >= 0.85 * limit or scale == least):
                 return levels, kl
-            scale *= min(max(math.sqrt(kl / (0.95 * max_kl)), 0.5), 8.0) if trial < _TRIALS else 1.09
+            if scale > MAX_LEVEL and trial >= _TRIALS:
+                return None, 0.0
+            scale *= min(max(math.sqrt(kl / (0.95 * limit)), 0.5), 8.0) if trial < _TRIALS else 1.09
 
-    def write(self, levels: np.ndarray, has_counts: bool) -> bytes:
+    def write(self, levels: np.ndarray | None, has_counts: bool) -> bytes:
         count, k, vocab = len(self.ids), self.layout.k, self.layout.vocab_size
         out = count.to_bytes(count_width(k), "little") if has_counts else b""
-        out += np.array(self.codes, "<u2").tobytes()
+        out += np.array(self.codes if levels is not None else [TAIL_ALL] * len(self.codes), "<u2").tobytes()
         if not count:
             return out
         width = low_width(vocab, count)
         high = np.zeros(count + ((vocab - 1) >> width), np.uint8)
         high[(self.ids >> width) + np.arange(count)] = 1
-        out += pack_bits(self.ids, width) + np.packbits(high, bitorder="little").tobytes() + _blocks(levels)
+        out += pack_bits(self.ids, width) + np.packbits(high, bitorder="little").tobytes()
+        if levels is None:
+            out += b"".join(x.astype("<f4").tobytes() for x in (self.values, self.log_z, self.log_tail))
+        else:
+            out += _blocks(levels)
         return out if self.draws is None else out + _blocks(self.draws)
 
 
@@ -127,18 +143,34 @@ def _blocks(values: np.ndarray) -> bytes:
     return out
 
 
+def rounding(kl: float, largest_log_z: float) -> float:
+    """What float32 adds to a KL of `kl` between what is measured here and what a reader computes: log-probabilities at T are
+    as large as log_z is, each is off by e, and a KL is a quadratic form in what it is off by."""
+    e = math.ldexp(20 + largest_log_z, -21)
+    return e * (math.sqrt(2 * kl) + e)
+
+
+def _empty(layout: Layout) -> _Row:
+    """A row that says nothing, in the place of one that does not count and is no distribution."""
+    k, n_t = layout.k, len(layout.temperatures)
+    floats = np.zeros(k, np.float32), np.zeros(n_t, np.float32), np.zeros(n_t, np.float32)
+    return _Row(layout, np.full(k, -1, np.int32), *floats, np.zeros(k, np.int32) if layout.samples else None)
+
+
 def encode(
     layout: Layout, arrays: tuple[Any, ...], max_kl: float, values_bits: int, kl: np.ndarray
-) -> tuple[Status, int, bytes, bool]:
-    """`_C.codec_encode` with arrays (ids, logprobs, log_z, log_tail, draws) in the place of addresses."""
-    ids, logprobs, log_z, log_tail, draws = arrays
-    has_counts = bool((ids < 0).any() or not (logprobs >= np.float32(-3e38)).all())
-    out = []
+) -> tuple[Status, int, bytes, bool, int]:
+    """`_C.codec_encode` with arrays (ids, logprobs, log_z, log_tail, draws, counted) in the place of addresses."""
+    ids, logprobs, log_z, log_tail, draws, counted = arrays
+    gaps, rows, exact = bool((ids < 0).any() or not (logprobs >= np.float32(-3e38)).all()), [], 0
     for t in range(len(ids)):
         try:
             row = _Row(layout, ids[t], logprobs[t], log_z[t], log_tail[t], None if draws is None else draws[t])
         except Fault as fault:
-            return fault.status, t, b"", False
+            if counted is None or counted[t]:
+                return fault.status, t, b"", False, 0
+            row, gaps = _empty(layout), True
         levels, kl[t] = row.quantise(max_kl, values_bits)
-        out.append(row.write(levels, has_counts))
-    return Status.OK, 0, b"".join(out), has_counts
+        exact += levels is None
+        rows.append((row, levels))
+    return Status.OK, 0, b"".join(row.write(levels, gaps) for row, levels in rows), gaps, exact

@@ -98,6 +98,11 @@ def id_bytes(vocab: int, count: int) -> int:
     return (count * width + 7) // 8 + (count + ((vocab - 1) >> width) + 7) // 8
 
 
+def exact_bytes(count: int, n_t: int) -> int:
+    """Bytes of the values of a row that is stored exactly."""
+    return 4 * (count + 2 * n_t)
+
+
 def unpack_bits(data: bytes, width: int, count: int) -> np.ndarray:
     """`count` numbers of `width` bits, lowest bit first."""
     bits = np.unpackbits(np.frombuffer(data, np.uint8), count=count * width, bitorder="little").reshape(count, width)

@@ -20,6 +20,7 @@ from kdfast.cache.codec_math import (
     PLACE_BITS,
     TAIL_ALL,
     count_width,
+    exact_bytes,
     exp_fixed,
     id_bytes,
     log_fixed,
@@ -120,17 +121,27 @@ def _read_blocks(reader: _Reader, count: int) -> np.ndarray:
     return np.concatenate(blocks)
 
 
+def _read_exact(reader: _Reader, count: int, n_t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-probabilities, log_z and log_tail of a row that was stored exactly."""
+    values = np.frombuffer(reader.take(exact_bytes(count, n_t)), "<f4")
+    logp, log_z, log_tail = np.split(values, [count, count + n_t])
+    highest = _F(1e-3)
+    if not (np.isfinite(log_z).all() and (log_tail <= highest).all() and ((logp <= highest) & (logp > -np.inf)).all()):
+        raise Fault(Status.BAD_CODE)
+    return logp, log_z, log_tail
+
+
 def _log_z(logp: np.ndarray, temperature: float, code: int) -> np.float32:
     inverse = _F(1.0 / temperature)
     top = logp.max()
     return np.float32(top * inverse + log_of(sum16(exp_fixed((logp - top) * inverse)) / tail_mass(code)[1]))
 
 
-def _weights(layout: Layout, p: np.ndarray, logp: np.ndarray, draws: np.ndarray, log_z: np.float32, code: int) -> np.ndarray:
+def _weights(layout: Layout, p: np.ndarray, logp: np.ndarray, draws: np.ndarray, log_z: np.float32, tail: float) -> np.ndarray:
     if draws.sum() != layout.samples or ((draws == 0).any() and not layout.mixed):
         raise Fault(Status.BAD_DRAWS)
     inverse = _F(1.0 / layout.sample_temperature)
-    mass = sum16(np.where(draws > 0, exp_fixed(logp * inverse - log_z), _F(0))) + tail_mass(code)[0]
+    mass = sum16(np.where(draws > 0, exp_fixed(logp * inverse - log_z), _F(0))) + tail
     share = draws.astype(np.float32) / _F(layout.samples)
     drawn = share * _F(mass if layout.mixed else 1.0) * exp_fixed(logp - (logp * inverse - log_z))
     return np.where(draws > 0, drawn, p)
@@ -149,19 +160,23 @@ def _skip_row(layout: Layout, reader: _Reader, has_counts: bool) -> tuple[int, i
     offset = reader.pos - 2 * len(tails)
     if count:
         reader.take(id_bytes(layout.vocab_size, count))
-        _skip_blocks(reader, count)
+        if tails[0] == TAIL_ALL:
+            reader.take(exact_bytes(count, len(tails)))
+        else:
+            _skip_blocks(reader, count)
         if layout.samples:
             _skip_blocks(reader, count)
     return offset, count
 
 
 def _begin_row(layout: Layout, reader: _Reader, has_counts: bool) -> tuple[int, list[int]]:
-    """Count and tail codes of a row."""
+    """Count and tail codes of a row; it is exact where it has entries and these codes are TAIL_ALL."""
     count = reader.number(count_width(layout.k)) if has_counts else layout.k
     if count > layout.k:
         raise Fault(Status.BAD_COUNT)
     tails = np.frombuffer(reader.take(2 * len(layout.temperatures)), "<u2").tolist()
-    if any((code == TAIL_ALL) != (count == 0) for code in tails):
+    full = tails.count(TAIL_ALL)
+    if full != len(tails) and (full or not count):
         raise Fault(Status.BAD_TAIL)
     return count, tails
 
@@ -175,19 +190,25 @@ def _read_row(layout: Layout, reader: _Reader, has_counts: bool, t: int, rows: R
     if not count:
         return
     ids = _read_ids(reader, layout.vocab_size, count)
-    odd = 2 * _read_blocks(reader, count) + 1
+    if tails[0] == TAIL_ALL:
+        logp, rows.log_z[t], rows.log_tail[t] = _read_exact(reader, count, len(tails))
+        p = exp_fixed(logp)
+        left = [float(exp_fixed(x)) if x > -np.inf else 0.0 for x in rows.log_tail[t]]
+    else:
+        odd = 2 * _read_blocks(reader, count) + 1
+        unit = _F(tail_mass(tails[layout.temperatures.index(1.0)])[1] / float((odd * odd).sum()))
+        wide = odd.astype(np.float32)
+        p = wide * wide * unit
+        logp = log_fixed(p)
+        left = [tail_mass(code)[0] for code in tails]
+        for j, temperature in enumerate(layout.temperatures):
+            if temperature != 1.0:
+                rows.log_z[t, j] = _log_z(logp, temperature, tails[j])
     draws = _read_blocks(reader, count) if layout.samples else None
-    unit = _F(tail_mass(tails[layout.temperatures.index(1.0)])[1] / float((odd * odd).sum()))
-    wide = odd.astype(np.float32)
-    p = wide * wide * unit
-    logp = log_fixed(p)
     rows.ids[t, :count], rows.logprobs[t, :count] = ids, logp
-    for j, temperature in enumerate(layout.temperatures):
-        if temperature != 1.0:
-            rows.log_z[t, j] = _log_z(logp, temperature, tails[j])
     if draws is not None and rows.weights is not None:
         column = layout.temperatures.index(layout.sample_temperature)
-        rows.weights[t, :count] = _weights(layout, p, logp, draws, rows.log_z[t, column], tails[column])
+        rows.weights[t, :count] = _weights(layout, p, logp, draws, rows.log_z[t, column], left[column])
 
 
 def decode(layout: Layout, data: bytes, has_counts: bool, tokens: int, rows: Rows, whole: bool = True) -> tuple[Status, int]:

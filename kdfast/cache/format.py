@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 FORMAT = "kdfast-cache"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 LEFTOVER = re.compile(r"(shard-\d{5,9}\.safetensors|manifest\.json)\.tmp")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kdfast.cache.format import FORMAT, KL_EDGES, MANIFEST, SHARD_NAME, VERSION, CacheError, CorruptCache, Settings
+from kdfast.cache.format import FORMAT, KL_EDGES, MANIFEST, READABLE, SHARD_NAME, VERSION, CacheError, CorruptCache, Settings
 from kdfast.files import write_parts
 
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{32})"')
@@ -31,6 +31,7 @@ class ShardEntry:
     kl_sum: float
     kl_max: float
     kl_histogram: tuple[int, ...]
+    exact_rows: int = 0  # version 1 has none
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class Manifest:
             body = json.loads(data)
             if body["format"] != FORMAT:
                 raise CorruptCache(f"{where}: expected format {FORMAT!r}, got {body['format']!r}")
-            if body["version"] != VERSION:
-                raise CacheError(f"{where}: this kdfast reads format version {VERSION}, the cache has {body['version']!r}")
+            if body["version"] not in READABLE:
+                versions = " and ".join(map(str, READABLE))
+                raise CacheError(f"{where}: this kdfast reads format versions {versions}, the cache has {body['version']!r}")
             settings = dict(body["settings"], temperatures=tuple(body["settings"]["temperatures"]))
             shards = tuple(ShardEntry(**dict(s, kl_histogram=tuple(s["kl_histogram"]))) for s in body["shards"])
             manifest = cls(Settings(**settings), shards, bool(body["complete"]), body["group_size"])
@@ -85,7 +87,7 @@ def _check_shards(shards: tuple[ShardEntry, ...], where: Path | str) -> None:
         # A name from a file must not lead out of the cache's folder.
         if not isinstance(shard.name, str) or not SHARD_NAME.fullmatch(shard.name):
             raise CorruptCache(f"{where}: expected a shard name like shard-00000.safetensors, got {shard.name!r}")
-        sizes = (shard.records, shard.tokens, shard.bytes, *shard.kl_histogram)
+        sizes = (shard.records, shard.tokens, shard.bytes, shard.exact_rows, *shard.kl_histogram)
         if not all(isinstance(n, int) and n >= 0 for n in sizes) or len(shard.kl_histogram) != len(KL_EDGES) + 1:
             raise CorruptCache(f"{where}: the counts of {shard.name} are not whole numbers >= 0")
     if len({s.name for s in shards}) < len(shards):
@@ -98,6 +100,7 @@ class CacheInfo:
 
     kl_mean, kl_max: measured KL(exact || decoded) of a token over its entries and the tail, nats, the worst of the
     temperatures. bytes: everything on disk. kl_histogram: tokens between the edges `KL_EDGES`, one bin below, one above.
+    exact_rows: tokens whose values are stored as they were given, because no levels keep `max_kl` for them.
     """
 
     settings: Settings
@@ -109,6 +112,7 @@ class CacheInfo:
     kl_max: float
     kl_histogram: tuple[int, ...]
     complete: bool
+    exact_rows: int = 0
 
     vocab_size = property(lambda self: self.settings.vocab_size)
     k = property(lambda self: self.settings.k)
@@ -137,6 +141,7 @@ class CacheInfo:
             kl_max=max((s.kl_max for s in shards), default=0.0),
             kl_histogram=tuple(histograms.sum(0).tolist()),
             complete=manifest.complete,
+            exact_rows=sum(s.exact_rows for s in shards),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class CacheReader:
             raise CacheError(
                 f"{self.path}: the capture is not finished ({self.info.records} records so far); run it again to go on"
             )
+        self._entries = manifest.shards
         self._shards = [Shard(self.path, entry, self.settings) for entry in manifest.shards]
         self._starts = np.cumsum([0, *(entry.records for entry in manifest.shards)])
         self._layout = codec.layout_of(self.settings)
@@ -279,6 +280,13 @@ class CacheReader:
         shard, at = self._locate(i)
         if shard.keys[shard.key_offsets[at] : shard.key_offsets[at + 1]].tobytes() != content_keys(input_ids.numpy()):
             raise CorruptCache(f"record {i}: its content keys are not those of its input ids")
+
+    def check_exact_rows(self) -> None:
+        """Raises CorruptCache unless every shard has as many exact rows as the manifest says."""
+        for entry, shard in zip(self._entries, self._shards, strict=True):
+            found = sum(codec.count_exact(self._layout, job[None]) for job in shard.jobs())
+            if found != entry.exact_rows:
+                raise CorruptCache(f"{shard.path}: the manifest says {entry.exact_rows} exact rows, the shard has {found}")
 
     def section_bytes(self, i: int) -> tuple[int, int, int]:
         """Bytes of record i in its targets' ids, in their values, and everything else of its payload."""

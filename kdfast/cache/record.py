@@ -141,6 +141,11 @@ def _labels(shifted: np.ndarray) -> np.ndarray:
     return np.where(shifted == 0, IGNORE, shifted - 1)
 
 
+def counted(input_ids: np.ndarray, loss_mask: np.ndarray | None, labels: np.ndarray | None, next_label: bool) -> np.ndarray:
+    """Which rows of a record to be count: `supervision` before it is packed."""
+    return supervision(Parts(input_ids, loss_mask, labels, None, np.zeros(0, np.uint8), False), next_label)[0]
+
+
 def supervision(parts: Parts, next_label: bool) -> tuple[np.ndarray, np.ndarray]:
     """Which rows count, and the label of each row, -100 where it does not count."""
     if parts.labels is not None:

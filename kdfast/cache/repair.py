@@ -93,8 +93,10 @@ def _sound_records(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[
             codec.decode_batch(layout, job[None], False, codec.empty_rows(layout, (1, tokens)), out, 1)
         except CorruptCache:
             continue
+        exact = codec.count_exact(layout, job[None])
         # The keys are made anew: a damaged index does not get here, a wrong key in a sound one might.
-        sound.append(shard.Pending(opened.read(i).tobytes(), tokens, contexts, shard.content_keys(ids[0])))
+        keys = shard.content_keys(ids[0])
+        sound.append(shard.Pending(opened.read(i).tobytes(), tokens, contexts, keys, exact))
     return sound
 
 
@@ -114,4 +116,5 @@ def _rewrite(
         entry.kl_sum * tokens / entry.tokens,
         entry.kl_max,
         tuple(histogram.tolist()),
+        sum(r.exact_rows for r in sound),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdfast.cache import codec
-from kdfast.cache.format import KEY_TOKENS, CacheError, CorruptCache, Settings
+from kdfast.cache.format import KEY_TOKENS, READABLE, CacheError, CorruptCache, Settings
 from kdfast.cache.manifest import ShardEntry, digest, write_atomically
 
 _HEADER_LENGTH = struct.Struct("<Q")
@@ -41,6 +41,7 @@ class Pending(NamedTuple):
     tokens: int
     contexts: int
     keys: bytes
+    exact_rows: int  # tokens whose values are stored as they were given
 
 
 def write_shard(path: Path, settings: Settings, records: list[Pending]) -> tuple[int, str]:
@@ -115,7 +116,8 @@ class Shard:
         start, end = _payload_span(data.data)
         if digest(data[:start], data[end:]) != entry.index_digest:
             raise CorruptCache(f"{self.path}: header or index does not match the digest in the manifest")
-        if metadata != self._settings.as_metadata():
+        # A capture that an older kdfast began holds shards of both versions.
+        if metadata not in [{**self._settings.as_metadata(), "version": str(version)} for version in READABLE]:
             raise CorruptCache(f"{self.path}: the shard was made with other settings than the manifest says")
         self.payload = data[start:end]
         return tensors

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.cache.format import IGNORE, AlignmentError, CacheMismatch
+from kdfast.cache.format import IGNORE, AlignmentError, CacheError, CacheMismatch
 from kdfast.cache.manifest import CacheInfo
 from kdfast.cache.reader import CacheReader
 from kdfast.ops.codec import EncodedTargets
@@ -136,20 +136,33 @@ def compare_with_teacher(
     return TeacherCheck(float(found.mean()) if len(found) else 0.0, float(found.max()) if len(found) else 0.0, len(found))
 
 
+def check_promise(info: CacheInfo) -> None:
+    """Raises CacheError unless the recorded KL error keeps within `max_kl` (a cache of `values_bits` promises nothing)."""
+    promised = info.settings.max_kl
+    if info.settings.values_bits is None and not info.kl_max <= promised:
+        raise CacheError(
+            f"max_kl: expected at most the {promised:.2g} nats a token that the cache promises at every temperature, its"
+            f" manifest records {info.kl_max:.2g}: capture it again (format version 1 broke it on peaked rows)"
+        )
+
+
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> CacheInfo:
-    """Reads every record of a cache through: checksums, code, ids, and the content keys.
+    """Reads every record of a cache through: checksums, code, ids, content keys; and checks what its manifest says of them.
 
     Args:
         progress: called as progress(tokens_done, tokens_total).
 
     Raises:
-        CorruptCache: the first fault; names the record.
+        CacheError: the largest recorded KL error is above the `max_kl` that the cache promises.
+        CorruptCache: the first fault; names the record, or the shard.
     """
     reader = CacheReader(path)
+    check_promise(reader.info)
     done = 0
     for i, entry in enumerate(reader):
         reader.check_keys(i, entry.input_ids)
         done += len(entry.input_ids)
         if progress is not None:
             progress(done, reader.info.tokens)
+    reader.check_exact_rows()
     return reader.info

@@ -184,7 +184,8 @@ class CacheWriter:
         Args:
             input_ids: `[L]` integers in [0, vocab_size).
             targets: rows `[L, k]`; row t is the teacher's distribution after input_ids[: t + 1] (alignment `next`), or
-                at position t (`same`).
+                at position t (`same`). A row that does not count may hold anything: one that is no distribution is stored
+                as an empty row.
             loss_mask: `[L]` bool, True where row t counts; by default where a label is known.
             labels: `[L]` integers, the label of row t in [0, vocab_size) or -100 for none. By default input_ids[t + 1]
                 with `next`; needed with `same`.
@@ -212,10 +213,13 @@ class CacheWriter:
             raise CacheError(f"labels: expected [{len(ids)}] with values in [0, {settings.vocab_size}) or {IGNORE}")
         context = None if context_ids is None else _integers("context_ids", context_ids, 0, 1 << 32)
         exact_first = settings.k - settings.samples if settings.kind == "mixed" else 0
-        draws = draws_of(targets, settings.samples, settings.sample_temperature, exact_first) if settings.samples else None
+        counted = record.counted(ids, mask, label, settings.alignment == "next")
+        draws = None
+        if settings.samples:
+            draws = draws_of(targets, settings.samples, settings.sample_temperature, exact_first, counted)
 
         def work() -> None:
-            self._append(ids, rows, draws, mask, label, context)
+            self._append(ids, rows, draws, counted, mask, label, context)
 
         if self._background is None:
             work()
@@ -226,11 +230,11 @@ class CacheWriter:
             self._background.put(work)
 
     def _append(
-        self, ids: np.ndarray, rows: codec.Rows, draws: np.ndarray | None, mask: np.ndarray | None, labels: np.ndarray | None,
-        context: np.ndarray | None,
+        self, ids: np.ndarray, rows: codec.Rows, draws: np.ndarray | None, counted: np.ndarray, mask: np.ndarray | None,
+        labels: np.ndarray | None, context: np.ndarray | None,
     ) -> None:  # fmt: skip
         settings = self.settings
-        coded = codec.encode(self._layout, rows, settings.max_kl, settings.values_bits, draws)
+        coded = codec.encode(self._layout, rows, settings.max_kl, settings.values_bits, draws, counted)
         payload = record.pack(ids, coded.data, coded.has_counts, mask, labels, context)
         written = sum(s.bytes + _ENTRY_BYTES for s in self._manifest.shards)
         if self._max_bytes is not None and written + self._bytes + len(payload) + _INDEX_BYTES > self._max_bytes:
@@ -239,7 +243,8 @@ class CacheWriter:
                 f"max_bytes: the next record would pass {self._max_bytes:,} bytes; {len(self) + len(self._pending)} records"
                 " fit. Close the writer to use them, or allow more"
             )
-        self._pending.append(shard.Pending(payload, len(ids), 0 if context is None else len(context), shard.content_keys(ids)))
+        contexts = 0 if context is None else len(context)
+        self._pending.append(shard.Pending(payload, len(ids), contexts, shard.content_keys(ids), coded.exact))
         self._kl.append(coded.kl)
         self._bytes += len(payload) + _RECORD_INDEX_BYTES + len(self._pending[-1].keys)
         full = self._bytes >= self._shard_bytes or len(self._pending) >= (self._records_per_shard or 1 << 62)
@@ -294,6 +299,7 @@ class CacheWriter:
             kl_sum=float(kl.sum(dtype=np.float64)),
             kl_max=float(kl.max()),
             kl_histogram=tuple(np.bincount(np.searchsorted(KL_EDGES, kl), minlength=len(KL_EDGES) + 1).tolist()),
+            exact_rows=sum(r.exact_rows for r in self._pending),
         )
         self._manifest = self._save(dataclasses.replace(self._manifest, shards=(*self._manifest.shards, entry)))
         self._clear()

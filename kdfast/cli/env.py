@@ -59,11 +59,10 @@ def _version(name: str) -> str | None:
 
 
 def _extension() -> str:
-    if util.find_spec("kdfast._C") is None:
-        return "not built: install a C++ compiler (g++ or clang++), then reinstall kdfast"
-    from kdfast import _C
+    from kdfast.backends import compiled
 
-    return f"built, kernels for {_C.isa()}" if hasattr(_C, "isa") else "built"
+    module, why = compiled.load()
+    return f"built, kernels for {module.isa()}" if module is not None else str(why).removeprefix("the C++ extension is ")
 
 
 def _cuda_extension() -> str:

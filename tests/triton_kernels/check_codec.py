@@ -48,7 +48,7 @@ def test_no_rows(device: str) -> None:
     assert (found.ids.shape, found.log_z.shape) == ((0, 6), (0, 2))
 
 
-@pytest.mark.parametrize("case", ["topp", "mixed", "k3-three-T"])
+@pytest.mark.parametrize("case", ["topp", "mixed", "k3-three-T", "exact-mixed"])
 def test_forged_records(case: str, tmp_path: Path, device: str) -> None:
     """Every byte changed under a checksum that fits: the same rows are NaN, and the others are the same."""
     reader = cache_of(case, tmp_path / "c")

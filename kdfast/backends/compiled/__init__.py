@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from types import ModuleType
 
 import torch
 
 from kdfast.dispatch import Backend, register
 
+REMEDY = "install a C++ compiler (g++ or clang++), then reinstall kdfast"
+#: One function of every file of bindings: an extension that lacks one was built from other sources.
+_FUNCTIONS = ("isa", "matmul", "logits", "topk", "attention_tile", "hidden", "codec_decode_indexed")
+
+
+def load() -> tuple[ModuleType | None, str | None]:
+    """`kdfast._C`, or why it cannot be used, with the remedy. Processes that never need a kernel do not load it."""
+    if importlib.util.find_spec("kdfast._C") is None:
+        return None, f"the C++ extension is not built: {REMEDY}"
+    try:
+        module = importlib.import_module("kdfast._C")
+    except ImportError as error:
+        return None, f"the C++ extension is broken ({error}): {REMEDY}"
+    lacking = [name for name in _FUNCTIONS if not hasattr(module, name)]
+    if lacking:
+        return None, f"the C++ extension is another version's (it lacks {', '.join(lacking)}): {REMEDY}"
+    return module, None
+
 
 def _missing() -> str | None:
-    if importlib.util.find_spec("kdfast._C") is None:
-        return "the C++ extension is not built: install a C++ compiler (g++ or clang++), then reinstall kdfast"
-    return None
+    return load()[1]
 
 
 register(

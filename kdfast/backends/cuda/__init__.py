@@ -19,7 +19,10 @@ _MAJORS = (9, 10)
 def _missing() -> str | None:
     if importlib.util.find_spec("kdfast._cuda") is None:
         return "the CUDA extension is not built: reinstall kdfast with KDFAST_BUILD=cuda and nvcc (CUDA 12 or later) on PATH"
-    from kdfast import _cuda
+    try:
+        from kdfast import _cuda
+    except ImportError as error:
+        return f"the CUDA extension is broken ({error}): reinstall kdfast with KDFAST_BUILD=cuda and nvcc on PATH"
 
     return driver_refusal(_cuda.driver_version(), _cuda.build_version()) or _device_refusal()
 

@@ -26,15 +26,19 @@ def decode(data: Tensor, offsets: Tensor, counts: Tensor, layout: CodecLayout) -
     entry = torch.arange(layout.k, device=data.device)
     there = entry < n
     codes = _word(data, at + 2 * torch.arange(n_t, device=data.device)) & 0xFFFF
-    sound &= (codes != _TAIL_ALL).all(1, keepdim=True)
+    exact = (codes == _TAIL_ALL).all(1, keepdim=True)  # the values are stored as they were given
+    sound &= exact | (codes != _TAIL_ALL).all(1, keepdim=True)
     ids, at, fine = _ids(data, at + 2 * n_t, n, layout, end)
-    levels, at, good = _numbers(data, at, n, layout.k, end)
-    sound &= fine & good
+    values, values_end, fits = _exact(data, at, n, there, n_t, end)
+    levels, levels_end, good = _numbers(data, at, n, layout.k, end)
+    at = torch.where(exact, values_end, levels_end)
+    sound &= fine & torch.where(exact, fits, good)
     tail, rest = _masses(codes)
     odd = torch.where(there, 2 * levels + 1, 0)
     unit = (rest[:, [layout.temperatures.index(1.0)]] / (odd * odd).sum(1, keepdim=True).double()).float()
     p = odd.float() * odd.float() * unit
-    logp = _log(p)
+    logp = torch.where(exact, values[0], _log(p))
+    p = torch.where(exact, _exp(logp), p)
     top = torch.where(there, logp, -torch.inf).amax(1)
     log_z = torch.zeros(n.shape[0], n_t, device=data.device)
     for j, temperature in enumerate(layout.temperatures):
@@ -42,14 +46,17 @@ def decode(data: Tensor, offsets: Tensor, counts: Tensor, layout: CodecLayout) -
             inverse = 1 / temperature
             powers = torch.where(there, _exp((logp - top[:, None]) * inverse), 0)
             log_z[:, j] = top * inverse + _log((_sum16(powers) / rest[:, j]).float())
+    log_z = torch.where(exact, values[1], log_z)
+    log_tail = torch.where(codes == 0, -torch.inf, _log(tail.float()))
+    log_tail = torch.where(exact, values[2], log_tail)
+    tail = torch.where(exact, torch.where(log_tail > -torch.inf, _exp(log_tail), 0).double(), tail)
     weights = logp.new_zeros(0)
     if layout.samples:
         draws, at, good = _numbers(data, at, n, layout.k, end)
         draws = torch.where(there, draws, 0)
-        exact = (there & (draws == 0)).any(1, keepdim=True)
-        sound &= good & (draws.sum(1, keepdim=True) == layout.samples) & (layout.mixed | ~exact)
+        undrawn = (there & (draws == 0)).any(1, keepdim=True)
+        sound &= good & (draws.sum(1, keepdim=True) == layout.samples) & (layout.mixed | ~undrawn)
         weights = _weights(p, logp, draws, log_z, tail, layout)
-    log_tail = torch.where(codes == 0, -torch.inf, _log(tail.float()))
     full, bad = there & sound, ~(sound | empty)
     weights = torch.where(full, weights, 0).masked_fill(bad, torch.nan) if layout.samples else weights
     return (
@@ -74,6 +81,24 @@ def _packed(data: Tensor, at: Tensor, width: Tensor, place: Tensor) -> Tensor:
     """Number `place` of those that are packed at `width` bits from byte `at` on."""
     bit = place * width
     return _word(data, at + (bit >> 3)) >> (bit & 7) & ((1 << width) - 1)
+
+
+def _exact(
+    data: Tensor, at: Tensor, n: Tensor, there: Tensor, n_t: int, end: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """(logprobs, log_z, log_tail) of exact rows, where what follows begins, and whether they are log-probabilities."""
+    column = torch.arange(n_t, device=data.device)
+    logp = torch.where(there, _float(data, at + 4 * torch.arange(there.shape[1], device=data.device)), 0)
+    log_z, log_tail = _float(data, at + 4 * (n + column)), _float(data, at + 4 * (n + n_t + column))
+    after, highest = at + 4 * (n + 2 * n_t), 1e-3
+    sound = ((logp <= highest) & (logp > -torch.inf)).all(1, keepdim=True)
+    sound &= (log_z.isfinite() & (log_tail <= highest)).all(1, keepdim=True)
+    return (logp, log_z, log_tail), after, sound & (after <= end)
+
+
+def _float(data: Tensor, at: Tensor) -> Tensor:
+    word = _word(data, at)
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).int().view(torch.float32)
 
 
 def _ids(data: Tensor, at: Tensor, n: Tensor, layout: CodecLayout, end: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ _BLOCK = tl.constexpr(64)  # numbers that share a width
 _PATCHES = tl.constexpr(16)  # patches that are applied together
 _TAIL_ALL = tl.constexpr(65535)
 _SQRT_HALF = tl.constexpr(0x3F3504F3)
+_HIGHEST = tl.constexpr(float.fromhex("0x1.0624dep-10"))  # the float32 nearest to 1e-3
 
 
 @triton.jit
@@ -90,6 +91,15 @@ def number(row_ptr, at, width, place, end, there):
         more = tl.load(row_ptr + byte + i, mask=there & (byte + i < end), other=0)
         word |= more.to(tl.uint32) << (8 * i)
     return ((word >> (bit & 7).to(tl.uint32)).to(tl.int32)) & ((1 << width) - 1)
+
+
+@triton.jit
+def float_at(row_ptr, at, end, there):
+    word = tl.load(row_ptr + at, mask=there & (at < end), other=0).to(tl.uint32)
+    for i in tl.static_range(1, 4):
+        more = tl.load(row_ptr + at + i, mask=there & (at + i < end), other=0)
+        word |= more.to(tl.uint32) << (8 * i)
+    return word.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -173,6 +183,33 @@ def read_numbers(row_ptr, at, end, count, out_ptr, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def read_exact(row_ptr, at, end, count, out_ptr, N_T: tl.constexpr):
+    """Writes the log-probabilities of a row that was stored exactly; returns where what follows begins, and whether it or its
+    log_z and log_tail are none."""
+    wrong = (at + 4 * (count + 2 * N_T) > end).to(tl.int32)
+    for start in range(0, count, _BLOCK):
+        i = start + tl.arange(0, _BLOCK)
+        logp = float_at(row_ptr, at + 4 * i, end, i < count)
+        wrong |= tl.max(((i < count) & (((logp <= _HIGHEST) & (logp > -INF)) == 0)).to(tl.int32), 0)
+        tl.store(out_ptr + i, logp, mask=i < count)
+    for j in tl.static_range(N_T):
+        log_z = float_at(row_ptr, at + 4 * (count + j), end, True)
+        log_tail = float_at(row_ptr, at + 4 * (count + N_T + j), end, True)
+        wrong |= ((((log_z < INF) & (log_z > -INF)) & (log_tail <= _HIGHEST)) == 0).to(tl.int32)
+    return at + 4 * (count + 2 * N_T), wrong
+
+
+@triton.jit
+def exact_weights(logprobs_ptr, weights_ptr, count):
+    """As `write_probabilities` leaves them, of a row that was stored exactly."""
+    for start in range(0, count, _BLOCK):
+        at = start + tl.arange(0, _BLOCK)
+        draws = tl.load(weights_ptr + at, mask=at < count, other=1.0)
+        p = exp_fixed(tl.load(logprobs_ptr + at, mask=at < count, other=0.0))
+        tl.store(weights_ptr + at, tl.where(draws > 0, draws, -p), mask=at < count)
+
+
+@triton.jit
 def write_probabilities(logprobs_ptr, weights_ptr, count, unit, DRAWN: tl.constexpr):
     """2 q + 1 to logp, in place; returns the largest. An entry without draws gets the weight -p: the sign tells it apart."""
     top = tl.full([], -INF, tl.float32)
@@ -234,20 +271,50 @@ def fill(ids_ptr, logprobs_ptr, weights_ptr, begin, k, id, logprob, weight, DRAW
 
 @triton.jit
 def read_row(row_ptr, end, ids_ptr, logprobs_ptr, weights_ptr, count, vocab, samples, F: tl.constexpr, BITS: tl.constexpr):
-    """Writes ids, levels as 2 q + 1 and draws; returns whether something is wrong, and the sum of (2 q + 1)^2."""
+    """Writes ids, levels as 2 q + 1 (or, of an exact row, log-probabilities) and draws.
+
+    Returns whether something is wrong, the sum of (2 q + 1)^2, and where the values of an exact row are (else 0).
+    """
     N_T: tl.constexpr = len(F.inverses)
-    wrong = tl.full([], 0, tl.int32)
+    full = tl.full([], 0, tl.int32)
     for j in tl.static_range(N_T):
-        wrong |= (tail_code(row_ptr, j, end) == _TAIL_ALL).to(tl.int32)
-    at, bad_ids = read_ids(row_ptr, 2 * N_T, end, ids_ptr, count, vocab, BITS)
-    at, bad_levels, total, _ = read_numbers(row_ptr, at, end, count, logprobs_ptr, True)
-    wrong |= bad_ids | bad_levels
+        full += (tail_code(row_ptr, j, end) == _TAIL_ALL).to(tl.int32)
+    at, wrong = read_ids(row_ptr, 2 * N_T, end, ids_ptr, count, vocab, BITS)
+    wrong |= ((full != 0) & (full != N_T)).to(tl.int32)
+    total = tl.full([], 1, tl.int64)
+    values_at = tl.full([], 0, tl.int32)
+    if full == N_T:
+        values_at += at
+        at, bad = read_exact(row_ptr, at, end, count, logprobs_ptr, N_T)
+        wrong |= bad
+    else:
+        at, bad, total, _ = read_numbers(row_ptr, at, end, count, logprobs_ptr, True)
+        wrong |= bad
     if F.drawn:
         at, bad_draws, draws, exact = read_numbers(row_ptr, at, end, count, weights_ptr, False)
         wrong |= bad_draws | (draws != samples).to(tl.int32)
         if not F.mixed:
             wrong |= exact
-    return wrong, total
+    return wrong, total, values_at
+
+
+@triton.jit
+def write_exact(
+    row_ptr, values_at, end, logprobs_ptr, log_z_ptr, log_tail_ptr, weights_ptr, count, samples, F: tl.constexpr
+):  # fmt: skip
+    """Everything but ids and log-probabilities of a row that was stored exactly."""
+    N_T: tl.constexpr = len(F.inverses)
+    z_at = values_at + 4 * count
+    for j in tl.static_range(N_T):
+        tl.store(log_z_ptr + j, float_at(row_ptr, z_at + 4 * j, end, True))
+        tl.store(log_tail_ptr + j, float_at(row_ptr, z_at + 4 * (N_T + j), end, True))
+    if F.drawn:
+        exact_weights(logprobs_ptr, weights_ptr, count)
+        tl.debug_barrier()
+        z = float_at(row_ptr, z_at + 4 * F.column, end, True)
+        log_tail = float_at(row_ptr, z_at + 4 * (N_T + F.column), end, True)
+        tail = tl.where(log_tail > -INF, exp_fixed(log_tail), 0.0).to(tl.float64)
+        write_weights(logprobs_ptr, weights_ptr, count, samples, F.inverses[F.column], z, tail, F.mixed)
 
 
 @triton.jit
@@ -295,10 +362,15 @@ def decode_kernel(
         row_ptr = data_ptr + offset
         # No row is as long as the bound, which keeps what follows in 32 bits.
         end = tl.minimum(size - offset, 1 << 30).to(tl.int32)
-        wrong, total = read_row(row_ptr, end, ids_ptr, logprobs_ptr, weights_ptr, count, vocab, samples, F, BITS)
+        wrong, total, values_at = read_row(row_ptr, end, ids_ptr, logprobs_ptr, weights_ptr, count, vocab, samples, F, BITS)
         tl.debug_barrier()  # what one thread wrote, another reads or writes over
         if wrong == 0:
-            write_row(row_ptr, end, logprobs_ptr, log_z_ptr, log_tail_ptr, weights_ptr, count, total, samples, F)
+            if values_at != 0:
+                write_exact(
+                    row_ptr, values_at, end, logprobs_ptr, log_z_ptr, log_tail_ptr, weights_ptr, count, samples, F
+                )  # fmt: skip
+            else:
+                write_row(row_ptr, end, logprobs_ptr, log_z_ptr, log_tail_ptr, weights_ptr, count, total, samples, F)
     nothing = tl.where(wrong != 0, float("nan"), 0.0)
     if (wrong != 0) | (count == 0):
         for j in tl.static_range(N_T):
