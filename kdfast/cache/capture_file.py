@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.cache.format import CorruptCache
-from kdfast.cache.manifest import write_atomically
+from kdfast.files import write_json
 
 NAME = "capture.json"
 
@@ -31,4 +31,5 @@ def read_capture(folder: str | Path) -> dict[str, Any]:
 
 
 def write_capture(folder: Path, values: dict[str, Any]) -> None:
-    write_atomically(folder / NAME, [json.dumps(values, indent=1).encode()])
+    """Replaces what is known of the capture in a folder."""
+    write_json(folder / NAME, values)
