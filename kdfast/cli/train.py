@@ -26,11 +26,11 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = Recipe.load(args.recipe, args.overrides)
     result = distill(recipe, bar=bar, say=lambda line: print(line, file=sys.stderr if args.json else sys.stdout))
-    evaluation = result.evaluation._asdict() if result.evaluation else None
+    evaluation = result.evaluation
     if args.json and result.main_process:
         print(json.dumps({"out": str(result.out), "model": str(result.model), "steps": result.steps,
                           "seconds": result.seconds, "validation": evaluation}))  # fmt: skip
     elif not recipe.check and result.main_process:
-        shown = f", validation perplexity {evaluation['ppl']:.2f}, top-1 {evaluation['top1']:.1%}" if evaluation else ""
+        shown = f", validation {result.headline}" if result.headline else ""
         print(f"{result.model}: {result.steps} steps in {result.seconds:.0f} s{shown}")
     return 0

@@ -274,8 +274,9 @@ def topk_kd_loss(
 
     Raises:
         ValueError: as `kd_loss`; a temperature that was not captured; a student smaller than `targets.vocab_size`; an
-            entry's id outside the vocabulary, logits in the place of log-probabilities, or a row that counts whose entries and tail do not sum to 1 (on a CPU, or under
-            `debug_checks()`; else the row's loss is NaN); a divergence that the tail does not have.
+            entry's id outside the vocabulary, logits in the place of log-probabilities, or a row that counts whose entries
+            and tail do not sum to 1 (on a CPU, or under `debug_checks()`; else the row's loss is NaN); a divergence that the
+            tail does not have.
 
     Source: sparse logit sampling, arXiv 2503.16870 (ghost token, unbiased sampled targets); Kim & Rush 2016, arXiv
     1606.07947, for the word-level loss they approximate; GKD, arXiv 2306.13649 (jsd).

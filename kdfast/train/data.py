@@ -91,7 +91,7 @@ class Order:
 
 
 class PackedOrder:
-    """The same over whole documents of several lengths, packed into rows of `length` tokens: `take` gives lists of documents."""
+    """The same over whole documents packed into rows of `length` tokens: `take` gives lists of documents."""
 
     def __init__(self, lengths: np.ndarray, length: int, seed: int) -> None:
         self.lengths, self.length, self.seed = lengths, length, seed

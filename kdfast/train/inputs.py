@@ -36,7 +36,7 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, validation: Source | None = None) -> Inputs:
-    """Opens what `recipe` names; `train` and `validation` take the place of its data, and what is made of those lies in `folder`.
+    """Opens what `recipe` names; `train` and `validation` take the place of its data, kept in `folder`.
 
     Raises:
         ValueError: something is missing, empty, or does not belong together; one line with the recipe's key.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,8 @@ Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
 class Result(NamedTuple):
     """A finished run. `seconds` is time spent in training steps; `evaluation` is None without validation data.
 
-    `main_process` is False on every process of a distributed run but the first, which should keep quiet.
+    `main_process` is False on every process of a distributed run but the first, which should keep quiet; `headline` is the
+    evaluation in a few words.
     """
 
     out: Path
@@ -53,6 +55,7 @@ class Result(NamedTuple):
     seconds: float
     evaluation: Evaluation | None
     main_process: bool = True
+    headline: str = ""
 
 
 def distill(
@@ -86,12 +89,16 @@ def distill(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(recipe.phases))],
     )
     with accelerator.main_process_first():
-        inputs = open_inputs(recipe, folder / "data", train_data, validation_data)
+        # A check leaves nothing behind.
+        kept = Path(tempfile.mkdtemp()) if recipe.check else folder / "data"
+        inputs = open_inputs(recipe, kept, train_data, validation_data)
     done = run_folder.finished(folder, recipe, inputs.digest)
     if done is not None and not recipe.check:
         say(f"{folder}: finished before; nothing to do")
         evaluation = None if done["evaluation"] is None else Evaluation(**done["evaluation"])
-        return Result(folder, folder / "model", done["steps"], done["seconds"], evaluation, accelerator.is_main_process)
+        headline = "" if evaluation is None else inputs.task.headline(evaluation)
+        main = accelerator.is_main_process
+        return Result(folder, folder / "model", done["steps"], done["seconds"], evaluation, main, headline)
     run = _Run(recipe, inputs, folder, accelerator, say)
     return run.check() if recipe.check else run.train(bar)
 
@@ -172,7 +179,8 @@ class _Run:
             run_folder.finish(self.folder, recipe.total_steps, log.seconds, evaluation)
         accelerator.end_training()
         model = self.folder / "model"
-        return Result(self.folder, model, recipe.total_steps, log.seconds, evaluation, accelerator.is_main_process)
+        headline = "" if evaluation is None else self.inputs.task.headline(evaluation)
+        return Result(self.folder, model, recipe.total_steps, log.seconds, evaluation, accelerator.is_main_process, headline)
 
     def _resume(self, last: Path) -> tuple[int, float]:
         found = checkpoint.load(last, self.accelerator, self.module, getattr(self.optimizer, "optimizer", self.optimizer))

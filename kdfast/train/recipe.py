@@ -248,7 +248,7 @@ class Recipe:
         moved = {key: values.pop(key) for key in _MOVED if key in values}
         if moved:
             warnings.warn(
-                f"{', '.join(moved)}: now under method, as in method: {{name: word_kd, {next(iter(moved))}: ...}}; taken as that",
+                f"{', '.join(moved)}: now under method: {{name: word_kd, {next(iter(moved))}: ...}}; taken as that",
                 FutureWarning, stacklevel=2,
             )  # fmt: skip
             values["method"] = {**moved, **_as_mapping(values.get("method", "supervised"))}
