@@ -23,6 +23,12 @@ PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1
 class _OpOptions:
     """What options of a `torch.library` op share; a frozen dataclass."""
 
+    def __post_init__(self) -> None:
+        # An op hands its `float[]` arguments over as lists, which Triton's binder refuses and a cache cannot hash.
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if str(field.type).startswith("tuple"):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+
     @classmethod
     def schema(cls) -> str:
         """The fields as `torch.library` schema arguments."""
