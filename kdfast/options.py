@@ -23,12 +23,6 @@ PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1
 class _OpOptions:
     """What options of a `torch.library` op share; a frozen dataclass."""
 
-    def __post_init__(self) -> None:
-        # An op hands its `float[]` arguments over as lists, which Triton's binder refuses and a cache cannot hash.
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            if str(field.type).startswith("tuple"):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-
     @classmethod
     def schema(cls) -> str:
         """The fields as `torch.library` schema arguments."""
@@ -37,8 +31,14 @@ class _OpOptions:
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """The fields in schema order, to pass to an op; the class called with them is the way back."""
-        return tuple(self.__dict__.values())
+        """The fields in schema order, to pass to an op; `of` is the way back."""
+        return tuple([getattr(self, name) for name in self.__dataclass_fields__])  # type: ignore[attr-defined]
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Self:
+        """From what an op was given: it hands its `float[]` arguments over as lists, which Triton's binder refuses and no cache
+        can hash."""
+        return cls(*(tuple(value) if isinstance(value, list) else value for value in values))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if q_s.numel() == 0 or k_s.numel() == 0:
         return torch.zeros_like(scale), _gradient(q_s, need_grad).zero_(), _gradient(k_s, need_grad).zero_()
     kernel = dispatch.kernel("attention", backend)
-    loss, grad_q, grad_k = kernel.forward(*tensors, AttentionOptions(*options), need_grad)
+    loss, grad_q, grad_k = kernel.forward(*tensors, AttentionOptions.of(options), need_grad)
     _check_finite(loss, tensors)
     return loss, grad_q, grad_k
 

@@ -41,7 +41,7 @@ def _linear(*args: Any) -> tuple[Tensor, ...]:
     h_s, w_s, b_s, h_t, w_t, b_t, labels, scale, row_index, targets, *scalars = args
     *scalars, check, need_parts, n_h, n_w, n_b = scalars
     *values, workspace_mb, dtype, heads_dtype, group, reduce_hidden, vocab_size, spread, backend = scalars
-    options, needs = RowOptions(*values), Needs(n_h, n_w, n_b)
+    options, needs = RowOptions.of(values), Needs(n_h, n_w, n_b)
     row_index = _counting_rows(scale, row_index)
     kernel = {}
     if targets:

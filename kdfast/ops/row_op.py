@@ -70,7 +70,7 @@ class RowOp:
 
     def _scalars(self, args: tuple[Any, ...]) -> tuple[RowOptions, tuple[Any, ...], Any]:
         """Options, extra scalars and kernel module of a call, from the scalars in schema order without the flags."""
-        options = RowOptions(*args[: self.n_options])
+        options = RowOptions.of(args[: self.n_options])
         return options, args[self.n_options : -1], self.kernel(args[-1])
 
     def _run(
