@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +193,39 @@ def test_masked_and_encoder_decoder_teachers(world: Path, tmp_path: Path, capsys
     capsys.readouterr()
     assert main(["cache", "build", str(tmp_path / "bert"), "--out", str(tmp_path / "x"), *common]) == 2
     assert "line 1: expected text in text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["accelerate", "tensorboard", "rich", "datasets", "matplotlib"])
+def test_commands_want_only_what_they_use(world: Path, tmp_path: Path, package: str) -> None:
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a)\n"
+        f"sys.modules[{package!r}] = None\n"
+        "from kdfast.cli import main\n"
+        "teacher, text, out = sys.argv[1:]\n"
+        "words = ['cache', 'build', teacher, '--data', text, '--out', out, '--k', '4', '--sequence-length', '32']\n"
+        "codes = [main([*words, '--device', 'cpu']), main(['cache', 'verify', out, '--teacher', teacher])]\n"
+        "codes += [main(['cache', 'cat', out, '--tokenizer', teacher]), main(['cache', 'info', out])]\n"
+        "codes += [main(['eval', teacher, '--data', text, '--sequence-length', '32', '--json'])]\n"
+        "sys.exit(max(codes))\n"
+    )
+    words = [str(world / "teacher"), str(world / "text"), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] > 0
+
+
+def test_help_is_grouped_and_info_says_how_a_cache_was_made(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", "build", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for group in ("data:", "rows:", "tokens:", "what is kept:", "the run:", "examples:"):
+        assert f"\n{group}\n" in shown
+    assert build(world, tmp_path / "c", "--dtype", "bfloat16") == 0
+    capsys.readouterr()
+    assert main(["cache", "info", str(tmp_path / "c"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dtype"], found["special_tokens"]) == ("bfloat16", "none")
+    assert main(["cache", "verify", str(tmp_path / "c"), "--teacher", str(world / "teacher")]) == 0

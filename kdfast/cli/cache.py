@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from kdfast.cli import cache_build
+from kdfast.files import json_text
 
 _VERIFY = "kdfast cache verify cache --teacher models/teacher"
 _MERGE = "kdfast cache merge cache    (parts captured with --rank and --world), or: kdfast cache merge both first second"
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         hint = "; what was finished is safe, run the same command again to go on" if args.action == "build" else ""
         print(f"kdfast cache {args.action}: interrupted{hint}", file=sys.stderr)
         return 130
-    print(json.dumps(found) if args.json else found["text"] if "text" in found else _table(found))
+    print(json_text(found) if args.json else found["text"] if "text" in found else _table(found))
     return 1 if found.get("failed") else 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from kdfast.files import json_text
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,19 +32,27 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from kdfast.cli.cache_build import flag
+    from kdfast.text import TextData
+    from kdfast.text.documents import Corpus
     from kdfast.text.files import list_files
+    from kdfast.text.packing import pack
     from kdfast.text.tokenizers import load_tokenizer
-    from kdfast.train.data import tokenize
-    from kdfast.train.evaluate import evaluate
-    from kdfast.train.models import load_folder
 
+    data = TextData(paths=tuple(args.data), glob=args.glob, sequence_length=args.sequence_length)
     tokenizer, _ = load_tokenizer(args.tokenizer or args.model)
-    files = [file for _, file in list_files(args.data, args.glob, key="--data")]
-    data = tokenize(tokenizer, files, args.sequence_length, "<|endoftext|>", "--data")
+    specials = Corpus(data, tokenizer, args.model, name=flag).specials
+    files = [file for _, file in list_files(args.data, args.glob, key="--data", glob_key="--glob")]
+    ids = pack(tokenizer, files, args.sequence_length, specials, "--data")
+
+    from kdfast.models.load import load_folder
+    from kdfast.train.data import Sequences
+    from kdfast.train.evaluate import evaluate
+
     model = load_folder(args.model, "model").to("cuda" if torch.cuda.is_available() else "cpu")
-    found = evaluate(model, data, batch_size=args.batch_size)
+    found = evaluate(model, Sequences(ids), batch_size=args.batch_size)
     if args.json:
-        print(json.dumps(found._asdict()))
+        print(json_text(dict(found)))
     else:
         print(f"perplexity {found.ppl:.3f}, {found.nll:.4f} nats a token, top-1 {found.top1:.2%}, {found.tokens:,} tokens")
     return 0

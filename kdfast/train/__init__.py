@@ -4,18 +4,31 @@ from kdfast.train import Recipe, distill
 result = distill(Recipe.load("student.yaml", ["steps=1000"]))
 """
 
-from importlib.util import find_spec
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
+from kdfast.models.view import Needs, View
+from kdfast.train.batch import Batch
+from kdfast.train.evaluate import Evaluation, evaluate
+from kdfast.train.objective import Metric, Objective
+
+if TYPE_CHECKING:
+    from kdfast.train.loop import Result, distill
+    from kdfast.train.recipe import Recipe
+
+#: What a run needs, a model's scores alone do not.
 _NEEDS = ("accelerate", "rich", "safetensors", "tensorboard", "tokenizers", "transformers", "yaml")
-_missing = [name for name in _NEEDS if find_spec(name) is None]
-if _missing:
-    raise ImportError(f"kdfast.train needs {', '.join(_missing)}: pip install 'kdfast[train]'")
-
-from kdfast.models.view import Needs, View  # noqa: E402
-from kdfast.train.batch import Batch  # noqa: E402
-from kdfast.train.evaluate import Evaluation, evaluate  # noqa: E402
-from kdfast.train.loop import Result, distill  # noqa: E402
-from kdfast.train.objective import Metric, Objective  # noqa: E402
-from kdfast.train.recipe import Recipe  # noqa: E402
+_RUNS = {"Recipe": "kdfast.train.recipe", "Result": "kdfast.train.loop", "distill": "kdfast.train.loop"}
 
 __all__ = ["Batch", "Evaluation", "Metric", "Needs", "Objective", "Recipe", "Result", "View", "distill", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Recipe`, `Result` and `distill`, imported when they are used."""
+    if name not in _RUNS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"kdfast.train needs {', '.join(missing)}: pip install 'kdfast[train]'")
+    return getattr(importlib.import_module(_RUNS[name]), name)
