@@ -136,14 +136,10 @@ def test_logits_are_no_log_probabilities(loss: Any, tail: str, temperature: floa
 @pytest.mark.parametrize("loss", [topk, linear_topk])
 def test_a_tail_is_the_rest(loss: Any) -> None:
     heavy = dataclasses.replace(TARGETS, log_tail=torch.zeros_like(TARGETS.log_tail))
-    with pytest.raises(
-        ValueError, match=r"^targets: row 0 has probabilities that sum to 1\.\d+ with the tail, expected 1; logp"
-    ):
+    with pytest.raises(ValueError, match=r"^targets: row 0 has probabilities that sum to 1\.\d+ with the tail, expected 1"):
         loss(*students(), heavy)
     light = dataclasses.replace(TARGETS, log_tail=torch.full_like(TARGETS.log_tail, -math.inf))
-    with pytest.raises(
-        ValueError, match=r"^targets: row 0 has probabilities that sum to 0\.\d+ with .* tail 'renormalize' does"
-    ):
+    with pytest.raises(ValueError, match=r"^targets: row 0 has probabilities that sum to 0\.\d+ .* tail .renormalize. does"):
         loss(*students(), light)
 
 

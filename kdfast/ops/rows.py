@@ -82,8 +82,10 @@ def first_bad(loss: Tensor) -> int | None:
     """The first row whose loss is NaN, where values are checked: on a CPU, and on a GPU under `debug_checks()` only."""
     if not values_are_checked(loss.device):
         return None
-    bad = loss.isnan()
-    return int(bad.nonzero()[0]) if bool(bad.any()) else None
+    if not math.isnan(loss.sum().item()):
+        return None
+    bad = loss.isnan().nonzero()  # none where infinities cancelled
+    return int(bad[0]) if len(bad) else None
 
 
 def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:
@@ -186,9 +188,9 @@ def row_scale(
         scale = token_weight.detach().reshape(-1).to(dtype)
         if labels is not None:
             # Not a product: what stands in a row that the label leaves out may be NaN.
-            scale = torch.where(labels != options.ignore_index, scale, 0)
+            scale = scale.masked_fill(labels == options.ignore_index, 0)
         _check_weights(scale)
-        counted = (scale > 0).sum()
+        counted = scale.count_nonzero()
     elif labels is not None:
         scale = (labels != options.ignore_index).to(dtype)
         counted = scale.sum()
@@ -208,7 +210,7 @@ def _check_weights(weights: Tensor) -> None:
     """Raises where a weight of a row that a label does not leave out is negative, infinite or NaN."""
     if not values_are_checked(weights.device) or weights.numel() == 0:
         return
-    low, high = (float(x) for x in weights.aminmax())  # both NaN where any is
+    low, high = (x.item() for x in weights.aminmax())  # both NaN where any is
     if not 0 <= low <= high < math.inf:
         got = low if not low >= 0 else high
         raise ValueError(f"token_weight: expected finite weights >= 0, got {got:g}; a row that must not count has weight 0")
