@@ -24,8 +24,7 @@ from kdfast.cache import CacheReader, CacheWriter
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart_job import Corpus, Job, Plan
 from kdfast.files import locked, written
-from kdfast.train.models import build_student, load_folder
-from kdfast.train.recipe import Model
+from kdfast.models.load import from_config, load_folder
 
 VOCAB = 16384
 _BINS = 15
@@ -177,7 +176,7 @@ class Study:
     def train(self, method: Method, seed: int, advance: Callable[[int], None]) -> nn.Module:
         """A student after all steps: AdamW, linear warm-up, cosine to a twentieth; bfloat16 products, float32 logits."""
         torch.manual_seed(seed)
-        model = build_student(Model(model_type="llama", config=self.plan.student), VOCAB)
+        model = from_config("llama", self.plan.student, "student", vocab_size=VOCAB)
         student, size = Side.of(model), self.batch_size
         reader = self.reader(method) if method.sparse else None
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.plan.student_lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -232,7 +231,7 @@ class Study:
         file = self.out / "learned.safetensors"
         if not file.is_file():
             return math.nan, math.nan
-        model = build_student(Model(model_type="llama", config=self.plan.student), VOCAB)
+        model = from_config("llama", self.plan.student, "student", vocab_size=VOCAB)
         model.load_state_dict(load_file(file), strict=False)
         model.tie_weights()
         rows, side = slice(0, 8), Side.of(model)

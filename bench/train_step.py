@@ -21,9 +21,9 @@ import kdfast
 from kdfast.cache import CacheReader, CacheWriter, capture
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart_job import Job, Plan, llama
+from kdfast.models.heads import call, logits_in
+from kdfast.models.load import from_config
 from kdfast.train.data import next_labels
-from kdfast.train.models import build_student, logits_of
-from kdfast.train.recipe import Model as ModelSpec
 
 from .cases import Objective, ghost_sum
 from .peer import options, topk_options, wide
@@ -96,6 +96,11 @@ class Bench:
 
 
 Loss = Callable[[Bench, Any, int], Tensor]
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """`[B, L, V]`, without keys kept for a text that goes on."""
+    return logits_in(call(model, {"input_ids": ids}))
 
 
 def plain(b: Bench, student: Any, turn: int) -> Tensor:
@@ -195,7 +200,7 @@ class Trainee:
 def model_of(spec: Spec, shape: tuple[int, int]) -> Any:
     """A llama of some width and number of layers; draws its weights from torch's global generator."""
     fields = {**llama(*shape), "max_position_embeddings": max(512, spec.length)}
-    return build_student(ModelSpec(model_type="llama", config=fields), spec.vocab).to(spec.device)
+    return from_config("llama", fields, "student", vocab_size=spec.vocab).to(spec.device)
 
 
 def prepare(spec: Spec, folder: Path, say: Callable[[str], None]) -> Bench:

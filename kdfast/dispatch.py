@@ -8,6 +8,7 @@ machine without Triton or a compiler pays for neither.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import warnings
@@ -122,6 +123,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str
     raise RuntimeError(f"no backend can run {op} on {device}: {'; '.join(reasons)}")
 
 
+@functools.cache
 def kernel(op: str, backend: str) -> ModuleType:
     """The module that holds the kernels of `op` in `backend`, or in the one it gives way to."""
     return importlib.import_module(f"{_holder(op, backend).package}.{op}")

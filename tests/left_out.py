@@ -186,8 +186,8 @@ def test_no_items(
 def test_items_below_0_or_more_than_one_number(backend: str, device: str) -> None:
     x = torch.randn(4, 9, device=device)
     with kdfast.use_backend(backend):
-        for bad in (-1, float("nan")):
-            with pytest.raises(ValueError, match="num_items: expected a number >= 0"):
+        for bad in (-1, float("nan"), INF):
+            with pytest.raises(ValueError, match="num_items: expected a finite number >= 0"):
                 kd_loss(x, x, num_items=bad)
         with pytest.raises(ValueError, match=r"num_items: expected one number, got a tensor of shape \[4\]"):
             kd_loss(x, x, num_items=torch.ones(4, device=device))

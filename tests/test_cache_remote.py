@@ -299,7 +299,7 @@ def test_commands_take_urls(source: Path, in_memory: str, copies: Path, capsys: 
 
 
 def test_a_recipe_s_teacher_may_lie_at_a_url(in_memory: str, copies: Path) -> None:
-    teacher = pytest.importorskip("kdfast.train.teacher")
-    cached = teacher.CachedTeacher(in_memory, tokenizer_hash="h", temperature=2.0)
+    teacher = pytest.importorskip("kdfast.train.teachers")
+    cached = teacher.CachedTeacher(in_memory, tokenizer_hash="h")
     assert cached.path.parent == copies
-    assert cached.batch([0]).input_ids[0].equal(document(0)[0])
+    assert cached.batch([0]).inputs["input_ids"][0].equal(document(0)[0])

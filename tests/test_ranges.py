@@ -84,6 +84,10 @@ def test_token_weight(loss: Any, bad: float) -> None:
         loss(*students(), token_weight=weight)
     with pytest.raises(ValueError, match=r"^token_weight: expected a tensor or None, got list"):
         loss(*students(), token_weight=[1.0])
+    # A row that its label leaves out may have any weight.
+    labels = LABELS.clone()
+    labels[1, 2] = -100
+    assert bool(loss(*students(), labels=labels, token_weight=weight).isfinite())
 
 
 @pytest.mark.parametrize("bad", [(1.0, -1.0), (0.0, 1.0), (math.nan, 1.0), (math.inf, 1.0)])
@@ -113,28 +117,41 @@ def test_temperatures_scales_and_workspace(bad: float) -> None:
             loss(*maps, scale_t=bad)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail", ["ghost", "uniform", "renormalize", "none", "none-drawn", "renormalize-drawn"])
 @pytest.mark.parametrize("loss", [topk, linear_topk])
-def test_logits_are_no_log_probabilities(loss: Any) -> None:
-    raw = dataclasses.replace(TARGETS, ids=RAW.indices.int(), logprobs=RAW.values)
-    with pytest.raises(ValueError, match=r"^targets: row \d has entries of probability .* expected at most 1; logprobs are"):
-        loss(*students(), raw)
-    heavy = dataclasses.replace(TARGETS, log_tail=torch.zeros_like(TARGETS.log_tail))
-    with pytest.raises(ValueError, match=r"^targets: row 0 has entries of probability"):
-        loss(*students(), heavy)
-    # Rows that do not count may hold anything, and rounding to bfloat16 is no fault.
-    loss(*students(), raw, labels=torch.full((B, L), -100))
+def test_logits_are_no_log_probabilities(loss: Any, tail: str, temperature: float) -> None:
+    options = {"tail": tail.removesuffix("-drawn"), "temperature": temperature}
+    raw = dataclasses.replace(TARGETS, ids=RAW.indices.int(), logprobs=RAW.values + 4)
     rounded = dataclasses.replace(TARGETS, logprobs=TARGETS.logprobs.bfloat16().float())
-    assert bool(loss(*students(), rounded).isfinite())
+    if "drawn" in tail:
+        raw, rounded = (dataclasses.replace(t, weights=TARGETS.logprobs.exp()) for t in (raw, rounded))
+    with pytest.raises(ValueError, match=r"^targets: row \d has probabilities that sum to .* expected 1; logprobs are logits"):
+        loss(*students(), raw, **options)
+    # Rows that do not count may hold anything, and rounding to bfloat16 is no fault.
+    assert float(loss(*students(), raw, labels=torch.full((B, L), -100), **options)) == 0
+    assert bool(loss(*students(), rounded, **options).isfinite())
+
+
+@pytest.mark.parametrize("loss", [topk, linear_topk])
+def test_a_tail_is_the_rest(loss: Any) -> None:
+    heavy = dataclasses.replace(TARGETS, log_tail=torch.zeros_like(TARGETS.log_tail))
+    with pytest.raises(ValueError, match=r"^targets: row 0 has probabilities that sum to 1\.\d+ with the tail, expected 1"):
+        loss(*students(), heavy)
+    light = dataclasses.replace(TARGETS, log_tail=torch.full_like(TARGETS.log_tail, -math.inf))
+    with pytest.raises(ValueError, match=r"^targets: row 0 has probabilities that sum to 0\.\d+ .* tail .renormalize. does"):
+        loss(*students(), light)
 
 
 @pytest.mark.parametrize("loss", [topk, linear_topk])
 def test_targets_of_no_vocabulary_temperature_or_weight(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"^targets.vocab_size: expected a number above 0, got 0"):
-        loss(*students(), dataclasses.replace(TARGETS, vocab_size=0))
+        dataclasses.replace(TARGETS, vocab_size=0)
     with pytest.raises(ValueError, match=r"^targets.temperatures: expected finite numbers above 0"):
-        loss(*students(), dataclasses.replace(TARGETS, temperatures=(1.0, -2.0)))
-    with pytest.raises(ValueError, match=r"^targets.weights: expected weights >= 0, got -0.5"):
-        loss(*students(), dataclasses.replace(TARGETS, weights=torch.full((B, L, K), -0.5)), tail="none")
+        dataclasses.replace(TARGETS, temperatures=(1.0, -2.0))
+    for tail in ("none", "renormalize"):
+        with pytest.raises(ValueError, match=r"^targets: row 0 holds NaN, expected log-probabilities <= 0 and weights >= 0"):
+            loss(*students(), dataclasses.replace(TARGETS, weights=torch.full((B, L, K), -0.5)), tail=tail)
 
 
 @each_loss

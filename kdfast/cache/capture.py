@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kdfast.cache.format import IGNORE, CacheError, CacheFull, Settings
 from kdfast.cache.windows import Window, groups, windows
 from kdfast.cache.writer import CacheWriter
+from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.linear_topk import linear_topk_targets
 from kdfast.ops.targets import TopKTargets
 from kdfast.ops.topk import topk_targets
@@ -189,8 +190,9 @@ class _Work:
         return targets
 
 
-def nucleus(targets: TopKTargets, top_p: float) -> TopKTargets:
+def nucleus(targets: TopKTargets | EncodedTargets, top_p: float) -> TopKTargets:
     """The fewest entries, likeliest first, whose probabilities at T = 1 sum to at least `top_p`; the others join the tail."""
+    targets = targets.decode()
     if targets.weights is not None:
         raise CacheError("targets.weights: expected exact entries, got drawn ones")
     order = targets.logprobs.argsort(-1, descending=True)

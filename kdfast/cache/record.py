@@ -103,7 +103,8 @@ def _sections(payload: np.ndarray, tokens: int, contexts: int) -> _Sections:
     ends = np.cumsum([_HEADER.size, *sizes]).tolist()
     if ends[-1] > payload.size:
         raise CorruptCache(f"a record has {payload.size} bytes, but its sections need {ends[-1]} and more")
-    return _Sections(flags, widths, *(payload[a:b] for a, b in itertools.pairwise(ends)), payload[ends[-1] :])
+    ids, mask, labels, context = (payload[a:b] for a, b in itertools.pairwise(ends))
+    return _Sections(flags, widths, ids, mask, labels, context, payload[ends[-1] :])
 
 
 def unpack(payload: np.ndarray, tokens: int, contexts: int) -> Parts:

@@ -39,7 +39,7 @@ class LinearHead:
         own: Tensor | None = self.module.bias
         if self.biased_by is None:
             return own
-        added: Tensor = self.biased_by.final_logits_bias[0]  # type: ignore[index,assignment]
+        added: Tensor = self.biased_by.final_logits_bias[0]  # type: ignore[index]
         return added if own is None else own + added
 
     @contextlib.contextmanager

@@ -51,7 +51,7 @@ def cut_out(
             config.layer_types = [config.layer_types[i] for i in wanted]
     if width is not None:
         _narrow(config, width, key)
-    student = type(model)(config).to(next(model.parameters()).dtype)
+    student: Any = type(model)(config).to(next(model.parameters()).dtype)
     source = model.state_dict()
     for name, target in student.state_dict().items():
         target.copy_(_leading(source[_name_in(name, chosen)], target.shape))

@@ -215,7 +215,6 @@ def linear_kd_loss(
     check_chunking(workspace_mb, logits_dtype)
     if shift_labels:
         labels = ranges.shifted_labels(labels, lead, ignore_index)
-    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
     student = rows.as_rows(student_hidden)

@@ -206,10 +206,8 @@ def linear_topk_kd_loss(
     tails.check_row_inputs(several, lead, student_hidden.device, "student_hidden", vocab, "student_weight")
     if shift_labels:
         labels = ranges.shifted_labels(labels, lead, ignore_index)
-    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_hidden.device, options)
     scale = rows.row_scale(student_weight, lead, labels, token_weight, reduction, num_items, options)
-    ranges.check_targets(several, options.temperature, scale)
     student = rows.as_rows(student_hidden)
     check_row_index(row_index, student, student.shape[0])
     heads_dtype = autocast_dtype(student_weight)

@@ -161,7 +161,6 @@ def kd_loss(
         rows.check_lead(name, teacher.shape[:-1], lead, "student_logits")
     if shift_labels:
         labels = ranges.shifted_labels(labels, lead, ignore_index)
-    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
     if overwrite_logits:

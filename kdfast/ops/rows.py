@@ -73,16 +73,19 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Whether values on this device are looked at: on a CPU always, on a GPU under `debug_checks()` only."""
-    return device.type == "cpu" or _debug[-1][1]
+    """Whether values on this device are looked at: on a CPU always, on a GPU under `debug_checks()` only, and never while a
+    graph is traced, where there are none."""
+    return (device.type == "cpu" or _debug[-1][1]) and not torch.compiler.is_compiling()
 
 
 def first_bad(loss: Tensor) -> int | None:
     """The first row whose loss is NaN, where values are checked: on a CPU, and on a GPU under `debug_checks()` only."""
     if not values_are_checked(loss.device):
         return None
-    bad = loss.isnan()
-    return int(bad.nonzero()[0]) if bool(bad.any()) else None
+    if not math.isnan(loss.sum().item()):
+        return None
+    bad = loss.isnan().nonzero()  # none where infinities cancelled
+    return int(bad[0]) if len(bad) else None
 
 
 def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:
@@ -160,10 +163,13 @@ def row_scale(
     num_items: int | float | Tensor | None,
     options: RowOptions,
 ) -> Tensor:
-    """`[N]` factors of each row's loss: weight, mask, and 1/count for the mean. No host synchronisation.
+    """`[N]` factors of each row's loss: weight, mask, and 1/count for the mean. Synchronises only where values are checked.
 
     A mean over no rows is 0, with zero gradients, and so is one whose `num_items` is 0: a batch of padding must not poison a
     training run.
+
+    Raises:
+        ValueError: `reduction`, `token_weight` or `num_items` is wrong; nothing else looks at them.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
@@ -171,6 +177,8 @@ def row_scale(
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     n = math.prod(lead)
     if token_weight is not None:
+        if not isinstance(token_weight, Tensor):
+            raise ValueError(f"token_weight: expected a tensor or None, got {type(token_weight).__name__}")
         if token_weight.shape != lead:
             raise ValueError(
                 f"token_weight: expected shape {list(lead)} (the leading dimensions), got {list(token_weight.shape)}"
@@ -180,8 +188,9 @@ def row_scale(
         scale = token_weight.detach().reshape(-1).to(dtype)
         if labels is not None:
             # Not a product: what stands in a row that the label leaves out may be NaN.
-            scale = torch.where(labels != options.ignore_index, scale, 0)
-        counted = (scale > 0).sum()
+            scale = scale.masked_fill(labels == options.ignore_index, 0)
+        _check_weights(scale)
+        counted = scale.count_nonzero()
     elif labels is not None:
         scale = (labels != options.ignore_index).to(dtype)
         counted = scale.sum()
@@ -197,15 +206,27 @@ def row_scale(
     return _divided(scale, num_items)
 
 
+def _check_weights(weights: Tensor) -> None:
+    """Raises where a weight of a row that a label does not leave out is negative, infinite or NaN."""
+    if not values_are_checked(weights.device) or weights.numel() == 0:
+        return
+    low, high = (x.item() for x in weights.aminmax())  # both NaN where any is
+    if not 0 <= low <= high < math.inf:
+        got = low if not low >= 0 else high
+        raise ValueError(f"token_weight: expected finite weights >= 0, got {got:g}; a row that must not count has weight 0")
+
+
 def _divided(scale: Tensor, num_items: int | float | Tensor) -> Tensor:
     """scale / num_items; 0 where that is 0."""
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected one number, got a tensor of shape {list(num_items.shape)}; sum it first")
-        # Dividing by infinity asks neither the host nor 0 / 0.
-        return scale / num_items.detach().to(scale.dtype).masked_fill(num_items == 0, math.inf)
-    if num_items < 0 or num_items != num_items:
-        raise ValueError(f"num_items: expected a number >= 0, got {num_items}")
+        if not values_are_checked(num_items.device):
+            # Dividing by infinity asks neither the host nor 0 / 0.
+            return scale / num_items.detach().to(scale.dtype).masked_fill(num_items == 0, math.inf)
+        num_items = num_items.item()
+    if not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items: expected a finite number >= 0, the rows that count in the whole step, got {num_items}")
     return torch.zeros_like(scale) if num_items == 0 else scale / num_items
 
 

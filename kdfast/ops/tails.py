@@ -12,6 +12,7 @@ soft term, and whether the other ids' mass lies evenly on them (`spread`) or as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,16 +115,20 @@ def _resolved(t: TopKTargets, tail: str, temperature: float) -> tuple[Tensor, Te
     mass = torch.ones_like(log_tail)
     if tail in ("ghost", "uniform"):
         return ids, log_p, log_tail, mass
-    if t.weights is not None:
-        log_p = log_p + (t.weights.reshape(-1, t.k).log() - logprobs)
     log_p = torch.where(ids >= 0, log_p, -torch.inf)
     total = log_p.logsumexp(-1)
+    # More than all of a distribution is no part of one. Left as it is, it does not sum to 1, which the kernels look at.
+    excess = total > math.log1p(MASS_ERROR)
+    if t.weights is not None:
+        drawn = log_p + (t.weights.reshape(-1, t.k).log() - logprobs)
+        log_p = torch.where(excess[:, None] | (ids < 0), log_p, drawn)
+        total = log_p.logsumexp(-1)
     if tail == "none":
         # Without entries there is no soft loss; without a tail either there is no distribution, which a mass of 1 shows.
         mass = torch.where(total.isneginf() & log_tail.isneginf(), mass, total.exp())
     else:
         mass = torch.where(total.isneginf(), torch.nan, mass)  # nothing to renormalize
-    log_p = log_p - torch.where(total.isneginf(), 0, total)[:, None]
+    log_p = log_p - torch.where(total.isneginf() | excess, 0, total)[:, None]
     return ids, log_p, torch.full_like(log_tail, -torch.inf), mass
 
 
@@ -147,7 +152,12 @@ def check_ids(targets: Sequence[Tensor], row: int, vocab: int) -> None:
             f"{name}: row {row} has neither entries nor a tail, expected a distribution; give it label ignore_index or token"
             " weight 0"
         )
-    raise ValueError(f"{name}: row {row} has probabilities that sum to {found:.4g} with the tail, expected 1")
+    remedy = (
+        "logprobs are logits.log_softmax(-1) over the whole vocabulary, not logits: topk_targets makes them"
+        if found > 1
+        else "log_tail is the log mass of all ids that are no entries; tail 'renormalize' does without it"
+    )
+    raise ValueError(f"{name}: row {row} has probabilities that sum to {found:.4g} with the tail, expected 1; {remedy}")
 
 
 def label_logprobs(targets: TopKTargets | EncodedTargets, labels: Tensor) -> Tensor:

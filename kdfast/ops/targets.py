@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,10 @@ class TopKTargets:
             )
         if self.ids.dtype != torch.int32:
             raise ValueError(f"targets.ids: expected dtype int32, got {self.ids.dtype}")
+        if self.vocab_size < 1:
+            raise ValueError(f"targets.vocab_size: expected a number above 0, got {self.vocab_size}")
+        if not all(0 < t < math.inf for t in self.temperatures):
+            raise ValueError(f"targets.temperatures: expected finite numbers above 0, got {self.temperatures}")
         per_t = (*self.ids.shape[:-1], len(self.temperatures))
         for name in ("log_z", "log_tail"):
             if tuple(getattr(self, name).shape) != per_t:

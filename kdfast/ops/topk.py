@@ -299,10 +299,8 @@ def topk_kd_loss(
     tails.check_row_inputs(several, lead, student_logits.device, "student_logits", vocab)
     if shift_labels:
         labels = ranges.shifted_labels(labels, lead, ignore_index)
-    ranges.check_weighting(token_weight, num_items)
     labels = rows.check_labels(labels, lead, student_logits.device, options)
     scale = rows.row_scale(student_logits, lead, labels, token_weight, reduction, num_items, options)
-    ranges.check_targets(several, options.temperature, scale)
     if overwrite_logits:
         rows.check_overwrite(student_logits, reduction)
     student = rows.as_rows(student_logits)
