@@ -94,15 +94,8 @@ def read_json(folder: Path | None, file: str) -> dict[str, Any]:
 def padding_id(tokenizer: Tokenizer, folder: Path | None) -> int | None:
     """The id that fills a batch: the folder's pad_token, one that is called so, else what ends a text; None: there is none."""
     named = {**read_json(folder, "special_tokens_map.json"), **read_json(folder, "tokenizer_config.json")}
-    known = [
-        token_text(named.get("pad_token")),
-        "[PAD]",
-        "<pad>",
-        "<|pad|>",
-        token_text(named.get("eos_token")),
-        SEPARATOR,
-        "</s>",
-    ]
+    said, ends = token_text(named.get("pad_token")), token_text(named.get("eos_token"))
+    known = (said, "[PAD]", "<pad>", "<|pad|>", ends, SEPARATOR, "</s>")
     return next((i for i in (tokenizer.token_to_id(token) for token in known if token) if i is not None), None)
 
 

@@ -72,13 +72,9 @@ class ClassTask(Task[D]):
     def check_config(self, config: Mapping[str, Any], key: str) -> None:
         """Raises where the config of a model says other classes, or the same in another order."""
         theirs = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
-        if (
-            not self.names
-            or not theirs
-            or (all(name == f"LABEL_{i}" for i, name in theirs.items()) and len(theirs) == len(self.names))
-        ):
-            return
-        if [theirs.get(i) for i in range(len(theirs))] != self.names:
+        own = [theirs.get(i) for i in range(len(theirs))]
+        nameless = own == [f"LABEL_{i}" for i in range(len(self.names))]
+        if self.names and theirs and not nameless and own != self.names:
             said = [str(theirs[i]) for i in sorted(theirs)]
             raise ValueError(
                 f"{key}: expected a model of the classes {_some(self.names)} in this order, got {_some(said)}; if they are the"
