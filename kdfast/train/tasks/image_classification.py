@@ -67,22 +67,24 @@ class ImageClassification(ClassTask[Data]):
     Data = Data
     kind = "image_classification"
     needs_tokenizer = False
+    #: Channels, height and width, once the data are open.
+    shape: tuple[int, ...] = ()
 
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
-        data, train, validation = self.data, None, None
+        data = self.data
+        train: Source | None = None
+        validation: Source | None = None
         if needs_train:
             if not data.train:
                 raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
             train = self._read(data.train, "data.train")
         if data.validation:
             validation = self._read(data.validation, "data.validation")
-        splits = split(train, validation, data.validation_share)
-        return (
-            splits if splits.train is None or not data.exclude_labels else splits._replace(train=self._excluded(splits.train))
-        )
+        train, validation = split(train, validation, data.validation_share)
+        return Splits(self._excluded(train) if train is not None and data.exclude_labels else train, validation)
 
     def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
-        own = {"image_size": self.shape[1], "num_channels": self.shape[0]} if self.names else {}
+        own = {"image_size": self.shape[1], "num_channels": self.shape[0]} if self.shape else {}
         return {**super().model_fields(None), **own}
 
     def _read(self, paths: Sequence[str], key: str) -> Images:
@@ -214,7 +216,7 @@ class FolderImages:
 
 
 class _Hidden:
-    """Rows of which those of some classes have lost their label: they are heard by a teacher only."""
+    """Rows of which those of some classes have lost their label: they get a teacher's word only."""
 
     def __init__(self, source: Source, classes: Tensor) -> None:
         self.source, self.classes = source, classes

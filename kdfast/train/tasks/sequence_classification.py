@@ -34,8 +34,8 @@ class Data:
         validation_share: that share.
         glob: which files of a folder.
         columns: names of the columns of `.tsv` and `.csv` files that have no header line.
-        text, text_pair, label: columns with a text, the second of a pair, and its class. A row without a label (an empty one, or
-            no such column) is heard by a teacher only.
+        text, text_pair, label: columns with a text, the second of a pair, and the class. A row without a label (an empty one,
+            or no such column) gets a teacher's word only.
         dataset: instead of `train` a folder written by `save_to_disk`, or a name for `load_dataset`.
         dataset_config, split: of the dataset (default split: train). validation_split: the split to evaluate on.
         max_length: most tokens of a row, special ones included; the longer text of a pair is cut first.
@@ -82,8 +82,8 @@ class SequenceClassification(ClassTask[Data]):
     def _read(self, paths: Sequence[str], dataset: str | None, which: str | None, tokenizer: Tokenizer, key: str) -> Texts:
         data, cutting = self.data, Tokenizer.from_str(tokenizer.to_str())
         cutting.enable_truncation(data.max_length, strategy="longest_first")
-        spec = TextData(paths=tuple(paths), glob=data.glob, dataset=dataset, dataset_config=data.dataset_config if dataset else None,
-                        split=which)  # fmt: skip
+        config = data.dataset_config if dataset else None
+        spec = TextData(tuple(paths), data.glob, dataset=dataset, dataset_config=config, split=which)
         rows = labelled_rows(spec, (*data.texts, data.label), data.columns, key)
         ids: list[Tensor] = []
         types: list[Tensor] = []

@@ -56,7 +56,7 @@ class Data:
 
 
 class TokenClassification(ClassTask[Data]):
-    """The label of a word stands at its first token. A word without a tag is heard by a teacher only."""
+    """The label of a word stands at its first token. A word without a tag gets a teacher's word only."""
 
     Data = Data
     kind = "token_classification"
@@ -174,8 +174,9 @@ def sentences(file: Path, data: Data, key: str) -> Iterator[Sentence]:
                 words.append(columns[data.word_column])
                 tags.append(None if len(columns) == 1 else label_name(columns[data.tag_column].strip()))
             except IndexError:
+                wanted = f"{data.word_column} and {data.tag_column}"
                 raise ValueError(
-                    f"{key}: {file}, line {number}: expected columns {data.word_column} and {data.tag_column}, got {len(columns)}"
+                    f"{key}: {file}, line {number}: expected columns {wanted}, got {len(columns)} columns"
                 ) from None
     if words:
         yield Sentence(words, tags)
@@ -194,11 +195,12 @@ def _listed(row: Row, fields: tuple[str, str]) -> Sentence:
 
 
 def parts(sentence: Sentence, tokenizer: Tokenizer, room: int) -> Iterator[Sentence]:
-    """The sentence in as many parts as it takes for each to have at most `room` tokens; no word is cut but one longer itself."""
+    """The sentence in as many parts as it takes for each to have at most `room` tokens; only a word longer than that is cut."""
     encoding = tokenizer.encode(sentence.words, is_pretokenized=True, add_special_tokens=False)
     sizes = [0] * len(sentence.words)
     for word in encoding.word_ids:
-        sizes[word] += 1
+        if word is not None:
+            sizes[word] += 1
     begin = filled = 0
     for word, size in enumerate(sizes):
         if filled and filled + size > room:
