@@ -72,7 +72,7 @@ class View:
 
 def look(model: nn.Module, inputs: Mapping[str, Tensor], needs: Needs = NOTHING, head: LinearHead | None = None) -> View:
     """Runs `model(**inputs)` once and takes out what `needs` names; through `head` no logits are formed."""
-    asked: dict[str, Any] = {**inputs, **({"output_hidden_states": True} if needs.layers else {})}
+    asked: dict[str, Any] = {**_taken(model, inputs), **({"output_hidden_states": True} if needs.layers else {})}
     with contextlib.ExitStack() as stack:
         entrance = None if head is None else stack.enter_context(head.entered())
         watched = stack.enter_context(capture_attention(model, kinds=("self",))) if needs.attention else None
@@ -88,6 +88,17 @@ def look(model: nn.Module, inputs: Mapping[str, Tensor], needs: Needs = NOTHING,
         view.layers = {i: states[i] for i in needs.layers}
     view.attention = {i: calls[i] for i in needs.attention}
     return view
+
+
+def _taken(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The inputs without the types of tokens where a `transformers` model has no embedding for them.
+
+    Two models of one batch may differ in that; some take the argument for something else, or fail on it.
+    """
+    config = getattr(model, "config", None)
+    if "token_type_ids" not in inputs or config is None or getattr(config, "type_vocab_size", 0) > 1:
+        return inputs
+    return {name: value for name, value in inputs.items() if name != "token_type_ids"}
 
 
 def _auxiliary(model: nn.Module, output: Any) -> Tensor | None:

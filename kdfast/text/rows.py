@@ -1,7 +1,8 @@
-"""Rows of named values: lines of JSON, Parquet files, or the rows of a `datasets` dataset, one at a time."""
+"""Rows of named values: lines of JSON, Parquet or delimited files, or the rows of a `datasets` dataset, one at a time."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,6 +105,37 @@ def json_rows(file: Path, option: str, fields: Sequence[str] = (), source: Sourc
             if not isinstance(values, dict):
                 raise ValueError(f"{where}: expected an object of JSON, got {type(values).__name__}")
             yield Row(where, values)
+
+
+def delimited_rows(file: Path, option: str, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """Every line of a `.tsv` file, whose quotes mean nothing, or record of a `.csv` file, quoted as spreadsheets do; all values
+    are text.
+
+    Args:
+        columns: names of the columns of a file without a header; empty: its first line names them.
+
+    Raises:
+        ValueError: a line has another number of columns than the first; names file and line.
+    """
+    quoting = {"quoting": csv.QUOTE_NONE, "delimiter": "\t"} if file.suffix == ".tsv" else {"strict": True}
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        reader = csv.reader(lines, **quoting)  # type: ignore[arg-type]
+        names = list(columns)
+        try:
+            for values in reader:
+                if not values:
+                    continue
+                if not names:
+                    names = values
+                    if len(set(names)) < len(names):
+                        raise ValueError(f"{option}: {file}: expected a header of different names, got {', '.join(names)}")
+                    continue
+                where = f"{option}: {file}, line {reader.line_num}"
+                if len(values) != len(names):
+                    raise ValueError(f"{where}: expected {len(names)} columns ({', '.join(names)}), got {len(values)}")
+                yield Row(where, dict(zip(names, values, strict=True)))
+        except csv.Error as error:
+            raise ValueError(f"{option}: {file}, line {reader.line_num}: {error}") from None
 
 
 def parquet_rows(file: Path, option: str, fields: Sequence[str], source: Source | None = None) -> Iterator[Row]:

@@ -91,6 +91,14 @@ def read_json(folder: Path | None, file: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def padding_id(tokenizer: Tokenizer, folder: Path | None) -> int | None:
+    """The id that fills a batch: the folder's pad_token, one that is called so, else what ends a text; None: there is none."""
+    named = {**read_json(folder, "special_tokens_map.json"), **read_json(folder, "tokenizer_config.json")}
+    said, ends = token_text(named.get("pad_token")), token_text(named.get("eos_token"))
+    known = (said, "[PAD]", "<pad>", "<|pad|>", ends, SEPARATOR, "</s>")
+    return next((i for i in (tokenizer.token_to_id(token) for token in known if token) if i is not None), None)
+
+
 def token_text(token: Any) -> str | None:
     """A special token as a configuration writes it: text, or an object with its content."""
     content = token.get("content") if isinstance(token, dict) else token

@@ -20,6 +20,8 @@ class Batch:
         inputs: the models' keyword arguments; a tensor is `input_ids`. A plain module gets the first by position.
         labels: aligned with the logits' leading dimensions, `IGNORE` where a row does not count; None: none are known.
         attention_mask: added to the inputs.
+        soft_mask: rows on which a teacher is heard, aligned with `labels`, where that is more than the rows with a label: the
+            unlabelled ones among them. None: the rows with a label.
         targets: what a cached teacher said, `TopKTargets` or `EncodedTargets`.
         extra: further tensors with a row for each row of the batch (a domain, a weight).
     """
@@ -29,6 +31,7 @@ class Batch:
     attention_mask: Tensor | None = None
     targets: Any = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    soft_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         inputs = {"input_ids": self.inputs} if isinstance(self.inputs, Tensor) else dict(self.inputs)
@@ -48,7 +51,9 @@ class Batch:
         return self.by_name["input_ids"]
 
     def count(self) -> int:
-        """Rows that count: those with a label, or all where no labels are known."""
+        """Rows that count: those a teacher is heard on, else those with a label, or all where no labels are known."""
+        if self.soft_mask is not None:
+            return int(self.soft_mask.sum())
         if self.labels is not None:
             return int((self.labels != IGNORE).sum())
         return next(iter(self.by_name.values())).shape[0]
@@ -59,10 +64,12 @@ class Batch:
 
         moved = {name: move(value) for name, value in self.by_name.items()}
         extra = {name: move(value) for name, value in self.extra.items()}
-        return Batch(moved, move(self.labels), None, move(self.targets), extra)
+        return Batch(moved, move(self.labels), None, move(self.targets), extra, move(self.soft_mask))
 
     def pin_memory(self) -> Batch:
         """The same in pinned memory, from which a copy to a GPU does not wait."""
         pinned = {name: value.pin_memory() for name, value in self.by_name.items()}
         extra = {name: value.pin_memory() for name, value in self.extra.items()}
-        return Batch(pinned, None if self.labels is None else self.labels.pin_memory(), None, self.targets, extra)
+        labels = None if self.labels is None else self.labels.pin_memory()
+        soft_mask = None if self.soft_mask is None else self.soft_mask.pin_memory()
+        return Batch(pinned, labels, None, self.targets, extra, soft_mask)

@@ -34,6 +34,7 @@ def distillation(
     *,
     tail: str = "ghost",
     workspace_mb: float | None = None,
+    soft_mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Metrics]:
     """`kd_loss` or the one of its kin that fits what is at hand; `options` are theirs.
@@ -41,7 +42,12 @@ def distillation(
     Args:
         student: of a live model. teachers: all live, or all with targets.
         tail: of cached targets. workspace_mb: for logits through a head.
+        soft_mask: rows of the soft term, where that is more than those with a label (`Batch.soft_mask`). Both terms are divided
+            by the same `num_items`, the rows of `soft_mask`: a row without label adds nothing to the hard term, and each row
+            with one weighs what it would weigh if all had one, whatever else is in its batch.
     """
+    if soft_mask is not None:
+        return _unlabelled(student, teachers, labels, num_items, soft_mask, tail, workspace_mb, options)
     options = {**options, "num_items": num_items, "return_parts": True}
     if teachers[0].targets is not None:
         targets = [teacher.targets for teacher in teachers]
@@ -61,6 +67,24 @@ def distillation(
     ))  # fmt: skip
 
 
+def _unlabelled(
+    student: View, teachers: Sequence[View], labels: Tensor | None, num_items: int | Tensor, soft_mask: Tensor, tail: str,
+    workspace_mb: float | None, options: dict[str, Any],
+) -> tuple[Tensor, Metrics]:  # fmt: skip
+    """A row loss ignores a row without label altogether: so the soft term is one call, the hard term another."""
+    names = ("hard_weight", "z_loss", "label_smoothing")
+    on_labels = {name: options[name] for name in names if name in options}
+    loss, metrics = distillation(
+        student, teachers, None, num_items, tail=tail, workspace_mb=workspace_mb, token_weight=soft_mask.float(),
+        **{**options, **dict.fromkeys(on_labels, 0.0), "hard_weight": 0.0},
+    )  # fmt: skip
+    if labels is not None and (on_labels.get("hard_weight") or on_labels.get("z_loss")):
+        on_labels = {"hard_weight": 0.0, **on_labels}
+        labelled, found = hard(student, labels, num_items, workspace_mb=workspace_mb, **on_labels)
+        loss, metrics = loss + labelled, {**metrics, **found}
+    return loss, metrics
+
+
 def through(view: View) -> tuple[Tensor, LinearHead] | None:
     """Hidden states and the head they enter, where that is named."""
     return None if view.head is None or view.hidden is None else (view.hidden, view.head)
@@ -70,7 +94,7 @@ def hard(
     student: View, labels: Tensor, num_items: int | Tensor, *, workspace_mb: float | None = None, **options: Any
 ) -> tuple[Tensor, Metrics]:
     """Cross-entropy with the labels, with `label_smoothing` and `z_loss`, through the head where there is one."""
-    options = {**options, "soft_weight": 0.0, "hard_weight": 1.0, "num_items": num_items, "return_parts": True}
+    options = {"hard_weight": 1.0, **options, "soft_weight": 0.0, "num_items": num_items, "return_parts": True}
     loss, metrics = _shown(*_from_targets(student, _nothing_said(student, labels), labels, "ghost", workspace_mb, options))
     return loss, {name: metrics[name] for name in ("hard", "student_ppl")}
 

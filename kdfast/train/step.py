@@ -58,7 +58,10 @@ class DistillStep(nn.Module):
 
     @staticmethod
     def _share(batch: Batch, num_items: int | Tensor, device: torch.device) -> Tensor:
-        counted = (batch.labels != -100).sum() if batch.labels is not None else torch.tensor(batch.count(), device=device)
+        if batch.soft_mask is not None:
+            counted = batch.soft_mask.sum()
+        else:
+            counted = (batch.labels != -100).sum() if batch.labels is not None else torch.tensor(batch.count(), device=device)
         return counted.float() / torch.as_tensor(num_items, device=device).float().clamp(min=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kdfast.extras import need
 from kdfast.models.load import from_config, from_function, load_folder, load_weights, quiet, resolve_folder
 from kdfast.models.shrink import cut_out
 from kdfast.train.recipe import Lora, Model, Recipe
+from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Task
 
 #: What a tokenizer may be made of, beside `tokenizer.json`.
@@ -27,6 +29,7 @@ _TOKENIZER_FILES = (
 def build_student(recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
     """The student of `recipe`, its random weights from torch's global generator."""
     spec = recipe.student
+    _check_teachers(recipe, task)
     student = _plain(spec, recipe, task, vocab_size)
     if recipe.init_from:
         load_weights(student, resolved(recipe.init_from, "init_from"))
@@ -53,7 +56,8 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None)
     if spec.function:
         return from_function(spec.function, spec.arguments, "student.function")
     if spec.path:
-        settings = {k: v for k, v in fields.items() if k != "vocab_size"}
+        # What follows from the data; sizes are the folder's.
+        settings = {k: v for k, v in fields.items() if k in ("id2label", "label2id", "pad_token_id") and v is not None}
         return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, **settings)
     if spec.from_teacher:
         source = spec.from_teacher.path or next((t.path for t in recipe.all_teachers if t.path), None)
@@ -63,6 +67,22 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None)
         teacher = load_folder(source, "student.from_teacher.path", kind=task.kind, dtype=spec.dtype)
         return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
     return from_config(spec.model_type or "", spec.config, "student", kind=task.kind, **fields)
+
+
+def _check_teachers(recipe: Recipe, task: Task[Any]) -> None:
+    """Raises where a teacher cannot be one for the task: classes that are not the student's, or a cache of token rows."""
+    if not isinstance(task, ClassTask):
+        return
+    many = len(recipe.all_teachers) > 1
+    for i, teacher in enumerate(recipe.all_teachers):
+        key = f"teachers[{i}]" if many else "teacher"
+        if teacher.cache:
+            raise ValueError(
+                f"{key}.cache: a cache holds rows of tokens; task {recipe.task.name} expects {key}.path or function"
+            )
+        if teacher.path:
+            config = resolve_folder(teacher.path, f"{key}.path") / "config.json"
+            task.check_config(json.loads(config.read_text(encoding="utf-8")), f"{key}.path")
 
 
 def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:

@@ -89,4 +89,4 @@ class WordKD(Objective):
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         options = {**self.now, "tail": self.tail, "teacher_weights": self.teacher_weights}
-        return distillation(student, teachers, batch.labels, num_items, **options)
+        return distillation(student, teachers, batch.labels, num_items, soft_mask=batch.soft_mask, **options)

@@ -10,7 +10,7 @@ from typing import Any
 from kdfast.strict import unknown_key
 from kdfast.train.tasks.task import Task
 
-_MACHINERY = ("task", "language")
+_MACHINERY = ("task", "language", "classes")
 
 
 def names() -> list[str]:

@@ -1,0 +1,162 @@
+"""What tasks with classes share: names of labels and their ids, a held-out part, scores from a table of counts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdfast.models.view import View
+from kdfast.text.files import share_of
+from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.data import Source, Subset
+from kdfast.train.evaluate import Evaluation
+from kdfast.train.tasks.task import Splits, Task
+
+#: The split depends on this alone, so that runs with different seeds see the same validation data.
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """labels: the names of the classes in the order of their ids; none: those in the training data, sorted."""
+
+    labels: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [label_name(label) for label in self.labels]
+        if len(set(names)) < len(names) or None in names:
+            raise ValueError(f"labels: expected different names, got {', '.join(map(str, self.labels))}")
+
+
+D = TypeVar("D")
+
+
+class ClassTask(Task[D]):
+    """A task whose labels have names. `names` is known once the data are open."""
+
+    Options = ClassOptions
+
+    def __init__(self, options: Any, data: D) -> None:
+        super().__init__(ClassOptions() if options is None else options, data)
+        self.names: list[str] = [str(label_name(label)) for label in self.options.labels]
+        self.pad_id: int | None = None
+
+    def ids_of(self, found: Iterable[str | None], key: str) -> Tensor:
+        """Ids of labels by name, `IGNORE` for None. The first data that are asked about say what labels there are.
+
+        Raises:
+            ValueError: a label that is not among them, or fewer than two of them.
+        """
+        found = list(found)
+        if not self.names:
+            self.names = sorted_names({name for name in found if name is not None})
+        ids = {name: i for i, name in enumerate(self.names)}
+        unknown = next((name for name in found if name is not None and name not in ids), None)
+        if unknown is not None:
+            raise ValueError(f"{key}: expected one of the labels {_some(self.names)}, got {unknown!r}; list all in task.labels")
+        if len(ids) < 2:
+            raise ValueError(f"{key}: expected at least two different labels, got {_some(self.names) or 'none'}")
+        return torch.tensor([IGNORE if name is None else ids[name] for name in found])
+
+    def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
+        fields = {"id2label": dict(enumerate(self.names)), "label2id": {name: i for i, name in enumerate(self.names)}}
+        return {"vocab_size": vocab_size, "pad_token_id": self.pad_id, **(fields if self.names else {})}
+
+    def check_config(self, config: Mapping[str, Any], key: str) -> None:
+        """Raises where the config of a model says other classes, or the same in another order."""
+        theirs = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+        own = [theirs.get(i) for i in range(len(theirs))]
+        nameless = own == [f"LABEL_{i}" for i in range(len(self.names))]
+        if self.names and theirs and not nameless and own != self.names:
+            said = [str(theirs[i]) for i in sorted(theirs)]
+            raise ValueError(
+                f"{key}: expected a model of the classes {_some(self.names)} in this order, got {_some(said)}; if they are the"
+                " same, list them in its order in task.labels"
+            )
+
+    def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
+        return class_scores(view.logits, batch.labels)
+
+    def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
+        return class_summary(scores)
+
+    def headline(self, evaluation: Evaluation) -> str:
+        mcc = f", MCC {evaluation['mcc']:.3f}" if "mcc" in evaluation else ""
+        return f"accuracy {evaluation['accuracy']:.1%}, macro-F1 {evaluation['macro_f1']:.3f}{mcc}"
+
+
+def label_name(label: Any) -> str | None:
+    """A label as it is called; None, and a text with nothing in it, are no label.
+
+    Raises:
+        ValueError: it is neither text nor a whole number.
+    """
+    if label is None or label == "":
+        return None
+    if not isinstance(label, str | int):
+        raise ValueError(f"expected text or a whole number as label, got {type(label).__name__} {label!r}")
+    return str(label)
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """By number where all are whole numbers, else by letter."""
+    names = list(names)
+    numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    return sorted(names, key=(lambda name: (int(name), name)) if numbers else (lambda name: (0, name)))
+
+
+def split(train: Source | None, validation: Source | None, share: float) -> Splits:
+    """The same, with a seeded share of the training rows held out where there are no validation rows."""
+    if train is None or validation is not None or not share:
+        return Splits(train, validation)
+    held = [share_of(str(i), _SPLIT_SEED) < share for i in range(len(train))]
+    rows = [[i for i, out in enumerate(held) if out is which] for which in (False, True)]
+    return Splits(Subset(train, rows[0]), Subset(train, rows[1]) if rows[1] else None)
+
+
+def digest_of_tensors(*tensors: Tensor) -> str:
+    """A hash of their values."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        state.update(tensor.numpy().tobytes())
+    return state.hexdigest()
+
+
+def class_scores(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """`confusion` `[C, C]` (rows: labels, columns: predictions) and the summed `nll` of the rows with a label."""
+    classes = logits.shape[-1]
+    if labels is None:
+        return {"confusion": torch.zeros(classes, classes), "nll": torch.zeros(())}
+    counted = labels != IGNORE
+    logits, labels = logits[counted].float(), labels[counted]
+    nll = F.cross_entropy(logits, labels, reduction="sum")
+    pairs = torch.bincount(labels * classes + logits.argmax(-1), minlength=classes * classes)
+    return {"confusion": pairs.reshape(classes, classes).double(), "nll": nll.double()}
+
+
+def class_summary(scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
+    """accuracy, macro_f1 (over the classes that occur as label or prediction), mcc of two classes, nll, rows."""
+    confusion = torch.stack([s["confusion"] for s in scores]).sum(0).double()
+    rows = float(confusion.sum())
+    if not rows:
+        raise ValueError("data.validation: expected at least one row with a label, got none; add labels")
+    hits, labelled, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    occurs = (labelled + said) > 0
+    f1 = (2 * hits / (labelled + said).clamp(min=1))[occurs].mean()
+    found: dict[str, Any] = {"accuracy": float(hits.sum()) / rows, "macro_f1": float(f1)}
+    if len(confusion) == 2:
+        (tn, fp), (fn, tp) = confusion.tolist()
+        spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        found["mcc"] = (tp * tn - fp * fn) / spread if spread else 0.0
+    return Evaluation(**found, nll=sum(float(s["nll"]) for s in scores) / rows, rows=int(rows))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

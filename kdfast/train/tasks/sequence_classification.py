@@ -1,0 +1,157 @@
+"""A class for each text or pair of texts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kdfast.strict import ranged
+from kdfast.text.rows import Row, delimited_rows, open_source
+from kdfast.text.spec import TextData
+from kdfast.text.specials import padding_id
+from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.tasks.classes import ClassTask, digest_of_tensors, label_name, split
+from kdfast.train.tasks.task import Splits
+
+#: Rows that are tokenised together.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Data:
+    """Texts with labels: `.tsv`, `.csv`, `.jsonl` and `.parquet` files, or a dataset.
+
+    Args:
+        train: files or folders. validation: the same; empty: a seeded share of the training rows is held out.
+        validation_share: that share.
+        glob: which files of a folder.
+        columns: names of the columns of `.tsv` and `.csv` files that have no header line.
+        text, text_pair, label: columns with a text, the second of a pair, and the class. A row without a label (an empty one,
+            or no such column) gets a teacher's word only.
+        dataset: instead of `train` a folder written by `save_to_disk`, or a name for `load_dataset`.
+        dataset_config, split: of the dataset (default split: train). validation_split: the split to evaluate on.
+        max_length: most tokens of a row, special ones included; the longer text of a pair is cut first.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    validation_share: float = ranged(0.05, low=0.0, high=0.5)
+    glob: str = "**/*"
+    columns: tuple[str, ...] = ()
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    validation_split: str | None = None
+    max_length: int = ranged(128, low=4)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
+
+
+class SequenceClassification(ClassTask[Data]):
+    Data = Data
+    kind = "sequence_classification"
+
+    def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
+        data = self.data
+        home = None if tokenizer_file is None else tokenizer_file.parent
+        self.pad_id = padding_id(tokenizer, home)
+        train = validation = None
+        if needs_train:
+            if not data.train and not data.dataset:
+                raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
+            train = self._read(data.train, data.dataset, data.split, tokenizer, "data.train")
+        if data.validation:
+            validation = self._read(data.validation, None, None, tokenizer, "data.validation")
+        elif data.validation_split:
+            validation = self._read((), data.dataset, data.validation_split, tokenizer, "data.validation_split")
+        return split(train, validation, data.validation_share)
+
+    def _read(self, paths: Sequence[str], dataset: str | None, which: str | None, tokenizer: Tokenizer, key: str) -> Texts:
+        data, cutting = self.data, Tokenizer.from_str(tokenizer.to_str())
+        cutting.enable_truncation(data.max_length, strategy="longest_first")
+        config = data.dataset_config if dataset else None
+        spec = TextData(tuple(paths), data.glob, dataset=dataset, dataset_config=config, split=which)
+        rows = labelled_rows(spec, (*data.texts, data.label), data.columns, key)
+        ids: list[Tensor] = []
+        types: list[Tensor] = []
+        labels: list[str | None] = []
+        for some in _windows(rows, _ROWS):
+            texts = [row.texts(data.texts) for row in some]
+            for encoding in cutting.encode_batch([t if len(t) == 2 else t[0] for t in texts]):
+                ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
+                types.append(torch.tensor(encoding.type_ids, dtype=torch.uint8))
+            labels += [_label(row, data.label) for row in some]
+        if not ids:
+            raise ValueError(f"{key}: expected at least one row, got none")
+        return Texts(ids, types, self.ids_of(labels, key), self.pad_id or 0)
+
+
+class Texts:
+    """Tokens of rows with a class each; a row without one is marked for the teacher only."""
+
+    def __init__(self, ids: list[Tensor], types: list[Tensor], labels: Tensor, pad_id: int) -> None:
+        self.ends = torch.tensor([0, *itertools.accumulate(map(len, ids))])
+        self.ids, self.types, self.labels, self.pad_id = torch.cat(ids), torch.cat(types), labels, pad_id
+        self.unlabelled = bool((labels == IGNORE).any())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        spans = [slice(int(self.ends[i]), int(self.ends[i + 1])) for i in indices]
+        inputs = {"input_ids": pad_sequence([self.ids[s].long() for s in spans], True, self.pad_id)}
+        types = pad_sequence([self.types[s].long() for s in spans], True)
+        if bool(types.any()):
+            inputs["token_type_ids"] = types
+        lengths = torch.tensor([s.stop - s.start for s in spans])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        labels = self.labels[torch.as_tensor(indices)]
+        heard = torch.ones_like(labels, dtype=torch.bool) if self.unlabelled else None
+        return Batch(inputs, labels, None if bool(mask.all()) else mask, soft_mask=heard)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the tokens and labels."""
+        return digest_of_tensors(self.ends, self.ids, self.types, self.labels)
+
+
+def labelled_rows(spec: TextData, fields: Sequence[str], columns: Sequence[str], key: str) -> Iterator[Row]:
+    """The rows of delimited files, and all that `open_source` reads."""
+    source = open_source(spec, fields, lambda option: key if option in ("paths", "dataset") else f"data.{option}")
+    for file in source.texts:
+        if file.suffix not in (".tsv", ".csv"):
+            raise ValueError(f"{key}: expected .tsv, .csv, .jsonl or .parquet files, got {str(file)!r}; set data.glob")
+        for row in delimited_rows(file, key, columns):
+            # A header that is none would be missed silently: the first text would name a column.
+            if not all(field in row.values for field in fields[:-1]):
+                raise ValueError(
+                    f"{key}: {file}: expected columns {', '.join(fields)}, got {', '.join(row.values)}; name them in data.text"
+                    " and data.label, or in data.columns where the file has no header line"
+                )
+            yield row
+    yield from source.rows()
+
+
+def _label(row: Row, column: str) -> str | None:
+    try:
+        return label_name(row.values.get(column))
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
+
+
+def _windows(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while some := list(itertools.islice(rows, size)):
+        yield some

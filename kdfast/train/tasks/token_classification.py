@@ -1,0 +1,238 @@
+"""A class for each word: entities in BIO tags, parts of speech."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kdfast.models.view import View
+from kdfast.strict import ranged
+from kdfast.text.files import list_files
+from kdfast.text.rows import ROWS, Row, json_rows, parquet_rows
+from kdfast.text.specials import padding_id
+from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.evaluate import Evaluation
+from kdfast.train.tasks.classes import ClassTask, class_scores, class_summary, digest_of_tensors, label_name, split
+from kdfast.train.tasks.task import Splits
+
+
+class Sentence(NamedTuple):
+    """Words with their tags; None: a word without one."""
+
+    words: list[str]
+    tags: list[str | None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Words with tags: files in CoNLL columns (a word a line, a blank line after a sentence), `.jsonl` or `.parquet` files.
+
+    Args:
+        train: files or folders. validation: the same; empty: a seeded share of the training rows is held out.
+        validation_share: that share.
+        glob: which files of a folder.
+        word_column, tag_column: of CoNLL files, from 0; negative numbers count from the end. A line of one column has no tag.
+        words, tags: fields of `.jsonl` and `.parquet` rows, each a list.
+        max_length: most tokens of a row, special ones included; a longer sentence goes on in the next row.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    validation_share: float = ranged(0.05, low=0.0, high=0.5)
+    glob: str = "**/*"
+    word_column: int = 0
+    tag_column: int = -1
+    words: str = "tokens"
+    tags: str = "tags"
+    max_length: int = ranged(128, low=4)
+
+
+class TokenClassification(ClassTask[Data]):
+    """The label of a word stands at its first token. A word without a tag gets a teacher's word only."""
+
+    Data = Data
+    kind = "token_classification"
+
+    def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
+        data = self.data
+        self.pad_id = padding_id(tokenizer, None if tokenizer_file is None else tokenizer_file.parent)
+        train = validation = None
+        if needs_train:
+            if not data.train:
+                raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
+            train = self._read(data.train, tokenizer, "data.train")
+        if data.validation:
+            validation = self._read(data.validation, tokenizer, "data.validation")
+        return split(train, validation, data.validation_share)
+
+    def _read(self, paths: Sequence[str], tokenizer: Tokenizer, key: str) -> Words:
+        data = self.data
+        files = [file for _, file in list_files(paths, data.glob, (), key)]
+        cutting = Tokenizer.from_str(tokenizer.to_str())
+        cutting.enable_truncation(data.max_length)
+        room = data.max_length - tokenizer.num_special_tokens_to_add(False)
+        ids: list[Tensor] = []
+        firsts: list[Tensor] = []
+        tags: list[str | None] = []
+        for file in files:
+            for sentence in sentences(file, data, key):
+                for part in parts(sentence, tokenizer, room):
+                    encoding = cutting.encode(part.words, is_pretokenized=True)
+                    first = first_tokens(encoding.word_ids)
+                    ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
+                    firsts.append(torch.tensor([word is not None for word in first]))
+                    tags += [part.tags[word] for word in first if word is not None]
+        if not tags:
+            raise ValueError(f"{key}: expected at least one word, got none")
+        return Words(ids, firsts, self.ids_of(tags, key), self.pad_id or 0)
+
+    def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
+        assert batch.labels is not None
+        logits = view.logits
+        scores = class_scores(logits.flatten(0, 1), batch.labels.flatten())
+        if not has_entities(self.names):
+            return scores
+        found = torch.zeros(3, dtype=torch.float64)
+        for label_row, said_row in zip(batch.labels.cpu(), logits.argmax(-1).cpu(), strict=True):
+            counted = label_row != IGNORE
+            gold, said = (set(entities([self.names[i] for i in row[counted].tolist()])) for row in (label_row, said_row))
+            found += torch.tensor([len(gold & said), len(said), len(gold)])
+        return {**scores, "entities": found.to(logits.device)}
+
+    def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
+        """entity_f1, entity_precision, entity_recall where the tags are BIO, token accuracy, macro_f1 of tokens, nll, rows."""
+        whole = class_summary(scores)
+        if not scores or "entities" not in scores[0]:
+            return whole
+        right, said, gold = torch.stack([s["entities"] for s in scores]).sum(0).tolist()
+        entity = {
+            "entity_f1": 2 * right / (said + gold) if said + gold else 0.0,
+            "entity_precision": right / said if said else 0.0,
+            "entity_recall": right / gold if gold else 0.0,
+        }
+        return Evaluation(**entity, **whole)
+
+    def headline(self, evaluation: Evaluation) -> str:
+        entity = f"entity F1 {evaluation['entity_f1']:.1%}, " if "entity_f1" in evaluation else ""
+        return f"{entity}token accuracy {evaluation['accuracy']:.1%}"
+
+
+class Words:
+    """Tokens of sentences; a word's label stands at its first token, `IGNORE` at the others."""
+
+    def __init__(self, ids: list[Tensor], firsts: list[Tensor], labels: Tensor, pad_id: int) -> None:
+        self.ends = torch.tensor([0, *itertools.accumulate(map(len, ids))])
+        self.ids, self.firsts, self.pad_id = torch.cat(ids), torch.cat(firsts), pad_id
+        self.labels = torch.full((len(self.ids),), IGNORE)
+        self.labels[self.firsts] = labels
+        self.unlabelled = bool((labels == IGNORE).any())
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        spans = [slice(int(self.ends[i]), int(self.ends[i + 1])) for i in indices]
+        ids = pad_sequence([self.ids[s].long() for s in spans], True, self.pad_id)
+        labels = pad_sequence([self.labels[s] for s in spans], True, IGNORE)
+        lengths = torch.tensor([s.stop - s.start for s in spans])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        heard = pad_sequence([self.firsts[s] for s in spans], True) if self.unlabelled else None
+        return Batch(ids, labels, None if bool(mask.all()) else mask, soft_mask=heard)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the tokens and labels."""
+        return digest_of_tensors(self.ends, self.ids, self.labels, self.firsts)
+
+
+def sentences(file: Path, data: Data, key: str) -> Iterator[Sentence]:
+    """The sentences of a file, of whichever kind it is."""
+    if file.suffix in ROWS:
+        fields = (data.words, data.tags)
+        yield from (_listed(row, fields) for row in (json_rows if file.suffix == ".jsonl" else parquet_rows)(file, key, fields))
+        return
+    words: list[str] = []
+    tags: list[str | None] = []
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.rstrip("\r\n")
+            columns = line.split("\t") if "\t" in line else line.split()
+            if not line.strip() or columns[0] == "-DOCSTART-":
+                if words:
+                    yield Sentence(words, tags)
+                words, tags = [], []
+                continue
+            try:
+                words.append(columns[data.word_column])
+                tags.append(None if len(columns) == 1 else label_name(columns[data.tag_column].strip()))
+            except IndexError:
+                wanted = f"{data.word_column} and {data.tag_column}"
+                raise ValueError(
+                    f"{key}: {file}, line {number}: expected columns {wanted}, got {len(columns)} columns"
+                ) from None
+    if words:
+        yield Sentence(words, tags)
+
+
+def _listed(row: Row, fields: tuple[str, str]) -> Sentence:
+    words, tags = (row.values.get(field) for field in fields)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{row.where}: expected a list of words in {fields[0]}")
+    if tags is not None and (not isinstance(tags, list) or len(tags) != len(words)):
+        raise ValueError(f"{row.where}: expected a list of {len(words)} tags in {fields[1]}, as many as words")
+    try:
+        return Sentence(words, [None] * len(words) if tags is None else [label_name(tag) for tag in tags])
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
+
+
+def parts(sentence: Sentence, tokenizer: Tokenizer, room: int) -> Iterator[Sentence]:
+    """The sentence in as many parts as it takes for each to have at most `room` tokens; only a word longer than that is cut."""
+    encoding = tokenizer.encode(sentence.words, is_pretokenized=True, add_special_tokens=False)
+    sizes = [0] * len(sentence.words)
+    for word in encoding.word_ids:
+        if word is not None:
+            sizes[word] += 1
+    begin = filled = 0
+    for word, size in enumerate(sizes):
+        if filled and filled + size > room:
+            yield Sentence(sentence.words[begin:word], sentence.tags[begin:word])
+            begin, filled = word, 0
+        filled += size
+    if filled:
+        yield Sentence(sentence.words[begin:], sentence.tags[begin:])
+
+
+def first_tokens(words: Sequence[int | None]) -> list[int | None]:
+    """For each token the word it begins, None where it begins none."""
+    return [word if word is not None and (i == 0 or words[i - 1] != word) else None for i, word in enumerate(words)]
+
+
+def has_entities(names: Sequence[str]) -> bool:
+    """Whether tags are BIO: `O`, and each other a `B-` or `I-` with a type."""
+    return "O" in names and len(names) > 1 and all(name == "O" or name.startswith(("B-", "I-")) for name in names)
+
+
+def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(first word, one past the last, type) of each entity.
+
+    As in the CoNLL evaluation one begins at a `B-`, and at an `I-` after an `O` or after another type.
+    """
+    found: list[tuple[int, int, str]] = []
+    begin, current = 0, ""
+    for i, tag in enumerate([*tags, "O"]):
+        kind = "" if tag == "O" else tag[2:]
+        if current and (tag.startswith("B-") or kind != current):
+            found.append((begin, i, current))
+            current = ""
+        if kind and not current:
+            begin, current = i, kind
+    return found
