@@ -43,7 +43,7 @@ class Plan:
     vocab_size: int = 4096
     length: int = 128
     batch_size: int = 8
-    teacher_steps: int = 1000
+    teacher_steps: int = 700
     student_sequences: int = 800
     student_steps: int = 800
     eval_every: int = 100
