@@ -41,7 +41,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--limit", type=int, default=0, help="read so many sequences at most (default: all)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU when there is one)")
     parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the weights (default: as stored)"
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights (default: as stored)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

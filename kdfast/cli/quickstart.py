@@ -83,7 +83,9 @@ def measure(job: Job) -> dict[str, Any]:
     return {
         "teacher": job.test(corpus, teacher), **students, "cache": cache, "speed": speed(), "seeds": job.seeds,
         "data": {"folder": corpus.folder, "files": dict(zip(("train", "validation", "test"), corpus.files, strict=True)),
-                 "train_tokens": text, "student_tokens": own, "hash": corpus.train.digest},
+                 "train_tokens": text, "student_tokens": own, "hash": corpus.train.digest,
+                 "teacher_tokens_read": min(plan.teacher_steps * plan.batch_size * plan.length, text),
+                 "student_epochs": plan.student_steps * plan.batch_size * plan.length / own},
         "loss": {"temperature": plan.temperature, "soft_weight": plan.soft_weight, "hard_weight": plan.hard_weight},
         "environment": environment(),
     }  # fmt: skip

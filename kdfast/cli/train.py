@@ -16,8 +16,8 @@ def add_parser(subparsers: Any) -> None:
         "  kdfast train --keys                             every key of a recipe: type, default, meaning\n"
         "  kdfast train --keys word_kd                     the options of a method, or data and options of a task\n"
         "  torchrun --nproc-per-node 4 -m kdfast.cli train student.yaml shard=fsdp\n",
-        description="Trains what a recipe says; stopped or killed and run again, it goes on from the last checkpoint to the same"
-        " result.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trains what a recipe says; stopped or killed and run again, it goes on from the last checkpoint to the"
+        " same result.", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("recipe", nargs="?", help="a YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values as in YAML")
