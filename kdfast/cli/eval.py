@@ -3,56 +3,107 @@
 from __future__ import annotations
 
 import argparse
+import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from kdfast.files import json_text
+#: What a recipe calls otherwise than a flag is called.
+_FLAGS = {"validation": "data", "train": "data"}
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval", help="perplexity and top-1 accuracy of a model on text files",
         epilog="example: kdfast eval runs/word_kd/model --data held_out/ --glob '**/*.txt'",
-        description="Evaluates the model in a local folder (config.json, safetensors weights, tokenizer.json) on text files.",
+        description="Evaluates the model in a folder (config.json, safetensors weights, tokenizer.json) on files, through its"
+        " head where that can be named: logits are never formed whole. What stands around documents is what the tokenizer and"
+        " the model's configuration say.",
     )  # fmt: skip
-    parser.add_argument("model", help="a folder with config.json and safetensors weights")
-    parser.add_argument("--data", nargs="+", required=True, help="text files or folders")
+    parser.add_argument("model", help="a folder with config.json and safetensors weights, or a hub name")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILES", help="files or folders")
     parser.add_argument("--glob", default="**/*.txt", help="which files of a folder (default %(default)s)")
+    parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to leave out")
+    parser.add_argument("--task", help="what the data are (default: by the model's config.json; kdfast train --keys task)")
     parser.add_argument("--tokenizer", help="tokenizer.json or its folder (default: the model's folder)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens per sequence (default %(default)s)")
+    parser.add_argument(
+        "--special-tokens", choices=["auto", "none"], default="auto", help="auto: around documents what the tokenizer and the"
+        " model's configuration say; none: only what --separator and --end name",
+    )  # fmt: skip
+    parser.add_argument("--separator", metavar="TOKEN", help="after each text")
+    parser.add_argument("--end", metavar="TOKEN", help="after each completion")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the task's data, as under data: in a recipe"
+        " (kdfast train --keys causal_lm)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=0, help="read so many sequences at most (default: all)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU when there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights (default: as stored)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("sequence_length", "batch_size"):
-        low = 2 if name == "sequence_length" else 1
+    for name, low in (("sequence_length", 2), ("batch_size", 1), ("limit", 0)):
         if getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number >= {low}, got {getattr(args, name)}")
 
+    from kdfast.files import json_text
+
+    try:
+        found, headline = _scores(args)
+    except ValueError as error:
+        raise ValueError(_with_flags(str(error))) from None
+    if args.json:
+        print(json_text(found))
+    elif "ppl" in found:
+        print(f"perplexity {found.ppl:.3f}, {found.nll:.4f} nats a token, top-1 {found.top1:.2%}, {found.tokens:,} tokens")
+    else:
+        print(headline)
+    return 0
+
+
+def _scores(args: argparse.Namespace) -> tuple[Any, str]:
+    """The scores, and what the task says of them."""
     import torch
 
-    from kdfast.cli.cache_build import flag
-    from kdfast.text import TextData
-    from kdfast.text.documents import Corpus
-    from kdfast.text.files import list_files
-    from kdfast.text.packing import pack
+    from kdfast.models.load import kind_of, load_folder, resolve_folder
+    from kdfast.strict import build, override
     from kdfast.text.tokenizers import load_tokenizer
-
-    data = TextData(paths=tuple(args.data), glob=args.glob, sequence_length=args.sequence_length)
-    tokenizer, _ = load_tokenizer(args.tokenizer or args.model)
-    specials = Corpus(data, tokenizer, args.model, name=flag).specials
-    files = [file for _, file in list_files(args.data, args.glob, key="--data", glob_key="--glob")]
-    ids = pack(tokenizer, files, args.sequence_length, specials, "--data")
-
-    from kdfast.models.load import load_folder
-    from kdfast.train.data import Sequences
     from kdfast.train.evaluate import evaluate
+    from kdfast.train.recipe import named
+    from kdfast.train.tasks import task_class
 
-    model = load_folder(args.model, "model").to("cuda" if torch.cuda.is_available() else "cpu")
-    found = evaluate(model, Sequences(ids), batch_size=args.batch_size)
-    if args.json:
-        print(json_text(dict(found)))
-    else:
-        print(f"perplexity {found.ppl:.3f}, {found.nll:.4f} nats a token, top-1 {found.top1:.2%}, {found.tokens:,} tokens")
-    return 0
+    folder = resolve_folder(args.model, "model")
+    chosen = named(args.task or kind_of(folder), "task")
+    cls = task_class(chosen.name)
+    known = {name: getattr(args, name) for name in ("glob", "exclude", "sequence_length", "special_tokens", "separator", "end")}
+    # A task without one of these has no use for its default.
+    given = {name: value for name, value in known.items() if name in cls.Data.__dataclass_fields__}
+    data = build(cls.Data, override({**given, "validation": args.data}, args.set), "data")
+    tokenizer, file = load_tokenizer(args.tokenizer or folder) if cls.needs_tokenizer else (None, None)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    task = cls(chosen.options, data)
+    with tempfile.TemporaryDirectory() as kept:
+        rows = task.open(tokenizer, file, Path(kept), needs_train=False).validation
+        if rows is None:
+            raise ValueError(f"--data: expected rows for {chosen.name}, got none")
+        model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype).to(device)
+        found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
+    return found, task.headline(found)
+
+
+def _with_flags(message: str) -> str:
+    """`data.sequence_length: ...` as the command line has it."""
+
+    def flag(match: re.Match[str]) -> str:
+        return f"--{_FLAGS.get(match[1], match[1]).replace('_', '-')}"
+
+    return re.sub(r"^(tokenizer|task)(?=[: ])", r"--\1", re.sub(r"\bdata\.(\w+)", flag, message))

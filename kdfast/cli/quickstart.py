@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from kdfast.cli.progress import bar
     from kdfast.cli.quickstart_job import Job, Plan
     from kdfast.cli.quickstart_report import draw, show
-    from kdfast.train.run_folder import write_json
+    from kdfast.files import json_text, write_json
 
     began = time.perf_counter()
     lines = sys.stderr if args.json else sys.stdout
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(job.out / "summary.json", summary)
     draw(job.out, seeds, summary)
     if args.json:
-        print(json.dumps(summary))
+        print(json_text(summary))
     else:
         show(summary, job.out)
     return 0
@@ -71,42 +70,45 @@ def measure(job: Job) -> dict[str, Any]:
 
     plan = job.plan
     corpus = job.corpus()
-    job.say(f"corpus: {corpus.train.ids.numel():,} training tokens from {corpus.folder}, split by file {corpus.files}")
+    text, own = corpus.train.ids.numel(), corpus.transfer.ids.numel()
+    job.say(f"corpus: {text:,} tokens for the teacher, {own:,} others for students, from {corpus.folder}")
     teacher = job.teacher(corpus)
     job.say(f"teacher: {plan.teacher_steps} steps in {teacher.seconds:.0f} s")
-    data = job.students_data(corpus, plan.student_steps)
-    cache = job.capture(corpus, data, teacher)
+    cache = job.capture(corpus, teacher)
     job.say(f"cache: {cache['tokens']:,} tokens, {cache['bytes_per_token']:.0f} bytes each, KL {cache['kl']:.1e}")
-    students = _students(job, corpus, data, cache["capture_seconds"])
+    students = _students(job, corpus, cache["capture_seconds"])
     job.say("speed: kd_loss and linear_kd_loss against plain PyTorch")
     from kdfast.train.run_folder import environment
 
     return {
         "teacher": job.test(corpus, teacher), **students, "cache": cache, "speed": speed(), "seeds": job.seeds,
         "data": {"folder": corpus.folder, "files": dict(zip(("train", "validation", "test"), corpus.files, strict=True)),
-                 "train_tokens": corpus.train.ids.numel(), "student_tokens": data.ids.numel(), "hash": corpus.train.digest},
+                 "train_tokens": text, "student_tokens": own, "hash": corpus.train.digest,
+                 "teacher_tokens_read": min(plan.teacher_steps * plan.batch_size * plan.length, text),
+                 "student_epochs": plan.student_steps * plan.batch_size * plan.length / own},
         "loss": {"temperature": plan.temperature, "soft_weight": plan.soft_weight, "hard_weight": plan.hard_weight},
         "environment": environment(),
     }  # fmt: skip
 
 
-def _students(job: Job, corpus: Corpus, data: Any, capture_seconds: float) -> dict[str, Any]:
-    """Every student of every seed: `ce` and `kd` at equal steps, `ce_longer` given the capture time as steps."""
+def _students(job: Job, corpus: Corpus, capture_seconds: float) -> dict[str, Any]:
+    """Every student of every seed: `ce` and `kd` at equal steps, `ce_longer` at the seconds of capture and `kd`."""
     found: dict[str, list[dict[str, float]]] = {"ce": [], "kd": [], "ce_longer": []}
     for seed in job.seeds:
-        job.say(f"students of seed {seed}: hard labels, from the cache, hard labels given the capture time too")
-        plain = job.student("ce", corpus, data, job.plan.student_steps, seed)
-        found["ce"].append(job.test(corpus, plain))
-        found["kd"].append(job.test(corpus, job.student("kd", corpus, data, job.plan.student_steps, seed)))
-        longer = job.longer_steps(plain, capture_seconds)
-        more = job.students_data(corpus, longer)
-        found["ce_longer"].append(job.test(corpus, job.student("ce_longer", corpus, more, longer, seed)))
+        job.say(f"students of seed {seed}: hard labels, from the cache, hard labels for as long as capture and that one")
+        plain = job.student("ce", corpus, job.plan.student_steps, seed)
+        distilled = job.student("kd", corpus, job.plan.student_steps, seed)
+        longer = job.student("ce_longer", corpus, job.longer_steps(plain, distilled, capture_seconds), seed)
+        for name, result in (("ce", plain), ("kd", distilled), ("ce_longer", longer)):
+            found[name].append(job.test(corpus, result))
     return {f"student_{name}": _over_seeds(rows) for name, rows in found.items()}
 
 
 def _over_seeds(rows: list[dict[str, float]]) -> dict[str, Any]:
     """Means over the seeds, the spread (largest - smallest) of the perplexity, and each seed's own numbers."""
-    out: dict[str, Any] = {key: statistics.fmean(row[key] for row in rows) for key in ("ppl", "top1", "seconds", "steps")}
-    out["ppl_spread"] = max(row["ppl"] for row in rows) - min(row["ppl"] for row in rows)
-    out["per_seed"] = {key: [row[key] for row in rows] for key in ("ppl", "top1", "seconds", "steps")}
+    keys = ("ppl", "top1", "seconds", "steps", "best_ppl", "best_step")
+    out: dict[str, Any] = {key: statistics.fmean(row[key] for row in rows) for key in keys}
+    for key in ("ppl", "best_ppl"):
+        out[f"{key}_spread"] = max(row[key] for row in rows) - min(row[key] for row in rows)
+    out["per_seed"] = {key: [row[key] for row in rows] for key in keys}
     return out
