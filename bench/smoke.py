@@ -76,9 +76,8 @@ def _logits() -> list[Call]:
         short = str(dtype).removeprefix("torch.")
         for vocab in (1, 50257, 128256):
             for t in (1.0, 2.0):
-                found.append(
-                    Call(f"kd_loss {short} V={vocab} T={t:g}", _rows(vocab), _kd(temperature=t, **both), ("student",), dtype)
-                )
+                name = f"kd_loss {short} V={vocab} T={t:g}"
+                found.append(Call(name, _rows(vocab), _kd(temperature=t, **both), ("student",), dtype))
     half, rows = torch.bfloat16, _rows(50257)
     found += [
         Call("kd_loss float16", rows, _kd(temperature=2.0, **both), ("student",), torch.float16),
@@ -165,7 +164,7 @@ def _linear() -> list[Call]:
         Call("linear_kd_loss bfloat16", _heads(), kd(), trained, torch.bfloat16, product=True),
         Call("linear_kd_loss float32", _heads(), kd(), trained, torch.float32, product=True),
         Call("linear_kd_loss float16", _heads(), kd(), trained, torch.float16, product=True),
-        Call("linear_kd_loss bfloat16 logits", _heads(), kd(logits_dtype=torch.bfloat16), trained, torch.bfloat16, product=True),
+        Call("linear_kd_loss half logits", _heads(), kd(logits_dtype=torch.bfloat16), trained, torch.bfloat16, product=True),
         Call("linear_kd_loss parts", _heads(), kd(return_parts=True), trained, torch.bfloat16, product=True),
         Call("linear_kd_loss rows", _heads(), kd(reduction="none"), trained, torch.bfloat16, product=True),
         Call("linear_topk", _heads(), sparse, trained, torch.bfloat16, product=True),
@@ -335,15 +334,16 @@ def launch_check(wanted: Sequence[str]) -> int:
                     traceback.print_exc()
     kernels = collections.Counter(name for name, _ in seen)
     listed = ", ".join(f"{name} {n}" for name, n in kernels.most_common())
-    print(
-        f"{failed} calls failed; {len(seen)} launches in {time.perf_counter() - began:.0f} s, triton {triton.__version__}: {listed}"
-    )
+    seconds = time.perf_counter() - began
+    print(f"{failed} calls failed; {len(seen)} launches in {seconds:.0f} s, triton {triton.__version__}: {listed}")
     return failed
 
 
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="kdfast bench smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog="example: kdfast bench smoke --launch kd_loss")  # fmt: skip
+    p = argparse.ArgumentParser(
+        prog="kdfast bench smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: kdfast bench smoke --launch kd_loss",
+    )  # fmt: skip
     p.add_argument("calls", nargs="*", help="words in the names of the calls to make; none: all")
     p.add_argument("--launch", action="store_true", help="compile for sm_90 what would be launched; needs no GPU")
     p.add_argument("--part", default="0/1", metavar="I/N", help="every N-th call, from the I-th")

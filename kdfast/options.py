@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _SCHEMA_TYPE = {"float": "float", "int": "int", "bool": "bool", "str": "str", "tuple[float, ...]": "float[]"}
 

@@ -119,7 +119,7 @@ def delimited_rows(file: Path, option: str, columns: Sequence[str] = ()) -> Iter
     """
     quoting = {"quoting": csv.QUOTE_NONE, "delimiter": "\t"} if file.suffix == ".tsv" else {"strict": True}
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        reader = csv.reader(lines, **quoting)  # type: ignore[arg-type]
+        reader = csv.reader(lines, **quoting)
         names = list(columns)
         try:
             for values in reader:

@@ -268,7 +268,8 @@ class _Run:
         norm = torch.as_tensor(accelerator.clip_grad_norm_(self.module.parameters(), clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        constants = {k: objective.now[k] for k in ("temperature", "soft_weight", "hard_weight") if k in objective.now}
+        names = [name for name in ("temperature", "soft_weight", "hard_weight") if name in objective.now]
+        constants: dict[str, float] = {name: objective.now[name] for name in names}
         log.add(step, lr, total, norm, metrics, tokens, {**constants, "data_wait_s": round(waited, 5)})
         return total
 
@@ -314,6 +315,7 @@ class _Run:
             return
         batch = self._read(self.first_step)[0].to(self.accelerator.device)
         for view in self._views(batch, Needs()):
+            assert batch.labels is not None
             self.say(f"alignment: {check_alignment(targets_in(view), batch.labels)}")
 
     def _check_vocabulary(self) -> None:
@@ -326,7 +328,7 @@ class _Run:
                 " set student.config.vocab_size"
             )
         for teacher in self.inputs.teachers:
-            its = teacher.info.vocab_size if teacher.info is not None else vocab_of(teacher.model)  # type: ignore[union-attr]
+            its = teacher.info.vocab_size if teacher.info is not None else vocab_of(teacher.model)
             if its is not None and its < wanted:
                 raise ValueError(f"teacher: its vocabulary has {its} ids, expected at least the data's {wanted}")
             # Heads padded to another size are one vocabulary only when the tokenizers are known to be one.
