@@ -123,7 +123,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str
     raise RuntimeError(f"no backend can run {op} on {device}: {'; '.join(reasons)}")
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler: where a process' first call is a compiled one,
+# What torch.compiler.assume_constant_result does, without importing the compiler: where the first call is a compiled one,
 # looking for extensions (and warning) is done while the graph is traced and is no part of it.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
