@@ -123,6 +123,11 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None) -> str
     raise RuntimeError(f"no backend can run {op} on {device}: {'; '.join(reasons)}")
 
 
+# What torch.compiler.assume_constant_result does, without importing the compiler: where the first call is a compiled one,
+# looking for extensions (and warning) is done while the graph is traced and is no part of it.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def kernel(op: str, backend: str) -> ModuleType:
     """The module that holds the kernels of `op` in `backend`, or in the one it gives way to."""

@@ -21,7 +21,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_rever
 #: How several teachers become one distribution: the weighted mean of their tempered probabilities, or of their logits.
 TEACHER_MIXES = ("probs", "logits")
 #: Columns of the per-row metrics a kernel fills when asked for parts, in this order.
-PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1_agreement")
+PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1_agreement", "student_entropy")
 
 
 class _OpOptions:

@@ -288,6 +288,7 @@ def test_parts(pair: str, vs: int, vt: int, mode: str, temperature: float, walk:
         "teacher_nll": -log_p.gather(1, at)[:, 0],
         "teacher_entropy": torch.special.entr(log_p.exp()).sum(-1),
         "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double(),
+        "student_entropy": torch.special.entr(log_q.exp()).sum(-1),
     }
     assert tuple(wanted) == PARTS
     for column, (name, value) in enumerate(wanted.items()):

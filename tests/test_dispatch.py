@@ -200,3 +200,15 @@ def test_forked_workers_do_not_hang() -> None:
     values = torch.cat(list(loader))
     assert torch.equal(values[0, 0], parent[0])
     assert (values[:, 1] == 1).all()
+
+
+@pytest.mark.parametrize("loss", ["kd_loss(x, x)", "topk_kd_loss(x, topk_targets(x, 3))", "linear_kd_loss(x, x, x, x)"])
+def test_the_first_call_of_a_process_may_be_compiled(loss: str) -> None:
+    """Which backend there is, is found out while the graph is traced."""
+    code = (
+        "import torch; from kdfast import kd_loss, linear_kd_loss, topk_kd_loss, topk_targets\n"
+        f"f = torch.compile(lambda x: {loss}, fullgraph=True, backend='eager')\n"
+        "x = torch.randn(4, 8, requires_grad=True); f(x).backward(); assert x.grad.isfinite().all()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

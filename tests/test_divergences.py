@@ -218,6 +218,7 @@ def test_parts_of_an_ensemble(backend: str) -> None:
         "teacher_nll": -log_p.gather(1, labels.clamp(0)[:, None])[:, 0],
         "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
         "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double(),
+        "student_entropy": torch.special.entr(log_q.exp()).sum(-1),
     }
     for name, rows in expected.items():
         part = getattr(parts, name)

@@ -250,6 +250,7 @@ def test_parts_match_plain_pytorch() -> None:
         "teacher_nll": F.nll_loss(log_p, labels[keep]),
         "teacher_entropy": torch.special.entr(log_p.exp()).sum(-1).mean(),
         "top1_agreement": (log_q.argmax(-1) == log_p.argmax(-1)).double().mean(),
+        "student_entropy": torch.special.entr(log_q.exp()).sum(-1).mean(),
     }
     for name, value in wanted.items():
         assert abs(float(getattr(parts, name).mean) - float(value)) <= 1e-5 * max(1, abs(float(value))), name

@@ -243,6 +243,7 @@ def test_parts(vs: int, vt: int, temperature: float, backend: str) -> None:
         "teacher_nll": torch.nn.functional.nll_loss(log_p1, y, reduction="sum"),
         "teacher_entropy": -(log_p1.exp() * log_p1).sum(),
         "top1_agreement": (s[:, :common].argmax(-1) == t[:, :common].argmax(-1)).sum().double(),
+        "student_entropy": torch.special.entr(s[:, :common].softmax(-1)).sum(),
     }
     for name, value in expected.items():
         part = getattr(parts, name)

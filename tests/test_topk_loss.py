@@ -267,6 +267,34 @@ def test_parts(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("tail", ["ghost", "uniform", "renormalize", "none"])
+def test_student_entropy(tail: str, temperature: float, dtype: torch.dtype, backend: str) -> None:
+    """Over the targets' vocabulary at T = 1, wherever the largest logits stand, after the head; no NaN from excluded ids."""
+    width, vocab, k = 5000, 4990, 7
+    teacher = torch.randn(6, vocab)
+    student = torch.randn(6, width) * torch.tensor([0.1, 1.0, 3.0, 8.0, 1.0, 1.0])[:, None]
+    student[1] += torch.linspace(-600, 600, width)  # the maximum rises block by block
+    student[2] += torch.linspace(600, -600, width)
+    student[4, : vocab - 1], student[5, 100:4900] = -torch.inf, -torch.inf  # one id is left; most are excluded
+    student, labels = student.to(dtype), torch.tensor([1, 2, 3, 4, width - 1, 0])
+    targets = topk_targets(teacher, k, temperatures=(1.0, 2.0, 3.0))
+    for head in (Head(), Head(softcap=30.0), Head(scale=0.5)):
+        z = student.double() * head.scale
+        z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        truth = torch.special.entr(z[:, :vocab].softmax(-1)).sum(-1)
+        options = {"tail": tail, "temperature": temperature, "student_head": head, "return_parts": True}
+        with use_backend(backend):
+            for row in range(6):
+                _, parts = topk_kd_loss(student[row : row + 1], targets[row : row + 1], labels[row : row + 1], **options)
+                torch.testing.assert_close(parts.student_entropy.sum.double(), truth[row], rtol=2e-5, atol=1e-5)
+            _, parts = topk_kd_loss(student, targets, torch.where(labels < 3, labels, -100), **options)
+        assert parts.student_entropy.count == 3
+        torch.testing.assert_close(parts.student_entropy.sum.double(), truth[[0, 1, 5]].sum(), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_and_opcheck(backend: str) -> None:
     student, teacher, labels = torch.randn(5, 40), torch.randn(5, 40), torch.randint(0, 40, (5,))
 

@@ -33,7 +33,7 @@ struct RowSums {
 };
 
 struct Values {
-    double soft = 0, slope = 0, kl_at_1 = 0, entropy = 0;
+    double soft = 0, slope = 0, kl_at_1 = 0, entropy = 0, student_entropy = 0;
 };
 
 // Gradient of a row: soft * (slope - q * mean_slope) + hard * q_1 - constant, and -label at the label.
@@ -169,7 +169,7 @@ Values next_pass(Source s, Room& room, Sink g, int64_t common, const RowSums& su
         const float* zt = room.at_t.block(begin, n, room.teacher);
         const float* zt1 = kWithParts && room.at_1.mixes_probs() ? room.at_1.block(begin, n, room.teacher_1) : zt;
         float* out = kGrad ? g.block(begin, n, room.grad) : nullptr;
-        vec soft{}, slope{}, kl{}, entropy{};
+        vec soft{}, slope{}, kl{}, entropy{}, student_entropy{};
         for (int64_t i = 0; i < padded(n); i += W) {
             const vec x = load(zs + i), y = load(zt + i);
             const vec us = q.shifted_2(x), ut = p.shifted_2(y);
@@ -186,6 +186,7 @@ Values next_pass(Source s, Room& room, Sink g, int64_t common, const RowSums& su
                 const vec pv1 = exp_at_1<kPower>(et, y1, p1.anchor) * p1.factor;
                 kl += kl_term(pv1, qv1, (ut1 - us1) + log_ratio_1);
                 entropy += pv1 * (p1.log_sum - ut1);
+                student_entropy += qv1 * (q1.log_sum - us1);
             }
             if (kGrad) {
                 vec grad = soft_gradient<D>(pair, c, f);
@@ -199,6 +200,7 @@ Values next_pass(Source s, Room& room, Sink g, int64_t common, const RowSums& su
         total.slope += reduce_add(slope);
         total.kl_at_1 += reduce_add(kl);
         total.entropy += reduce_add(entropy);
+        total.student_entropy += reduce_add(student_entropy);
     }
     return total;
 }
@@ -316,7 +318,8 @@ void one_row(const LogitsArgs& a, int64_t r, Room& room) {
     if (kWithParts) {
         const float kl = infinite && o.kind == Kind::forward_kl ? kInf : float(values.kl_at_1);
         const float teacher_nll = labelled ? float(sums.lse_t1 - label.teacher_1) : 0;
-        const float parts[kParts] = {soft, nll, z, kl, teacher_nll, float(values.entropy), sums.agree ? 1.0f : 0.0f};
+        const float parts[kParts] = {
+            soft, nll, z, kl, teacher_nll, float(values.entropy), sums.agree ? 1.0f : 0.0f, float(values.student_entropy)};
         std::copy_n(parts, kParts, a.parts + r * kParts);
     }
 }

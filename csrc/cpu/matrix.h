@@ -25,6 +25,6 @@ struct Head {
     bool trivial() const { return softcap == 0 && scale == 1; }
 };
 
-constexpr int kParts = 7;  // soft, hard, z, kl_at_1, teacher_nll, teacher_entropy, top1_agreement
+constexpr int kParts = 8;  // kdfast.options.PARTS
 
 }  // namespace kdfast

@@ -152,8 +152,8 @@ inline vec exp_at_1(vec e, vec z, float anchor) {
     return exp(max(set(kLowest), z - anchor));
 }
 
-// Log-sum-exps of one row at T and (kAt1) at 1, block by block around a running maximum.
-template <bool kAt1, int kPower>
+// Log-sum-exps of one row at T and (kAt1) at 1, block by block around a running maximum; with kMean the mean logit at 1 too.
+template <bool kAt1, int kPower, bool kMean = false>
 class OnlineSum {
   public:
     explicit OnlineSum(float inverse_t) : inverse_t_(inverse_t), binary_t_(inverse_t * kLog2e) {}
@@ -174,29 +174,38 @@ class OnlineSum {
         if (top > anchor_) {
             if (started_) {
                 sum_ *= std::exp((double(anchor_) - top) * inverse_t_);
-                if (kAt1) sum_1_ *= std::exp(double(anchor_) - top);
+                const double step = double(anchor_) - top;
+                if (kMean) above_ = (above_ + step * sum_1_) * std::exp(step);
+                if (kAt1) sum_1_ *= std::exp(step);
             }
             anchor_ = top;
             best_begin_ = begin;
             started_ = true;
         }
         const float anchor = started_ ? anchor_ : 0;
-        vec sum{}, sum_1{};
+        vec sum{}, sum_1{}, above{};
         for (int64_t i = 0; i < m; i += W) {
             __builtin_prefetch(ahead + i * element);
             const vec x = load(z + i);
             const vec e = exp2(max(set(kLowest), (x - anchor) * binary_t_));
             sum += e;
-            if (kAt1) sum_1 += exp_at_1<kPower>(e, x, anchor);
+            const vec e_1 = kAt1 ? exp_at_1<kPower>(e, x, anchor) : vec{};
+            if (kAt1) sum_1 += e_1;
+            if (kMean) above += e_1 * max(set(kLowest), x - anchor);
         }
         sum_ += reduce_add(sum);
         if (kAt1) sum_1_ += reduce_add(sum_1);
+        if (kMean) above_ += reduce_add(above);
     }
 
     float anchor() const { return anchor_; }
     float lowest() const { return lowest_; }  // -inf also stands for padding
     double lse() const { return double(anchor_) * inverse_t_ + std::log(sum_); }
     double lse_at_1() const { return double(anchor_) + std::log(sum_1_); }
+    // What these logits add to the entropy at T = 1 of a row whose log-sum-exp is lse.
+    double entropy_at_1(double lse) const {
+        return sum_1_ == 0 ? 0 : std::exp(lse_at_1() - lse) * ((lse - double(anchor_)) - above_ / sum_1_);
+    }
 
     // First id of the largest logit; looks again at the one block that holds it.
     template <typename Row>
@@ -208,7 +217,7 @@ class OnlineSum {
 
   private:
     float inverse_t_, binary_t_, anchor_ = -kInf, lowest_ = kInf;
-    double sum_ = 0, sum_1_ = 0;
+    double sum_ = 0, sum_1_ = 0, above_ = 0;
     int64_t best_begin_ = 0;
     bool started_ = false;
 };

@@ -9,6 +9,7 @@ namespace {
 struct RowSums {
     float anchor_out = 0;               // the largest logit among the ids in no slot
     double lse_out = 0, lse = 0, lse_1 = 0;
+    double entropy = 0;                 // of the student at T = 1 over the targets' vocabulary; parts only
     double student_sum = 0;             // of its logits, for label smoothing
     bool bad = false;
 };
@@ -25,13 +26,14 @@ struct Room {
     Room(int64_t k, int64_t sets) : entries(k, sets) {}
 };
 
-template <bool kHard, int kPower>
+template <bool kHard, int kPower, bool kWithParts>
 RowSums first_pass(const TopKArgs& a, Source s, Room& room) {
     const float inverse_t = 1.0f / a.options.temperature;
     const Entries& e = room.entries;
     const bool smooth = a.options.label_smoothing != 0;
     RowSums sums;
-    OnlineSum<kHard, kPower> out(inverse_t), in(inverse_t), extra(1.0f);
+    OnlineSum<kHard, kPower, kWithParts> out(inverse_t), in(inverse_t);
+    OnlineSum<false, 0> extra(1.0f);
     size_t next = 0;
     for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
         const int64_t n = std::min(kBlock, a.vocab - begin);
@@ -48,6 +50,7 @@ RowSums first_pass(const TopKArgs& a, Source s, Room& room) {
     sums.bad = e.outside || !std::isfinite(sums.lse) || std::isnan(sums.lse_out);
     if (!kHard) return sums;
     sums.lse_1 = log_add(out.lse_at_1(), in.lse_at_1());
+    if (kWithParts) sums.entropy = out.entropy_at_1(sums.lse_1) + in.entropy_at_1(sums.lse_1);
     for (int64_t begin = a.vocab; begin < a.student.columns; begin += kBlock) {
         const int64_t n = std::min(kBlock, a.student.columns - begin);
         const float* z = s.block(begin, n, room.student);
@@ -206,7 +209,7 @@ void one_row(const TopKArgs& a, int64_t r, Room& room) {
     e.read(a, r, s, kHard ? label : -1);
     RowSums sums;
     if (kForward) {
-        sums = first_pass<kHard, kPower>(a, s, room);
+        sums = kHard && a.parts ? first_pass<kHard, kPower, kHard>(a, s, room) : first_pass<kHard, kPower, false>(a, s, room);
     } else {
         sums.lse_out = stats[0], sums.lse = stats[1], sums.lse_1 = stats[2];
         sums.anchor_out = float(sums.lse_out * o.temperature);
@@ -231,7 +234,7 @@ void one_row(const TopKArgs& a, int64_t r, Room& room) {
     a.loss[r] = sums.bad || e.no_distribution || (a.labels && label < 0) ? kNan : loss;
     if (a.parts) {
         const bool is_kl_at_1 = o.temperature == 1 && o.kind == Kind::forward_kl;
-        const float parts[kParts] = {soft, nll, z, is_kl_at_1 ? soft : kNan, 0, 0, agree ? 1.0f : 0.0f};
+        const float parts[kParts] = {soft, nll, z, is_kl_at_1 ? soft : kNan, 0, 0, agree ? 1.0f : 0.0f, float(sums.entropy)};
         std::copy_n(parts, kParts, a.parts + r * kParts);
     }
 }

@@ -48,6 +48,7 @@ __device__ __forceinline__ void lanes_total(Totals& totals) {
     if (P) {
         totals.kl_at_1 = lanes_sum<kLanes>(totals.kl_at_1);
         totals.entropy = lanes_sum<kLanes>(totals.entropy);
+        totals.student_entropy = lanes_sum<kLanes>(totals.student_entropy);
         totals.best_s = lanes_min<kLanes>(totals.best_s);
         totals.best_t = lanes_min<kLanes>(totals.best_t);
     }

@@ -116,7 +116,7 @@ KDFAST_HD Row row_of(const RowSums& sums, bool has_extra, const Scalars& o, floa
 }
 
 struct Totals {
-    float soft = 0, kl_at_1 = 0, entropy = 0;
+    float soft = 0, kl_at_1 = 0, entropy = 0, student_entropy = 0;
     int best_s = kNoColumn, best_t = kNoColumn;  // first column of the largest logit
 };
 
@@ -151,16 +151,19 @@ KDFAST_HD void column_terms(
         if (A == AtOne::square) g[i] = fmaf(row.of_q * q, q, g[i]);
         if (A == AtOne::own) g[i] = fmaf(row.of_q1, q_at_1(row, s[i]), g[i]);
         if (P) {
-            float p_1 = p, log2_p1 = log2_p;
+            float p_1 = p, log2_p1 = log2_p, q_1 = q, log2_q1 = fmaf(x, o.c, -row.l_s);
             if (A == AtOne::own) {
                 log2_p1 = fmaf(y, kLog2e, -row.l_t1);
                 p_1 = exp2(log2_p1);
+                log2_q1 = fmaf(x, kLog2e, -row.l_s1);
+                q_1 = exp2(log2_q1);
                 float unused;
                 const float d = (y - x) + kLn2 * (row.l_s1 - row.l_t1);
-                forward_kl(p_1, exp2(fmaf(x, kLog2e, -row.l_s1)), d, term, unused);
+                forward_kl(p_1, q_1, d, term, unused);
                 totals.kl_at_1 += term;
             }
             totals.entropy -= p_1 == 0 ? 0.0f : kLn2 * p_1 * log2_p1;
+            totals.student_entropy -= q_1 == 0 ? 0.0f : kLn2 * q_1 * log2_q1;
             if (s[i] == row.m_s && column + i < totals.best_s) totals.best_s = column + i;
             if (t[i] == row.m_t && column + i < totals.best_t) totals.best_t = column + i;
         }
@@ -217,6 +220,7 @@ KDFAST_HD void parts_of(const Outline& row, const Totals& totals, const Logits& 
     parts[4] = !row.has_labels ? 0.0f : row.label_common ? (row.m_t - label.teacher) + kLn2 * row.l_t1 : INFINITY;
     parts[5] = totals.entropy;
     parts[6] = totals.best_s == totals.best_t ? 1.0f : 0.0f;
+    parts[7] = totals.student_entropy;
 }
 
 }  // namespace cluster

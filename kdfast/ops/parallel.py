@@ -178,6 +178,7 @@ def _parts(
         "kl_at_1": sums["kl_at_1"],
         "teacher_nll": teacher_nll,
         "teacher_entropy": sums["teacher_entropy"],
+        "student_entropy": sums["student_entropy"],
         "top1_agreement": best[0] == best[1],
     }
 

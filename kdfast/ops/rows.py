@@ -44,9 +44,10 @@ class Parts(NamedTuple):
     """Metrics of one loss call, from the same pass: nothing here is weighted, scaled by T^2 or differentiable.
 
     soft: divergence at T. hard: student cross-entropy at T=1, without smoothing. z: lse(student)^2 at T=1.
-    kl_at_1: KL(teacher || student) at T=1. teacher_nll: -log p(label) of the teacher at T=1. teacher_entropy: at T=1.
-    top1_agreement: 1 where both argmaxes agree. All in nats but z (nats^2) and the last. `hard` and `teacher_nll` have
-    count 0 without labels.
+    kl_at_1: KL(teacher || student) at T=1. teacher_nll: -log p(label) of the teacher at T=1. teacher_entropy,
+    student_entropy: at T=1, of the distributions that kl_at_1 compares, which have the ids of all sides. top1_agreement: 1
+    where both argmaxes agree. All in nats but z (nats^2) and top1_agreement. `hard` and `teacher_nll` have count 0 without
+    labels.
     """
 
     soft: Part
@@ -56,6 +57,7 @@ class Parts(NamedTuple):
     teacher_nll: Part
     teacher_entropy: Part
     top1_agreement: Part
+    student_entropy: Part
 
 
 @contextlib.contextmanager

@@ -270,7 +270,8 @@ def topk_kd_loss(
         labels, soft_weight, hard_weight, beta, scale_by_t2, ignore_index, shift_labels, token_weight, label_smoothing,
             z_loss, student_head, teacher_weights, reduction, num_items, overwrite_logits, return_parts: as in `kd_loss`. Of the
             parts, `teacher_nll` and `teacher_entropy` spread the tail evenly over the unselected ids (several teachers: means
-            of each one's), `top1_agreement` is with the largest entry, and `kl_at_1` is NaN unless it is the soft term.
+            of each one's), `student_entropy` is over the targets' vocabulary, `top1_agreement` is with the largest entry, and
+            `kl_at_1` is NaN unless it is the soft term.
 
     Raises:
         ValueError: as `kd_loss`; a temperature that was not captured; a student smaller than `targets.vocab_size`; an

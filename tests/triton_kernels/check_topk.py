@@ -251,6 +251,24 @@ def test_parts(device: str) -> None:
             assert torch.allclose(parts[:, i].double(), expected[:, i], rtol=2e-5, atol=1e-6, equal_nan=True), name
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("width", [1003, 1100, 20000])
+def test_student_entropy(width: int, temperature: float, device: str) -> None:
+    """Wherever the largest logits stand; no NaN from excluded ids."""
+    vocab = min(width, 19000)
+    student, teacher = torch.randn(6, width, device=device) * 2, torch.randn(6, vocab, device=device)
+    student[1] += torch.linspace(-300, 300, width, device=device)  # the maximum rises tile by tile
+    student[2] += torch.linspace(300, -300, width, device=device)
+    student[4, : vocab - 1], student[5, 9 : vocab - 9] = -torch.inf, -torch.inf  # one id is left; most are excluded
+    options = RowOptions(temperature=temperature, student_softcap=50.0 if width == 1100 else 0.0)
+    rows = tables(captured(teacher, 16, temperature), options)
+    _, _, parts = topk.forward(student, rows, None, torch.ones(6, device=device), options, vocab, False, True, None)
+    z = student.double()
+    z = 50 * torch.tanh(z / 50) if width == 1100 else z
+    truth = torch.special.entr(z[:, :vocab].softmax(-1)).sum(-1)
+    torch.testing.assert_close(parts[:, PARTS.index("student_entropy")].double(), truth, rtol=2e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("spread", [False, True], ids=["ghost", "uniform"])
 def test_gradient_in_the_place_of_the_student(spread: bool, device: str) -> None:
     student, teacher, labels, scale = batch(5100, 5003, torch.bfloat16, device)

@@ -27,6 +27,11 @@ def through_head(z: Tensor, softcap: float, scale: float) -> Tensor:
     return z if softcap == 0 else softcap * torch.tanh(z / softcap)
 
 
+def entropy(log_p: Tensor) -> Tensor:
+    """Of each row, in nats; what has no probability adds nothing."""
+    return -torch.where(log_p.isneginf(), 0, log_p.exp() * log_p).sum(-1)
+
+
 def hard_loss(z: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each row at T = 1; NaN where the label is outside the vocabulary."""
     at_label = z.log_softmax(-1).gather(1, labels.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
@@ -105,7 +110,8 @@ def _parts_at_1(z_s: Tensor, z_t: list[Tensor], labels: Tensor | None, options: 
     return {
         "kl_at_1": divergence.forward_kl(log_p, log_q),
         "teacher_nll": teacher_nll,
-        "teacher_entropy": -torch.where(log_p.isneginf(), 0, log_p.exp() * log_p).sum(-1),
+        "teacher_entropy": entropy(log_p),
+        "student_entropy": entropy(log_q),
         "top1_agreement": (log_p.argmax(-1) == z_s.argmax(-1)).to(log_p.dtype),
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backends.reference import divergence
-from kdfast.backends.reference.logits import poison, through_head, wide
+from kdfast.backends.reference.logits import entropy, poison, through_head, wide
 from kdfast.options import RowOptions
 
 _ELEMENTS = 1 << 22
@@ -72,7 +72,7 @@ def log_sums(student: Tensor, teachers: Sequence[Tensor], options: RowOptions, n
 
 #: What `row_sums` adds up over the ids of a slice. With a label outside the slice its columns are 0.
 SUMS = ("value", "slope", "label_hits", "label_logit", "logits")
-PART_SUMS = ("kl_at_1", "teacher_entropy", "teacher_hits", "teacher_label")
+PART_SUMS = ("kl_at_1", "teacher_entropy", "student_entropy", "teacher_hits", "teacher_label")
 #: And what it finds there: the largest value and its id, of the student and of the teachers' distribution at 1.
 BESTS = ("student_best", "student_best_id", "teacher_best", "teacher_best_id")
 
@@ -117,7 +117,8 @@ def _sums_at_1(r: _Rows, labels: Tensor | None, lses: Tensor) -> dict[str, Tenso
     log_q, log_p = r.log_q(lses[:, at], 1.0), r.log_p(lses[:, at + 1 :], 1.0)
     columns = {
         "kl_at_1": divergence.forward_kl(log_p, log_q),
-        "teacher_entropy": -torch.where(log_p.isneginf(), 0, log_p.exp() * log_p).sum(-1),
+        "teacher_entropy": entropy(log_p),
+        "student_entropy": entropy(log_q),
     }
     columns["student_best"], columns["student_best_id"] = r.z_s.max(-1)
     columns["teacher_best"], columns["teacher_best_id"] = log_p.max(-1)

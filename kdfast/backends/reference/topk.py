@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backends.reference import logits
-from kdfast.backends.reference.logits import poison, through_head, wide
+from kdfast.backends.reference.logits import entropy, poison, through_head, wide
 from kdfast.options import MASS_ERROR, PARTS, Head, RowOptions, weighted
 
 
@@ -137,6 +137,7 @@ def forward(
         kl_at_1 = soft if options.temperature == 1 and options.kind == "forward_kl" else torch.full_like(soft, torch.nan)
         unknown = torch.zeros_like(soft)
         columns |= {"soft": soft, "kl_at_1": kl_at_1, "teacher_nll": unknown, "teacher_entropy": unknown,
+                    "student_entropy": entropy(z[:, :vocab_size].log_softmax(-1)),
                     "top1_agreement": (z[:, :vocab_size].argmax(-1) == best).to(soft.dtype)}  # fmt: skip
         parts = torch.where(counts[:, None], torch.stack([columns[name] for name in PARTS], -1), 0)
     # Nothing is kept for backward, which is no shorter for knowing the row's sums.

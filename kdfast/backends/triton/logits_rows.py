@@ -217,7 +217,7 @@ def _forward_row(
         plain += rest
     lse = m_h + LN2 * l_h
 
-    soft, h_sum, kl_1, entropy, agree = _value_pass(
+    soft, h_sum, kl_1, entropy, student_entropy, agree = _value_pass(
         s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
         F, LANES, VEC, RAGGED,
     )  # fmt: skip
@@ -253,6 +253,7 @@ def _forward_row(
         tl.store(parts_ptr + 4, teacher_nll)
         tl.store(parts_ptr + 5, entropy)
         tl.store(parts_ptr + 6, agree)
+        tl.store(parts_ptr + 7, student_entropy)
 
 
 @triton.jit
@@ -260,13 +261,15 @@ def _value_pass(
     s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
     F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """(divergence, sum of h, KL at 1, teacher's entropy, whether the argmaxes agree); writes the gradient of forward KL."""
+    """(divergence, sum of h, KL at 1, teacher's and student's entropy, whether the argmaxes agree); writes the gradient of
+    forward KL."""
     soft_weight = scale * o.soft_scale * o.inv_t
     weights_1 = weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
     soft = tl.zeros([LANES], tl.float32)
     h_sum = tl.zeros([LANES], tl.float32)
     kl_1 = tl.zeros([LANES], tl.float32)
     entropy = tl.zeros([LANES], tl.float32)
+    student_entropy = tl.zeros([LANES], tl.float32)
     best_s = tl.full([LANES], NO_COLUMN, tl.int32)
     best_t = tl.full([LANES], NO_COLUMN, tl.int32)
     top_t = tl.full([LANES], -INF, tl.float32)
@@ -288,9 +291,11 @@ def _value_pass(
             if F.own_kl_at_1:
                 log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s1, m_t, l_t1, weights, 1.0, F)
                 p = tl.exp2(log2_p)
-                term, _ = forward_kl(p, tl.exp2(log2_q), d)
+                q = tl.exp2(log2_q)
+                term, _ = forward_kl(p, q, d)
                 kl_1 += tl.sum(term, 1)
             entropy -= LN2 * tl.sum(tl.where(p == 0, 0.0, p * log2_p), 1)
+            student_entropy -= LN2 * tl.sum(tl.where(q == 0, 0.0, q * log2_q), 1)
             best_s = tl.minimum(best_s, tl.min(tl.where(s == m_s, columns, NO_COLUMN), 1))
             if F.teachers == 1:
                 best_t = tl.minimum(best_t, tl.min(tl.where(tiles[0] == m_t[0], columns, NO_COLUMN), 1))
@@ -304,7 +309,7 @@ def _value_pass(
     agree = tl.where(tl.min(best_s, 0) == tl.min(best_t, 0), 1.0, 0.0)
     if F.extra_in_value_pass:
         grad_beyond(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
-    return tl.sum(soft, 0), tl.sum(h_sum, 0), tl.sum(kl_1, 0), tl.sum(entropy, 0), agree
+    return tl.sum(soft, 0), tl.sum(h_sum, 0), tl.sum(kl_1, 0), tl.sum(entropy, 0), tl.sum(student_entropy, 0), agree
 
 
 @triton.jit

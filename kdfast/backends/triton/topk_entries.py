@@ -51,11 +51,13 @@ def unmark(bits_ptr, ids, inside):
 def rest_sums(
     s_ptr, bits_ptr, vocab, o, F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
-    """(maximum, log2 sum at T, log2 sum at 1, first column of the maximum) of the unmarked columns, plain sum of all."""
+    """(maximum, log2 sum at T, log2 sum at 1, first column of the maximum, sum at 1 of x - maximum) of the unmarked columns,
+    plain sum of all."""
     c = o.inv_t * LOG2E
     m = tl.full([LANES], LOWEST, tl.float32)
     a = tl.zeros([LANES], tl.float32)
     b = tl.zeros([LANES], tl.float32)
+    above = tl.zeros([LANES], tl.float32)
     plain = tl.zeros([LANES], tl.float32)
     best = tl.full([LANES], NO_COLUMN, tl.int32)
     for start in range(0, vocab, LANES * VEC):
@@ -65,6 +67,11 @@ def rest_sums(
             plain += tl.sum(tl.where(columns < vocab, x, 0.0), 1)
         x = tl.where(marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED), -INF, x)
         m_new = raised(m, x)
+        if F.parts:
+            before = b if F.student_at_1 else a
+            far = x - m_new[:, None]
+            above = tl.exp2((m - m_new) * LOG2E) * (above + tl.where(before == 0, 0.0, m - m_new) * before)
+            above += tl.sum(tl.where(far == -INF, 0.0, tl.exp2(far * LOG2E) * far), 1)
         a = add_exp2(a, m, m_new, x, c)
         if F.student_at_1:
             b = add_exp2(b, m, m_new, x, LOG2E)
@@ -77,7 +84,10 @@ def rest_sums(
     l_1 = l
     if F.student_at_1:
         l_1 = closed(m, b, top, LOG2E)
-    return top, l, l_1, tl.min(tl.where(m == top, best, NO_COLUMN), 0), tl.sum(plain, 0)
+    if F.parts:
+        sums = b if F.student_at_1 else a
+        above = tl.exp2((m - top) * LOG2E) * (above + tl.where(sums == 0, 0.0, m - top) * sums)
+    return top, l, l_1, tl.min(tl.where(m == top, best, NO_COLUMN), 0), tl.sum(above, 0), tl.sum(plain, 0)
 
 
 @triton.jit

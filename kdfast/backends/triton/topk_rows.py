@@ -146,13 +146,19 @@ def _forward_row(
     s_label = load_student(s_ptr, tl.maximum(label, 0), tl.where(label >= 0, width, 0), o, F, "")
     z = load_student(s_ptr, tl.where(first, ids, vocab), vocab, o, F, "")
 
-    m_u, l_u, l_u1, best_u, plain = rest_sums(s_ptr, bits_ptr, vocab, o, F, LANES, VEC, RAGGED)
+    m_u, l_u, l_u1, best_u, above_u, plain = rest_sums(s_ptr, bits_ptr, vocab, o, F, LANES, VEC, RAGGED)
     top = tl.maximum(m_u, tl.max(z, 0))
     l = tl.log2(tl.exp2((m_u - top) * c + l_u) + tl.sum(tl.exp2((z - top) * c), 0))
     m_h = top
     l_h = l
     if F.student_at_1:
         l_h = tl.log2(tl.exp2((m_u - top) * LOG2E + l_u1) + tl.sum(tl.exp2((z - top) * LOG2E), 0))
+    if F.parts:
+        far = z - top
+        above = tl.sum(tl.where(far == -INF, 0.0, tl.exp2(far * LOG2E) * far), 0)
+        sum_u = tl.exp2(l_u1)
+        above += tl.exp2((m_u - top) * LOG2E) * (above_u + tl.where(sum_u == 0, 0.0, m_u - top) * sum_u)
+        tl.store(parts_ptr + 7, l_h * LN2 - above / tl.exp2(l_h))
     if F.extra_at_1:
         m_h, l_h, more = with_extra(
             s_ptr, vocab, width, top, l_h, o.student_cap, o.student_scale, tl.constexpr(F.student_head), LANES, VEC, RAGGED
