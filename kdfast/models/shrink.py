@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 _DEPTH = ("num_hidden_layers", "n_layer", "encoder_layers", "num_layers", "n_layers")
 _DECODER_DEPTH = ("decoder_layers", "num_decoder_layers")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
-_HEADS = ("num_attention_heads", "n_head", "encoder_attention_heads", "n_heads", "num_heads")
-_KV_HEADS = ("num_key_value_heads",)
-_INNER = ("intermediate_size", "n_inner", "encoder_ffn_dim", "hidden_dim", "d_ff")
+_HEADS = ("num_attention_heads", "n_head", "encoder_attention_heads", "n_heads", "num_heads", "decoder_attention_heads")
+_INNER = ("intermediate_size", "n_inner", "encoder_ffn_dim", "hidden_dim", "d_ff", "decoder_ffn_dim")
+#: Types of model whose weights are known channel by channel: heads one after another, nothing fused but GPT-2's `c_attn`.
+_NARROWED = ("bart", "bert", "distilbert", "gpt2", "llama", "marian", "mbart", "mistral", "qwen2", "qwen3", "roberta", "t5")
+#: Weights of grouped attention with one row (or column, of the output) for each channel of a query head.
+_QUERY_ROWS, _QUERY_COLUMNS = ("q_proj.weight", "q_proj.bias"), ("self_attn.o_proj.weight",)
 
 
 @torch.no_grad()
@@ -25,11 +29,12 @@ def cut_out(
 ) -> nn.Module:
     """An ordinary `transformers` model of the same class with the layers named, in that order, and `width` channels.
 
-    Narrower: every weight keeps its leading entries along each dimension that shrinks; heads and inner sizes shrink in
-    proportion to the width, heads keep their size.
+    Narrower: every weight keeps its leading entries along each dimension that shrinks, of fused weights each block; heads and
+    inner sizes shrink in proportion to the width, heads keep their size, and query heads of a group stay with their keys.
 
     Raises:
-        ValueError: a layer that is not there, or a width that does not fit; names `key`.
+        ValueError: a layer that is not there, a width that does not fit, or an architecture whose weights are not known well
+            enough to be narrowed; names `key`.
     """
     config: Any = copy.deepcopy(model.config)
     stacks = _stacks(model)
@@ -49,14 +54,35 @@ def cut_out(
         setattr(config, name, len(wanted))
         if option == "layers" and getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[i] for i in wanted]
-    if width is not None:
+    if width is not None and width != model.config.hidden_size:
         _narrow(config, width, key)
-    student: Any = type(model)(config).to(next(model.parameters()).dtype)
+    student = type(model)(config)
+    cast_weights(student, next(model.parameters()).dtype)
     source = model.state_dict()
+    # What is formed anew whenever the model is loaded is the student's own: sines of positions depend on the width.
+    anew = set(getattr(student, "_keys_to_ignore_on_save", None) or ())
     for name, target in student.state_dict().items():
-        target.copy_(_leading(source[_name_in(name, chosen)], target.shape))
-    student.tie_weights()
+        if name not in anew:
+            target.copy_(_cut(_name_in(name, chosen), source, target.shape, model.config, config))
+    student.tie_weights()  # type: ignore[operator]
     return student
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and stored buffers in `dtype`, in place.
+
+    Unlike `module.to(dtype)` it leaves what is not stored, such as the frequencies of rotary positions, in the precision it
+    was formed in, as `from_pretrained` does; and batch norms, whose running means would lose their updates.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            continue
+        for parameter in child.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in child.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in child._non_persistent_buffers_set:
+                child._buffers[name] = buffer.to(dtype)
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -81,25 +107,53 @@ def _name_in(name: str, chosen: dict[str, Sequence[int]]) -> str:
 
 
 def _narrow(config: Any, width: int, key: str) -> None:
-    names = {role: next((n for n in options if getattr(config, n, None) is not None), None)
-             for role, options in (("width", _WIDTH), ("heads", _HEADS), ("kv", _KV_HEADS), ("inner", _INNER))}  # fmt: skip
-    if names["width"] is None or names["heads"] is None:
-        raise ValueError(f"{key}.width: {type(config).__name__} says no hidden size")
-    whole, heads = getattr(config, names["width"]), getattr(config, names["heads"])
-    size = getattr(config, "head_dim", None) or whole // heads
-    if not 0 < width <= whole or width % size:
-        raise ValueError(f"{key}.width: expected a multiple of the head size {size} up to {whole}, got {width}")
-    kv = getattr(config, names["kv"]) if names["kv"] else heads
-    fewer = width // size
-    fewer_kv = max(1, fewer * kv // heads)
-    if fewer % fewer_kv:
-        fewer_kv = next(n for n in range(fewer_kv, 0, -1) if fewer % n == 0)
-    setattr(config, names["width"], width)
-    setattr(config, names["heads"], fewer)
-    if names["kv"]:
-        setattr(config, names["kv"], fewer_kv)
-    if names["inner"]:
-        setattr(config, names["inner"], max(8, getattr(config, names["inner"]) * width // whole // 8 * 8))
+    """Sets the width, and heads and inner sizes in proportion to it."""
+    if config.model_type not in _NARROWED:
+        raise ValueError(
+            f"{key}.width: expected a model of type {', '.join(_NARROWED)}, got {config.model_type}, whose weights may be"
+            " fused; leave width out, layers can be chosen of any"
+        )
+    whole, heads = config.hidden_size, config.num_attention_heads
+    step = whole // math.gcd(whole, heads)
+    if not 0 < width <= whole or width % step:
+        raise ValueError(f"{key}.width: expected a multiple of {step} (whole heads) up to {whole}, got {width}")
+    sizes = {name: getattr(config, name) for name in (*_WIDTH, *_HEADS, *_INNER) if getattr(config, name, None) is not None}
+    groups = getattr(config, "num_key_value_heads", None)
+    for name, value in sizes.items():
+        setattr(config, name, max(value * width // whole, 1))
+    if groups:
+        fewer, per_group = heads * width // whole, heads // groups
+        able = [n for n in range(1, groups + 1) if fewer % n == 0 and fewer // n <= per_group]
+        # Whole groups where that is possible, else the most key heads that each serve as many query heads.
+        exact = fewer // per_group if fewer % per_group == 0 else 0
+        if not able:
+            raise ValueError(f"{key}.width: {fewer} query heads cannot share the keys of {groups} groups of {per_group} evenly")
+        config.num_key_value_heads = exact or able[-1]
+
+
+def _name_of_first(name: str, source: dict[str, Tensor]) -> str:
+    """T5 keeps the positions of all layers in the first one: it stands in for whichever layer comes first now."""
+    return name if name in source else re.sub(r"\.block\.\d+\.", ".block.0.", name)
+
+
+def _cut(name: str, source: dict[str, Tensor], shape: torch.Size, large: Any, small: Any) -> Tensor:
+    """The part of a weight that the smaller model keeps."""
+    weight = source[_name_of_first(name, source)]
+    if weight.shape == shape:
+        return weight
+    if re.search(r"attn\.c_attn\.(weight|bias)$|crossattention\.c_attn\.(weight|bias)$", name):
+        # Query, key and value (of cross-attention key and value) side by side along the last dimension.
+        blocks = weight.shape[-1] // large.hidden_size
+        parts = [_leading(part, torch.Size((*shape[:-1], shape[-1] // blocks))) for part in weight.chunk(blocks, -1)]
+        return torch.cat(parts, -1)
+    if getattr(large, "num_key_value_heads", None) and name.endswith((*_QUERY_ROWS, *_QUERY_COLUMNS)):
+        dim = 1 if name.endswith(_QUERY_COLUMNS) else 0
+        size = weight.shape[dim] // large.num_attention_heads
+        per_group = large.num_attention_heads // large.num_key_value_heads
+        fewer = small.num_attention_heads // small.num_key_value_heads
+        heads = torch.tensor([g * per_group + i for g in range(small.num_key_value_heads) for i in range(fewer)])
+        weight = weight.index_select(dim, (heads[:, None] * size + torch.arange(size)).flatten().to(weight.device))
+    return _leading(weight, shape)
 
 
 def _leading(weight: Tensor, shape: torch.Size) -> Tensor:

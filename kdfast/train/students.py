@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.models.load import from_config, from_function, load_folder, load_weights, quiet, resolve_folder
-from kdfast.models.shrink import cut_out
+from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Task
@@ -34,7 +34,7 @@ def build_student(recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn
     if recipe.init_from:
         load_weights(student, resolved(recipe.init_from, "init_from"))
     if spec.dtype == "bfloat16":
-        student = student.to(torch.bfloat16)
+        cast_weights(student, torch.bfloat16)
     if spec.lora:
         student = _with_lora(student, spec.lora)
     if spec.gradient_checkpointing:
