@@ -86,7 +86,7 @@ def _logits() -> list[Call]:
         Call("kd_loss rows", rows, _kd(temperature=2.0, reduction="none", **both), ("student",), half),
         Call("kd_loss smoothing, z", rows, _kd(label_smoothing=0.1, z_loss=1e-4, **both), ("student",), half),
         Call("kd_loss softcap", rows, _kd(student_head=kdfast.Head(30.0), **both), ("student",), half),
-        Call("kd_loss two teachers", _rows(50257, teachers=2), _kd(temperature=2.0, teacher_weights=[2, 1]), ("student",), half),
+        Call("kd_loss two teachers", _rows(50257, teachers=2), _kd(teacher_weights=[2, 1]), ("student",), half),
         Call("kd_loss mean of logits", _rows(50257, teachers=2), _kd(teacher_mix="logits"), ("student",), half),
         Call("kd_loss sizes differ", _rows(5003, 4000), _kd(temperature=2.0, **both), ("student",), half),
         Call("kd_loss only hard", rows, _kd(soft_weight=0.0, hard_weight=1.0), ("student",), half),

@@ -25,8 +25,8 @@ from kdfast.text import IGNORE
 from kdfast.text.files import list_files, share_of, split_files
 from kdfast.text.tokenizers import file_hash
 from kdfast.train import Recipe, distill, evaluate
+from kdfast.train.alignment import targets_in
 from kdfast.train.data import Order, Sequences
-from kdfast.train.loop import targets_in
 from kdfast.train.objective import Setting
 from kdfast.train.optimizer import lr_at
 from kdfast.train.recipe import Optimizer

@@ -43,7 +43,7 @@ def check_alignment(
     Args:
         targets: `[B, L, k]` (or `[L, k]`), in code or not.
         labels: `[B, L]` (or `[L]`) integers, aligned with the targets' rows, -100 where they do not count.
-        margin: nats by which another shift must be better to be called a misalignment.
+        margin: nats by which another shift must be better to be called a misalignment, and the loss above a guess's.
         min_labels: with fewer labels than this nothing is raised: chance could do it.
 
     Returns:
@@ -51,7 +51,7 @@ def check_alignment(
 
     Raises:
         AlignmentError: another shift is better by more than `margin` and below 3/4 of log V (a teacher close to a guess
-            cannot tell), or the loss at 0 is above log V.
+            cannot tell), or the loss at 0 is above log V by more than `margin`.
         ValueError: the shapes do not fit.
     """
     targets = targets.decode()
@@ -71,9 +71,9 @@ def check_alignment(
                 f"targets: the teacher's rows fit the labels shifted by {shift:+d} better ({nll:.3f} nats) than as they are"
                 f" ({result.at:.3f}); expected row t to predict labels[t]. Shift the labels, or capture anew"
             )
-    if result.at > limit:
+    if result.at > limit + margin:
         raise AlignmentError(
-            f"targets: the teacher's loss on the labels is {result.at:.3f} nats, above log V = {limit:.3f} (a guess);"
+            f"targets: the teacher's loss on the labels is {result.at:.3f} nats, above log V = {limit:.3f} (a guess) by more than {margin:g};"
             " expected targets and labels of the same text and tokenizer"
         )
     return result

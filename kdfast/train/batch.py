@@ -60,6 +60,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Any) -> Any:
+            if isinstance(value, tuple):  # targets of several caches
+                return tuple(move(v) for v in value)
             return None if value is None else value.to(device, non_blocking=True)
 
         moved = {name: move(value) for name, value in self.by_name.items()}

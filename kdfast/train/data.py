@@ -48,7 +48,7 @@ class Sequences:
 
 
 class Subset:
-    """Some rows of a source."""
+    """Some rows of a source, each a number or a list of them (packed)."""
 
     def __init__(self, source: Source, rows: Sequence[int]) -> None:
         self.source, self.rows = source, list(rows)
@@ -56,8 +56,11 @@ class Subset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: Sequence[int]) -> Any:
-        return self.source.batch([self.rows[i] for i in indices])
+    def batch(self, indices: Sequence[Any]) -> Any:
+        return self.source.batch([self._row(i) for i in indices])
+
+    def _row(self, i: Any) -> Any:
+        return [self.rows[j] for j in i] if isinstance(i, list) else self.rows[i]
 
     @property
     def digest(self) -> str:

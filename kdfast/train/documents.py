@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,10 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kdfast import files
 from kdfast.text import IGNORE
+from kdfast.text.files import list_files
 from kdfast.train.batch import Batch
 
 #: What may be kept of a document: file -> dtype.
 _PARTS = {"input_ids": np.int32, "labels": np.int32, "loss_mask": np.uint8, "context_ids": np.int32}
+#: What else in a tokenizer's folder decides how documents are written.
+_SETTINGS = ("tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
 
 class Documents:
@@ -41,14 +43,15 @@ class Documents:
     def of(cls, corpus: Any, folder: Path) -> Documents:
         """The documents of `corpus`, from `folder` where the same corpus was read before."""
         about = folder / "documents.json"
-        described = corpus.describe()
-        if about.is_file() and json.loads(about.read_text())["corpus"] == described:
-            return cls(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        described = files.json_value({"corpus": corpus.describe(), "read_from": _read_from(corpus)})
+        if about.is_file():
+            before = json.loads(about.read_text())
+            if {name: before.get(name) for name in described} == described:
+                return cls(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.written_folder(folder) as part:
             values = _write(corpus, part)
-            files.write_json(part / "documents.json", {**values, "corpus": described})
+            files.write_json(part / "documents.json", {**values, **described})
         return cls(folder)
 
     def __len__(self) -> int:
@@ -76,6 +79,20 @@ class Documents:
         ends = self._ends[name]
         begin = int(ends[i - 1]) if i else 0
         return torch.from_numpy(self._parts[name][begin : int(ends[i])].astype(np.int64))
+
+
+def _read_from(corpus: Any) -> dict[str, Any]:
+    """What the documents are made from, so that a change shows: each file's size and time, and the tokenizer's content."""
+    data = corpus.data
+    named = [file for _, file in list_files(data.paths, data.glob, data.exclude)] if data.paths else []
+    if data.dataset and Path(data.dataset).is_dir():
+        named += sorted(file for file in Path(data.dataset).rglob("*") if file.is_file())
+    stamps = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in ((file, file.stat()) for file in named)]
+    digest = hashlib.blake2b(corpus.tokenizer.to_str().encode(), digest_size=16)
+    for name in _SETTINGS:
+        file = None if corpus._folder is None else corpus._folder / name
+        digest.update(file.read_bytes() if file is not None and file.is_file() else b"|")
+    return {"files": hashlib.blake2b(json.dumps(stamps).encode(), digest_size=16).hexdigest(), "tokenizer": digest.hexdigest()}
 
 
 def _padded(rows: list[Tensor], fill: int) -> Tensor:

@@ -70,4 +70,4 @@ def _gathered(scores: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, [{k: v.tolist() for k, v in s.items()} for s in scores])
-    return [{k: torch.tensor(v) for k, v in s.items()} for part in everybody for s in part]
+    return [{k: torch.tensor(v, dtype=torch.float64) for k, v in s.items()} for part in everybody for s in part]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdfast.models.load import resolve_folder
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
@@ -16,6 +18,9 @@ from kdfast.train.tasks import task_class
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Task
 from kdfast.train.teachers import CachedTeacher, Teacher, open_teacher
+
+#: Rows whose labels are looked at before the first step.
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,10 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         tokenizer, tokenizer_file = load_tokenizer(recipe.tokenizer or _own_tokenizer(recipe))
     identity = None if tokenizer_file is None else file_hash(tokenizer_file)
     pack = getattr(recipe.data, "pack", None)
+    if pack and cached and task.kind != "causal_lm":
+        raise ValueError(
+            f"data.pack: expected task causal_lm, got {recipe.task.name}, whose rows see what follows; leave it out"
+        )
     if pack and not cached:
         raise ValueError("data.pack: expected a cached teacher; running text fills its sequences by itself, leave it out")
     many = len(recipe.all_teachers) > 1
@@ -60,12 +69,15 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     ]
     if cached:
         train, held_out = _cached(recipe, [t for t in teachers if isinstance(t, CachedTeacher)])
-        validation = validation or held_out
+        validation = held_out if validation is None else validation
     if reads:
         splits = task.open(tokenizer, tokenizer_file, folder, needs_train)
-        train, validation = train or splits.train, validation or splits.validation
+        train = splits.train if train is None else train
+        validation = splits.validation if validation is None else validation
     if train is None or len(train) == 0:
         raise ValueError("data.train: expected training rows, got none")
+    if validation is not None:
+        _check_validation(validation, recipe)
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size()
     if vocab_size is None and cached:
         vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))
@@ -120,16 +132,32 @@ class _SideBySide:
     def batch(self, indices: Sequence[int]) -> Any:
         first, *others = [cache.batch(indices) for cache in self.caches]
         for i, other in enumerate(others, 1):
-            if not bool((first.input_ids == other.input_ids).all()):
+            if not torch.equal(first.input_ids, other.input_ids):
                 raise ValueError(f"teachers[{i}].cache: holds other documents than teachers[0].cache; capture the same ones")
         return replace(first, targets=tuple(b.targets for b in (first, *others)))
 
 
+def _check_validation(validation: Source, recipe: Recipe) -> None:
+    """Raises when an evaluation would find nothing to score, which would show at the end of the run only."""
+    n = len(validation)
+    if n == 0:
+        raise ValueError(
+            "data.validation: expected at least one row, got none; raise data.validation_share, or set it to 0 and"
+            " evaluate nothing"
+        )
+    n = min(n, recipe.eval_sequences or n)
+    for start in range(0, n, recipe.batch_size):
+        labels = validation.batch(range(start, min(start + recipe.batch_size, n))).labels
+        if labels is None or bool((labels != IGNORE).any()):
+            return
+    raise ValueError(f"data.validation: expected at least one labelled position in {n} rows, got none")
+
+
 def _check_labels(train: Source, vocab_size: int | None, task: Task[Any]) -> None:
     """Raises when the first rows have labels outside the vocabulary; every batch is looked at by the losses on a CPU."""
-    if vocab_size is None or not isinstance(task, LanguageTask) or (isinstance(train, CachedTeacher) and train.pack):
+    if vocab_size is None or not isinstance(task, LanguageTask):
         return
-    labels = train.batch([0]).labels
+    labels = train.batch(range(min(len(train), _LOOKED_AT))).labels
     if labels is None:
         return
     outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))]

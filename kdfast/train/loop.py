@@ -16,30 +16,31 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from kdfast import linear_topk_targets, topk_targets
-from kdfast.cache import check_alignment
 from kdfast.models.load import vocab_of
 from kdfast.models.view import Needs, View
 from kdfast.train import checkpoint, run_folder
-from kdfast.train.ahead import Ahead
+from kdfast.train.ahead import Ahead, Read
+from kdfast.train.alignment import align
 from kdfast.train.batch import Batch
-from kdfast.train.data import Order, PackedOrder, Source
+from kdfast.train.data import Order, PackedOrder, Source, Subset
 from kdfast.train.evaluate import Evaluation, evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
 from kdfast.train.objective import Setting
-from kdfast.train.optimizer import lr_at, make_optimizer
+from kdfast.train.optimizer import lr_at, make_optimizer, set_options
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import objective_class
 from kdfast.train.shard import fully_sharded, set_gradient_sync
 from kdfast.train.step import DistillStep
-from kdfast.train.stop import stop_signals
+from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.teachers import LiveTeacher
 
 #: Makes a progress bar: `bar(description, total, unit)` is a context manager yielding an object with `.update(done)`.
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
+#: Options of a method that are logged with every step: they may follow a schedule.
+_CONSTANTS = ("temperature", "soft_weight", "hard_weight")
 
 
 class Result(NamedTuple):
@@ -79,6 +80,23 @@ def distill(
         OSError: a file cannot be read or written.
         KeyboardInterrupt: SIGINT or SIGTERM, after the step at hand and a checkpoint.
     """
+    if recipe.precision == "fp16" and (recipe.shard == "fsdp" or not torch.cuda.is_available()):
+        raise ValueError("precision: fp16 expects a GPU and shard: none, got neither or one of them; use bf16")
+    with contextlib.ExitStack() as stack:
+        # A check leaves nothing behind.
+        kept = Path(stack.enter_context(tempfile.TemporaryDirectory()) if recipe.check else recipe.out)
+        return _distill(recipe, kept, train_data, validation_data, bar, say)
+
+
+def _distill(
+    recipe: Recipe,
+    kept: Path,
+    train_data: Source | None,
+    validation_data: Source | None,
+    bar: Bar | None,
+    say: Callable[[str], None],
+) -> Result:
+    """`distill`; what is made of the data lies in `kept`."""
     folder = Path(recipe.out)
     # One process may train several times, each in a precision of its own.
     AcceleratorState._reset_state()
@@ -89,25 +107,25 @@ def distill(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(recipe.phases))],
     )
     with accelerator.main_process_first():
-        # A check leaves nothing behind.
-        kept = Path(tempfile.mkdtemp()) if recipe.check else folder / "data"
-        inputs = open_inputs(recipe, kept, train_data, validation_data)
+        inputs = open_inputs(recipe, kept / "data", train_data, validation_data)
     done = run_folder.finished(folder, recipe, inputs.digest)
-    if done is not None and not recipe.check:
+    if done is not None and done["steps"] < recipe.total_steps and accelerator.is_main_process:
+        say(f"{folder}: finished {done['steps']} steps before; going on to {recipe.total_steps}")
+    if done is not None and done["steps"] >= recipe.total_steps:
         say(f"{folder}: finished before; nothing to do")
         evaluation = None if done["evaluation"] is None else Evaluation(**done["evaluation"])
         headline = "" if evaluation is None else inputs.task.headline(evaluation)
         main = accelerator.is_main_process
         return Result(folder, folder / "model", done["steps"], done["seconds"], evaluation, main, headline)
-    run = _Run(recipe, inputs, folder, accelerator, say)
+    run = _Run(recipe, inputs, kept, accelerator, say)
     return run.check() if recipe.check else run.train(bar)
 
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, inputs: Inputs, folder: Path, accelerator: Accelerator, say: Callable[[str], None]
+        self, recipe: Recipe, inputs: Inputs, kept: Path, accelerator: Accelerator, say: Callable[[str], None]
     ) -> None:
-        self.recipe, self.inputs, self.folder, self.accelerator = recipe, inputs, folder, accelerator
+        self.recipe, self.inputs, self.folder, self.accelerator = recipe, inputs, Path(recipe.out), accelerator
         self.say: Callable[[str], None] = say if accelerator.is_main_process else lambda line: None
         set_seed(recipe.seed)
         self.student = build_student(recipe, inputs.task, inputs.vocab_size)
@@ -118,10 +136,14 @@ class _Run:
         if inputs.task.through_head and self.step.head is None:
             self.say(f"student: {type(self.student).__name__} has no plain linear head to go through; logits are formed whole")
         self._open_teachers()
+        with accelerator.main_process_first():
+            for number, objective in enumerate(objectives):
+                objective.prepare(inputs, kept / "prepared" / str(number), self.say)
         if recipe.student.compile:
             self.student.compile()
         self.module, self.optimizer = self._wrapped()
         self.order = self._order()
+        self.anybody = Anybody()
         self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
         self.first_step = 1
         set_seed(recipe.seed, device_specific=True)
@@ -150,7 +172,8 @@ class _Run:
     def _order(self) -> Order | PackedOrder:
         caches = self.inputs.caches
         if caches and caches[0].pack:
-            return PackedOrder(caches[0].reader.lengths(), caches[0].pack, self.recipe.seed)
+            lengths, train = caches[0].reader.lengths(), self.inputs.train
+            return PackedOrder(lengths[train.rows] if isinstance(train, Subset) else lengths, caches[0].pack, self.recipe.seed)
         return Order(len(self.inputs.train), self.recipe.seed)
 
     def train(self, bar: Bar | None) -> Result:
@@ -163,9 +186,6 @@ class _Run:
         last = checkpoint.latest(self.folder)
         if last is not None:
             start, seconds = self._resume(last)
-        else:
-            for objective in self.step.objectives:
-                objective.prepare(self.inputs, self.folder / "prepared", self.say)  # type: ignore[operator]
         log.truncate(start, seconds)
         accelerator.init_trackers("tensorboard")
         if recipe.alignment and start < recipe.total_steps:
@@ -184,6 +204,8 @@ class _Run:
 
     def _resume(self, last: Path) -> tuple[int, float]:
         found = checkpoint.load(last, self.accelerator, self.module, getattr(self.optimizer, "optimizer", self.optimizer))
+        if found.step > self.recipe.total_steps:
+            raise ValueError(f"steps: {last} has done {found.step} of them, expected at least as many; set another out")
         self.first_step, self.first_row = found.step + 1, found.rows
         self.say(f"resuming from {last}")
         if not found.same_world:
@@ -191,15 +213,16 @@ class _Run:
         return found.step, found.seconds
 
     def _steps(self, start: int, log: MetricLog, shown: Any) -> Evaluation | None:
-        recipe, evaluation = self.recipe, None
+        recipe, evaluation = self.recipe, self._missed(start, log)
         log.start_clock()
         ahead = Ahead(self._read, self.accelerator.device, recipe.ahead)
         with stop_signals() as stop, contextlib.closing(ahead.steps(start + 1, recipe.total_steps + 1)) as steps:
-            for step, batches in steps:
-                self._step(step, batches, log, ahead.take_waited())
+            for step, read in steps:
+                self._step(step, read, log, ahead.take_waited())
                 final = step == recipe.total_steps
-                stopping = self._anybody(stop.is_set())
-                evaluating = final or (recipe.eval_every > 0 and step % recipe.eval_every == 0)
+                stopping = self.anybody(stop.is_set())
+                # Who is told to stop has no time for an evaluation; it is made up for when the run goes on.
+                evaluating = self._evaluates(step) and (final or not stopping)
                 saving = final or stopping or (recipe.save_every > 0 and step % recipe.save_every == 0)
                 if evaluating or saving or step % recipe.log_every == 0:
                     row = log.flush()
@@ -207,9 +230,8 @@ class _Run:
                         raise RuntimeError(f"step {step}: the loss is {row['loss']}; lower optimizer.lr or set optimizer.clip")
                     if shown is not None:
                         shown.update(step)
-                if evaluating and not stopping and self.inputs.validation is not None:
-                    evaluation = self._evaluate()
-                    log.evaluation(step, {f"validation_{k}": v for k, v in evaluation.items()})
+                if evaluating:
+                    evaluation = self._evaluate(step, log)
                 if saving:
                     self._save(step, log.seconds)
                 if evaluating or saving:
@@ -218,16 +240,30 @@ class _Run:
                     raise KeyboardInterrupt(f"stopped after step {step}; run the same again to go on")
         return evaluation
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluates(self, step: int) -> bool:
+        every = self.recipe.eval_every
+        return self.inputs.validation is not None and (step == self.recipe.total_steps or (every > 0 and step % every == 0))
+
+    def _missed(self, start: int, log: MetricLog) -> Evaluation | None:
+        """The evaluation after step `start` of a run that was stopped or killed before it came to it."""
+        if not start or not self._evaluates(start):
+            return None
+        known = log.evaluated(start)
+        return None if known and start < self.recipe.total_steps else self._evaluate(start, None if known else log)
+
+    def _evaluate(self, step: int, log: MetricLog | None) -> Evaluation:
         assert self.inputs.validation is not None
-        share = self.accelerator.process_index, self.accelerator.num_processes
-        return evaluate(
-            self.module,
-            self.inputs.validation,
-            batch_size=self.recipe.batch_size,
-            limit=self.recipe.eval_sequences,
-            share=share,
-        )
+        with self.accelerator.autocast():
+            evaluation = evaluate(
+                self.module,
+                self.inputs.validation,
+                batch_size=self.recipe.batch_size,
+                limit=self.recipe.eval_sequences,
+                share=(self.accelerator.process_index, self.accelerator.num_processes),
+            )
+        if log is not None:
+            log.evaluation(step, {f"validation_{k}": v for k, v in evaluation.items()})
+        return evaluation
 
     def _save(self, step: int, seconds: float) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -235,42 +271,34 @@ class _Run:
             self.folder, step, seconds, self._rows_before(step + 1), self.recipe.keep, self.accelerator, self.module, optimizer
         )
 
-    def _anybody(self, stopping: bool) -> bool:
-        """Whether any process was told to stop: they end at the same step."""
-        if self.accelerator.num_processes == 1:
-            return stopping
-        told = torch.tensor(int(stopping), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(told, "sum").item())
-
-    def _step(self, step: int, batches: list[Batch], log: Any, waited: float = 0.0) -> Tensor:
+    def _step(self, step: int, read: Read, log: Any, waited: float = 0.0) -> Tensor:
         accelerator, device = self.accelerator, self.accelerator.device
         phase, within = self._phase(step)
         objective = self.step.objective
         objective.begin_step(within, phase.steps)
-        tokens = torch.tensor(sum(batch.count() for batch in batches), device=device)
-        # DDP averages gradients over processes: dividing by the mean count makes that the global mean over tokens.
-        num_items = accelerator.reduce(tokens, "sum") / accelerator.num_processes
-        lr = lr_at(within, phase.steps, phase.optimizer or self.recipe.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        tokens = torch.tensor(read.items, device=device)
+        # DDP averages gradients over processes: dividing by the mean count makes that the global mean over tokens. A step
+        # without any label has a loss of 0.
+        num_items = accelerator.reduce(tokens, "sum").clamp(min=1) / accelerator.num_processes
+        options = phase.optimizer or self.recipe.optimizer
+        lr = lr_at(within, phase.steps, options)
+        set_options(self.optimizer, options, lr)
         total = torch.zeros((), device=device)
         metrics = []
         needs = objective.needs_of_teacher()
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(read.batches):
             views = self._views(batch, needs)
-            with self._synchronised(last=i + 1 == len(batches)), self.accelerator.autocast():
-                loss, found = self.module(batch, views, num_items)
-            with self._synchronised(last=i + 1 == len(batches)):
+            with self._synchronised(last=i + 1 == len(read.batches)):
+                with accelerator.autocast():
+                    loss, found = self.module(batch, views, num_items)
                 accelerator.backward(loss)
             total += loss.detach()
             metrics.append(found)
-        clip = (phase.optimizer or self.recipe.optimizer).clip or math.inf
-        norm = torch.as_tensor(accelerator.clip_grad_norm_(self.module.parameters(), clip))
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(self.module.parameters(), options.clip or math.inf))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        names = [name for name in ("temperature", "soft_weight", "hard_weight") if name in objective.now]
-        constants: dict[str, float] = {name: objective.now[name] for name in names}
-        log.add(step, lr, total, norm, metrics, tokens, {**constants, "data_wait_s": round(waited, 5)})
+        known: dict[str, float] = {k: objective.now[k] for k in _CONSTANTS if k in objective.now}
+        log.add(step, lr, total, norm, metrics, tokens, {**known, "data_wait_s": round(waited, 5)})
         return total
 
     def _views(self, batch: Batch, needs: Needs) -> list[View]:
@@ -304,19 +332,17 @@ class _Run:
         rows = self.recipe.batch_size * self.recipe.accumulation * self.accelerator.num_processes
         return self.first_row + (step - self.first_step) * rows
 
-    def _read(self, step: int) -> list[Batch]:
+    def _read(self, step: int) -> Read:
         recipe, world, rank = self.recipe, self.accelerator.num_processes, self.accelerator.process_index
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
-        return [self.inputs.train.batch(self.order.take(start, size)) for start in starts]
+        return Read.of([self.inputs.train.batch(self.order.take(start, size)) for start in starts])
 
     def _align(self) -> None:
         if not self.inputs.teachers or not isinstance(self.inputs.task, LanguageTask):
             return
-        batch = self._read(self.first_step)[0].to(self.accelerator.device)
-        for view in self._views(batch, Needs()):
-            assert batch.labels is not None
-            self.say(f"alignment: {check_alignment(targets_in(view), batch.labels)}")
+        batch = self._read(self.first_step).batches[0].to(self.accelerator.device)
+        align(self._views(batch, Needs()), batch, self.say)
 
     def _check_vocabulary(self) -> None:
         student, wanted = vocab_of(self.student), self.inputs.vocab_size
@@ -344,25 +370,15 @@ class _Run:
             self._align()
         log = _Nothing()
         device = self.accelerator.device
-        self._step(1, [batch.to(device) for batch in self._read(1)], log)
+        self._step(1, self._read(1).to(device), log)
         began = time.perf_counter()
         number = min(2, self.recipe.total_steps)
-        loss = float(self._step(number, [batch.to(device) for batch in self._read(number)], log))
+        loss = float(self._step(number, self._read(number).to(device), log))
         seconds = time.perf_counter() - began
         self.say(f"peak memory {run_folder.peak_memory_gb():.2f} GB on {device}")
         steps = self.recipe.total_steps
         self.say(f"loss {loss:.4f}, {seconds:.3f} s a step, {steps * seconds / 60:.1f} minutes for {steps} steps")
         return Result(self.folder, self.folder / "model", 2, seconds, None)
-
-
-def targets_in(view: View) -> Any:
-    """A teacher's view as top-k targets, for the alignment guard."""
-    if view.targets is not None:
-        return view.targets
-    if view.head is None or view.hidden is None:
-        return topk_targets(view.logits, min(64, view.logits.shape[-1]))
-    k = min(64, view.head.weight.shape[0])
-    return linear_topk_targets(view.hidden, view.head.weight, k, bias=view.head.bias, head=view.head.form)
 
 
 class _Nothing:

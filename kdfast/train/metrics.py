@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from kdfast import files
@@ -17,14 +18,16 @@ from kdfast.train.recipe import Recipe
 
 
 class MetricLog:
-    """Collects one device vector a step; `flush` reads them all back at once and writes `metrics.jsonl` and the tracker."""
+    """Collects one device vector a step; `flush` reads them all back at once and writes `metrics.jsonl` and the tracker.
+
+    Metrics are matched by name: a step, a phase or a process may report what another does not.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path, accelerator: Accelerator) -> None:
         self.file = folder / "metrics.jsonl"
         self.accelerator = accelerator
         self.seconds = 0.0
-        self._pending: list[tuple[int, float, Tensor, dict[str, float]]] = []
-        self._shown: dict[str, str] = {}
+        self._pending: list[_Pending] = []
         self._since = time.perf_counter()
 
     def truncate(self, step: int, seconds: float) -> None:
@@ -47,15 +50,12 @@ class MetricLog:
         constants: dict[str, float] | None = None,
     ) -> None:
         """One optimiser step, its micro-batches summed; nothing is read back here. `constants` are known on the host."""
-        shown = {name: getattr(metric, "show", "mean") for name, metric in metrics[0].items()}
-        if shown != self._shown:  # another phase
-            self.flush()
-            self._shown = shown
-        sums = [sum(m[name][0] for m in metrics) for name in shown]
-        counts = [sum(m[name][1] for m in metrics) for name in shown]
-        vector = torch.stack([torch.as_tensor(x, device=loss.device).float() for x in (loss, tokens, *sums, *counts)])
+        shown = {name: getattr(metric, "show", "mean") for found in metrics for name, metric in found.items()}
+        sums = [sum(found[name][0] for found in metrics if name in found) for name in shown]
+        counts = [sum(found[name][1] for found in metrics if name in found) for name in shown]
         norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        self._pending.append((step, lr, torch.cat([vector, norm.detach().float().reshape(1)]), constants or {}))
+        values = [torch.as_tensor(x, device=loss.device).detach().double() for x in (loss, tokens, norm, *sums, *counts)]
+        self._pending.append(_Pending(step, lr, torch.stack(values), shown, constants or {}))
 
     def start_clock(self) -> None:
         """Steps are timed from here; evaluation and saving are not training time."""
@@ -65,17 +65,25 @@ class MetricLog:
         """Writes the steps collected so far; returns the last one's row."""
         if not self._pending:
             return {}
-        stacked = torch.stack([vector for _, _, vector, _ in self._pending])
-        grad_norms = stacked[:, -1].tolist()
-        rows = self.accelerator.reduce(stacked[:, :-1], "sum").tolist()
+        # One copy from the device; what is summed over processes is summed by name.
+        flat = torch.cat([found.values for found in self._pending]).tolist()
+        own, at = [], 0
+        for found in self._pending:
+            (loss, tokens, norm), rest = flat[at : at + 3], flat[at + 3 : at + len(found.values)]
+            at += len(found.values)
+            half = len(rest) // 2
+            metrics = zip(rest[:half], rest[half:], found.shown.values(), strict=True)
+            own.append((loss, tokens, norm, dict(zip(found.shown, metrics, strict=True))))
+        everybody = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         spent = time.perf_counter() - self._since
-        rate = sum(row[1] for row in rows) / max(spent, 1e-9)
+        steps = list(zip(*everybody, strict=True))
+        rate = sum(part[1] for parts in steps for part in parts) / max(spent, 1e-9)
         lines, row = [], {}
-        for i, ((step, lr, _, constants), values) in enumerate(zip(self._pending, rows, strict=True)):
-            seconds = self.seconds + spent * (i + 1) / len(rows)
-            row = {"step": step, "seconds": round(seconds, 4), "loss": values[0] / self.accelerator.num_processes,
-                   **self._means(values[2:]), "lr": lr, "grad_norm": grad_norms[i], "tokens_per_s": round(rate, 1),
-                   **constants}  # fmt: skip
+        for i, (found, parts) in enumerate(zip(self._pending, steps, strict=True)):
+            seconds = self.seconds + spent * (i + 1) / len(steps)
+            row = {"step": found.step, "seconds": round(seconds, 4), "loss": sum(p[0] for p in parts) / len(parts),
+                   **_means([p[3] for p in parts]), "lr": found.lr, "grad_norm": parts[0][2],
+                   "tokens_per_s": round(rate, 1), **found.constants}  # fmt: skip
             lines.append(row)
         self.seconds += spent
         self._pending.clear()
@@ -83,21 +91,38 @@ class MetricLog:
         self.start_clock()
         return row
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the file holds an evaluation of `step`."""
+        rows = files.read_lines(self.file)
+        return any(row["step"] == step and "loss" not in row for row in rows)
+
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """One evaluation's numbers, as a line of their own."""
         self._write([{"step": step, "seconds": round(self.seconds, 4), **values}])
-
-    def _means(self, values: list[float]) -> dict[str, float]:
-        k = len(self._shown)
-        out: dict[str, float] = {}
-        for (name, show), total, count in zip(self._shown.items(), values[:k], values[k:], strict=True):
-            if count:
-                mean = total / count
-                out[name] = math.exp(min(mean, 700.0)) if show == "exp" else mean
-        return out
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
             files.append_lines(self.file, lines, sync=False)
         for line in lines:
             self.accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=line["step"])
+
+
+class _Pending(NamedTuple):
+    """A step as it waits: loss, tokens, norm, then the sums and the counts of the metrics in `shown`."""
+
+    step: int
+    lr: float
+    values: Tensor
+    shown: dict[str, str]
+    constants: dict[str, float]
+
+
+def _means(parts: list[dict[str, tuple[float, float, str]]]) -> dict[str, float]:
+    """Each metric over all processes; what nothing was counted for is left out."""
+    out: dict[str, float] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        totals, counts, shows = zip(*(part[name] for part in parts if name in part), strict=True)
+        if sum(counts):
+            mean = sum(totals) / sum(counts)
+            out[name] = math.exp(min(mean, 700.0)) if shows[0] == "exp" else mean
+    return out

@@ -14,11 +14,18 @@ def make_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     """AdamW over what trains; biases and norms (fewer than two dimensions) do not decay."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay, "decays": True},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "decays": False},
     ]
     groups = [g for g in groups if g["params"]]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+
+
+def set_options(optimizer: torch.optim.Optimizer, options: Optimizer, lr: float) -> None:
+    """Makes `options` those of the next step: a phase may have its own."""
+    for group in optimizer.param_groups:
+        decay = options.weight_decay if group["decays"] else 0.0
+        group.update(lr=lr, betas=(options.beta1, options.beta2), eps=options.eps, weight_decay=decay)
 
 
 def lr_at(step: int, steps: int, options: Optimizer) -> float:

@@ -43,7 +43,7 @@ def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | No
 
 
 def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None:
-    """The result of a finished run of this very recipe and data, or None: asked for more steps it goes on.
+    """The result of a finished run of this very recipe and data, or None; it may have been of fewer steps.
 
     Raises:
         ValueError: the folder holds a run of another recipe.
@@ -54,7 +54,7 @@ def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None
     if not (folder / "result.json").is_file():
         return None
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result if result["steps"] >= recipe.total_steps else None
+    return result
 
 
 def environment() -> dict[str, Any]:
@@ -77,6 +77,8 @@ def peak_memory_gb() -> float:
 def _check_same(folder: Path, recipe: Recipe, digest: str) -> None:
     before = _flat(yaml.safe_load((folder / "recipe.yaml").read_text()))
     now = _flat(plain(recipe))
+    for values in (before, now):  # a longer run is the same run, gone on
+        values.pop(f"phases[{len(recipe.phases) - 1}].steps", None)
     differs = [k for k in sorted(before.keys() | now.keys()) if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)]
     if not differs and json.loads((folder / "run.json").read_text())["data_hash"] != digest:
         differs = ["the training data"]
@@ -87,6 +89,8 @@ def _check_same(folder: Path, recipe: Recipe, digest: str) -> None:
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        return {k: v for i, value in enumerate(values) for k, v in _flat(value, f"{path}[{i}]").items()}
     if not isinstance(values, dict):
         return {path: values}
     out: dict[str, Any] = {}

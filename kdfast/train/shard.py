@@ -17,6 +17,8 @@ def fully_sharded(step: DistillStep) -> DistillStep:
     """
     if not dist.is_initialized():
         raise ValueError("shard: fsdp expects several processes, got one; use torchrun or accelerate launch, or shard: none")
+    for tensor in (*step.parameters(), *step.buffers()):
+        dist.broadcast(tensor.detach(), 0)  # as DDP does: everybody begins with the weights of the first
     device = next(step.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
     for module in step.student.modules():

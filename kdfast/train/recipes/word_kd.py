@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kdfast.models.load import vocab_of
 from kdfast.models.view import View
 from kdfast.ops.tails import DIVERGENCES as CACHED_DIVERGENCES
 from kdfast.options import DIVERGENCES, TEACHER_MIXES
@@ -69,6 +70,11 @@ class WordKD(Objective):
         self.captured = sorted(set.intersection(*(set(info.temperatures) for info in caches))) if caches else []
         if caches:
             self._check_cached(options)
+        own = vocab_of(setting.student)
+        for teacher in setting.teachers:
+            its = None if teacher.info is not None else vocab_of(teacher.model)
+            if None not in (own, its) and own != its:
+                raise ValueError(f"teacher: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
 
     def _check_cached(self, options: WordKDOptions) -> None:
         t = options.temperature

@@ -20,7 +20,7 @@ class CachedTeacher:
 
     Args:
         path: a folder or a URL. tokenizer_hash: compared with the cache's. weight: among several teachers.
-        pack: tokens of a row that holds several whole documents; `batch` takes lists of records then.
+        pack: tokens of a row that holds several whole documents; `batch` takes a list of records for each such row.
 
     Raises:
         CacheMismatch: the tokenizer is not the one the cache was made with.
@@ -39,7 +39,7 @@ class CachedTeacher:
         """A cache has no place; its batches are sent."""
 
     def batch(self, indices: Sequence[Any]) -> Batch:
-        if self.pack:
+        if self.pack and indices and isinstance(indices[0], list):
             return as_batch(self.reader.packed(indices, self.pack))
         return as_batch(self.reader.batch(list(indices)))
 
@@ -58,7 +58,8 @@ def as_batch(read: CacheBatch) -> Batch:
         inputs = {"input_ids": read.context_ids, "decoder_input_ids": read.input_ids}
         return Batch(inputs, read.labels, read.context_mask, read.targets)
     if read.position_ids is not None:
-        # Positions that start anew tell a `transformers` model where a document ends; a mask would hide that from it.
+        # Positions that start anew tell a `transformers` model where a document ends, in every row of the batch; a mask would
+        # hide that from it. Each position of the padding is 0: a document of its own, which nobody attends to.
         return Batch({"input_ids": read.input_ids, "position_ids": read.position_ids}, read.labels, None, read.targets)
     mask = None if bool(read.attention_mask.all()) else read.attention_mask
     return Batch({"input_ids": read.input_ids}, read.labels, mask, read.targets)
