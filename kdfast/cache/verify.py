@@ -73,8 +73,8 @@ def check_alignment(
             )
     if result.at > limit + margin:
         raise AlignmentError(
-            f"targets: the teacher's loss on the labels is {result.at:.3f} nats, above log V = {limit:.3f} (a guess) by more than {margin:g};"
-            " expected targets and labels of the same text and tokenizer"
+            f"targets: the teacher's loss on the labels is {result.at:.3f} nats, above log V = {limit:.3f} (a guess) by more"
+            f" than {margin:g}; expected targets and labels of the same text and tokenizer"
         )
     return result
 
