@@ -54,7 +54,7 @@ def cut_out(
         setattr(config, name, len(wanted))
         if option == "layers" and getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[i] for i in wanted]
-    if width is not None and width != model.config.hidden_size:
+    if width is not None and width != config.hidden_size:
         _narrow(config, width, key)
     student = type(model)(config)
     cast_weights(student, next(model.parameters()).dtype)
