@@ -41,6 +41,10 @@ MODELS = {
 }  # fmt: skip
 
 
+STACKS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer", "marian": "model.decoder.layers",
+          "bart": "model.decoder.layers", "t5": "decoder.block"}  # fmt: skip
+
+
 def make(model_type: str, **changes: Any) -> nn.Module:
     """A model none of whose weights are zeros or ones, which would hide a wrong slice."""
     torch.manual_seed(0)
@@ -77,8 +81,12 @@ def test_fewer_layers_are_a_folder_that_anyone_loads(model_type: str, tmp_path: 
     student.save_pretrained(tmp_path)
     loaded = MODELS[model_type][0].from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(student))
-    stacks = [m for m in student.modules() if isinstance(m, nn.ModuleList) and len(m) in (2, 3) and "ayer" not in str(type(m))]
-    assert sorted(len(m) for m in stacks if len(m[0]._modules) > 1 or model_type == "t5")[0] == 2
+    small, large = (m.get_submodule(STACKS[model_type]) for m in (student, model))
+    assert len(small) == 2
+    for layer, source in zip(small, (large[2], large[0]), strict=True):
+        for name, weight in layer.named_parameters():
+            if "relative_attention_bias" not in name:  # in T5's first layer, whichever that is
+                assert torch.equal(weight, source.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -121,9 +129,8 @@ def test_t5_keeps_its_positions_without_its_first_layer() -> None:
     for stack in ("encoder", "decoder"):
         first, whole = (getattr(m, stack).block[0].layer[0].SelfAttention for m in (student, model))
         assert torch.equal(first.relative_attention_bias.weight, whole.relative_attention_bias.weight)
-    assert torch.equal(
-        student.encoder.block[0].layer[0].SelfAttention.q.weight, model.encoder.block[1].layer[0].SelfAttention.q.weight
-    )
+    queries = [m.encoder.block[i].layer[0].SelfAttention.q.weight for m, i in ((student, 0), (model, 1))]
+    assert torch.equal(*queries)
 
 
 def test_what_cannot_be_cut_is_said_in_one_line() -> None:
@@ -241,7 +248,7 @@ def test_a_mixture_of_experts_adds_its_own_loss(tokenizer: Path) -> None:
     loss, metrics = step(BATCH, num_items=24)
     output = step.student(**BATCH.by_name)
     plain = nn.functional.cross_entropy(output.logits.flatten(0, 1), BATCH.labels.flatten())
-    assert float(output.aux_loss) > 0
+    assert output.aux_loss.item() > 0
     assert torch.allclose(loss, plain + 0.5 * output.aux_loss)
     assert torch.allclose(metrics["auxiliary"].total / metrics["auxiliary"].count, 0.5 * output.aux_loss)
     # A batch that is a third of its step has a third of the weight.
@@ -249,9 +256,9 @@ def test_a_mixture_of_experts_adds_its_own_loss(tokenizer: Path) -> None:
 
 
 def test_bfloat16_students_train_and_are_stored_so(tokenizer: Path, tmp_path: Path) -> None:
-    model = run(tokenizer, tmp_path / "run", student=student_values(dtype="bfloat16"))
+    model = run(tokenizer, tmp_path / "run", steps=12, student=student_values(dtype="bfloat16"))
     assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] + 0.1
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
 
 
 @pytest.mark.slow

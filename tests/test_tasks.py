@@ -1,0 +1,425 @@
+"""The tasks from their files to their scores, each from a live teacher; language tasks from a cache too."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.nn import functional as F
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForSequenceClassification, MarianConfig, MarianMTModel
+
+from kdfast.cache import build
+from kdfast.models.view import View
+from kdfast.text import TextData
+from kdfast.train import Batch, Recipe, distill
+from kdfast.train.kd import distillation
+from kdfast.train.tasks import task_class
+from kdfast.train.tasks.classes import class_scores, class_summary
+from kdfast.train.tasks.token_classification import entities
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        "max_position_embeddings": 64}  # fmt: skip
+WORD_KD = {"name": "word_kd", "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
+GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
+
+
+def sentence(i: int) -> tuple[str, str]:
+    word = (GOOD if i % 2 else BAD)[i % 3]
+    return " ".join(["the film was", *["really"] * (i % 4), word]), "pos" if i % 2 else "neg"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    found.normalizer, found.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    texts = [sentence(i)[0] for i in range(12)] + ["who plays in paris and new york", "ein film war gut"]
+    found.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=80, special_tokens=special, show_progress=False))
+    found.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    found.save(str(file))
+    return file
+
+
+def values(tokenizer: Path | None, out: Path, data: dict[str, Any], task: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "task": task, "out": str(out), "tokenizer": None if tokenizer is None else str(tokenizer), "data": data,
+        "student": {"model_type": "bert", "config": BERT}, "optimizer": {"lr": 1e-2}, "steps": 30, "batch_size": 8,
+        "tracker": "none", "method": "supervised", **changes,
+    }  # fmt: skip
+
+
+def run(recipe: dict[str, Any]) -> Any:
+    return distill(Recipe.build(recipe), say=lambda line: None)
+
+
+def opened(tokenizer: Path, task: Any, data: dict[str, Any]) -> tuple[Any, Any]:
+    recipe = Recipe.build(values(tokenizer, Path("unused"), data, task))
+    made = task_class(recipe.task.name)(recipe.task.options, recipe.data)
+    return made, made.open(Tokenizer.from_file(str(tokenizer)), tokenizer, Path("unused"), True)
+
+
+# Texts and pairs
+
+
+def write_table(file: Path, header: bool, rows: int = 40, pair: bool = False, unlabelled: int = 0) -> Path:
+    lines = ["text\tlabel" if not pair else "text\tother\tlabel"] if header else []
+    for i in range(rows):
+        text, label = sentence(i)
+        middle = f"\t{sentence(i + 2)[0]}" if pair else ""
+        lines.append(f"{text}{middle}\t{'' if i < unlabelled else label}")
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def test_a_text_classifier_learns_and_its_student_too(tokenizer: Path, tmp_path: Path) -> None:
+    train = str(write_table(tmp_path / "train.tsv", True))
+    dev = str(write_table(tmp_path / "dev.tsv", True, rows=12))
+    data = {"train": train, "validation": dev}
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, "sequence_classification"))
+    assert teacher.evaluation["accuracy"] == 1.0
+    assert teacher.evaluation["mcc"] == teacher.evaluation["macro_f1"] == 1.0
+    assert teacher.headline == "accuracy 100.0%, macro-F1 1.000, MCC 1.000"
+    model = AutoModelForSequenceClassification.from_pretrained(teacher.model)
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+
+    # From the teacher's word alone, on rows most of which have no label.
+    data = {**data, "train": str(write_table(tmp_path / "some.tsv", True, unlabelled=30))}
+    changes = {"method": WORD_KD, "teacher": {"path": str(teacher.model)}, "steps": 60}
+    student = run(values(tokenizer, tmp_path / "student", data, "sequence_classification", **changes))
+    assert student.evaluation["accuracy"] == 1.0
+    first = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"kl_at_T", "hard", "top1_agreement"} <= first.keys()
+
+
+def test_a_pair_is_marked_cut_and_padded(tokenizer: Path, tmp_path: Path) -> None:
+    file = write_table(tmp_path / "pairs.tsv", True, pair=True)
+    data = {"train": str(file), "text_pair": "other", "max_length": 14, "validation_share": 0.0}
+    task, splits = opened(tokenizer, "sequence_classification", data)
+    batch = splits.train.batch([0, 3, 8])
+    ids, types, mask = (batch.by_name[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
+    assert ids.shape[1] == 14
+    assert ids[0, 0] == 2
+    for row, kinds, seen in zip(ids, types, mask, strict=True):
+        length = int(seen.sum())
+        separators = (row[:length] == 3).nonzero()[:, 0].tolist()
+        assert len(separators) == 2
+        assert separators[1] == length - 1
+        assert kinds.tolist() == [int(separators[0] < i < length) for i in range(len(row))]
+        assert (row[length:] == task.pad_id).all()
+    assert batch.labels.tolist() == [0, 1, 0]
+    assert batch.soft_mask is None
+
+
+@pytest.mark.parametrize("kind", ["headless", "csv", "jsonl", "parquet", "dataset"])
+def test_the_same_rows_from_every_kind_of_file(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    rows = [{"text": f'{sentence(i)[0]}, "so"', "label": sentence(i)[1]} for i in range(10)]
+    (tmp_path / "plain.tsv").write_text(
+        "".join(f"{r['text']}\t{r['label']}\n" for r in [{"text": "text", "label": "label"}, *rows])
+    )
+    data: dict[str, Any] = {"train": str(tmp_path / f"rows.{kind}")}
+    if kind == "headless":
+        data = {"train": str(tmp_path / "rows.tsv"), "columns": ["text", "label"]}
+        (tmp_path / "rows.tsv").write_text("".join(f"{r['text']}\t{r['label']}\n" for r in rows))
+    elif kind == "csv":
+        quoted = [(r["text"].replace('"', '""'), r["label"]) for r in rows]
+        (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in quoted))
+    elif kind == "jsonl":
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow")
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
+    else:
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        data = {"dataset": str(tmp_path / "saved")}
+    nothing_held_out = {"validation_share": 0.0}
+    want = opened(tokenizer, "sequence_classification", {"train": str(tmp_path / "plain.tsv"), **nothing_held_out})[1].train
+    got = opened(tokenizer, "sequence_classification", {**data, **nothing_held_out})[1].train
+    assert got.digest == want.digest
+    assert len(got) == 10
+
+
+def test_faults_in_a_table_are_said_in_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.tsv"
+
+    def fails(text: str, match: str, task: Any = "sequence_classification", **data: Any) -> None:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            opened(tokenizer, task, {"train": str(file), **data})
+
+    fails("a film\t0\na war\t1\n", r"data\.train: .*expected columns text, label, got a film, 0; .*data\.columns")
+    fails("text\tlabel\na film\t0\tx\n", r"t\.tsv, line 2: expected 2 columns \(text, label\), got 3")
+    fails("text\tlabel\na film\t0\n", r"data\.train: expected at least two different labels, got 0")
+    named = {"name": "sequence_classification", "labels": ["no", "yes"]}
+    fails("text\tlabel\na film\tmaybe\n", r"data\.train: expected one of the labels no, yes, got 'maybe'", named)
+    fails("text\tlabel\n", r"data\.train: expected at least one row")
+
+
+def test_a_teacher_of_other_classes_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    data = {"train": str(write_table(tmp_path / "train.tsv", True)), "validation_share": 0.0}
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, "sequence_classification", steps=1))
+    turned = {"name": "sequence_classification", "labels": ["pos", "neg"]}
+    changes = {"method": WORD_KD, "teacher": {"path": str(teacher.model)}}
+    with pytest.raises(
+        ValueError, match=r"teacher\.path: expected a model of the classes pos, neg in this order, got neg, pos"
+    ):
+        run(values(tokenizer, tmp_path / "student", data, turned, **changes))
+
+
+def test_rows_without_label_count_in_the_soft_term_only() -> None:
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 5, dtype=torch.float64)
+    labels = torch.tensor([1, -100, 4, -100, -100, 0])
+    mask = torch.tensor([True, True, True, True, True, False])
+    labels[5] = -100  # neither
+    options = {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3, "label_smoothing": 0.1}
+    loss, metrics = distillation(
+        View(own_logits=logits), [View(own_logits=teacher)], labels, 5, soft_mask=mask, **options
+    )  # fmt: skip
+    soft = F.kl_div(F.log_softmax(logits[:5] / 2, -1), F.softmax(teacher[:5] / 2, -1), reduction="sum") * 4
+    hard = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum", label_smoothing=0.1)
+    want = (0.7 * soft + 0.3 * hard) / 5
+    assert torch.allclose(loss, want, rtol=1e-6)
+    (got_gradient,), (gradient,) = torch.autograd.grad(loss, logits), torch.autograd.grad(want, logits)
+    assert torch.allclose(got_gradient, gradient, rtol=1e-5, atol=1e-9)
+    assert float(metrics["hard"].count) == 2
+    assert float(metrics["kl_at_T"].count) == 5
+    assert Batch(torch.zeros(6, 1), labels, soft_mask=mask).count() == 5
+    whole = torch.tensor([1, 2, 4, 3, 0, 1])
+    split = distillation(View(own_logits=logits), [View(own_logits=teacher)], whole, 6, soft_mask=whole > -1, **options)[0]
+    assert torch.allclose(split, distillation(View(own_logits=logits), [View(own_logits=teacher)], whole, 6, **options)[0])
+
+
+def test_scores_of_a_table_by_hand() -> None:
+    # labels 0 0 0 1 1, said 0 0 1 1 0: f1 of 0: 2/3, of 1: 1/2; mcc (2*1 - 1*1) / sqrt(3*2*3*2)
+    logits = F.one_hot(torch.tensor([0, 0, 1, 1, 0, 1])).float()
+    parts = [class_scores(logits[:2], torch.tensor([0, 0])), class_scores(logits[2:], torch.tensor([0, 1, 1, -100]))]
+    found = class_summary(parts)
+    assert found["accuracy"] == pytest.approx(3 / 5)
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert found["mcc"] == pytest.approx(1 / 6)
+    assert found["rows"] == 5
+    with pytest.raises(ValueError, match="at least one row with a label"):
+        class_summary([class_scores(logits, torch.full((6,), -100))])
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O O O", []),
+        ("B-per I-per O B-loc", [(0, 2, "per"), (3, 4, "loc")]),
+        ("B-per B-per", [(0, 1, "per"), (1, 2, "per")]),
+        ("I-per I-per O", [(0, 2, "per")]),
+        ("B-per I-loc I-loc", [(0, 1, "per"), (1, 3, "loc")]),
+        ("O I-per B-per I-per", [(1, 2, "per"), (2, 4, "per")]),
+        ("", []),
+    ],
+    ids=["none", "two", "neighbours", "begins-inside", "changes-type", "inside-then-begin", "empty"],
+)
+def test_entities_in_tags(tags: str, found: list[Any]) -> None:
+    assert entities(tags.split()) == found
+
+
+WORDS = [("who", "O"), ("plays", "O"), ("in", "O"), ("new", "B-loc"), ("york", "I-loc"), ("and", "O"), ("paris", "B-loc")]
+
+
+def write_conll(file: Path, sentences: int) -> Path:
+    turned = [WORDS[i % 3 :] + WORDS[: i % 3] for i in range(sentences)]
+    file.write_text("\n\n".join("\n".join("\t".join(pair) for pair in words) for words in turned) + "\n")
+    return file
+
+
+def test_labels_stand_at_first_tokens_and_long_sentences_go_on(tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.conll"
+    file.write_text("-DOCSTART-\tO\n\nparisfilm\tB-loc\nin\tO\n\nwho\nplays\tO\n")
+    data = {"train": str(file), "validation_share": 0.0}
+    task, splits = opened(tokenizer, "token_classification", data)
+    assert task.names == ["B-loc", "O"]
+    batch = splits.train.batch([0, 1])
+    pieces = Tokenizer.from_file(str(tokenizer)).encode("parisfilm", add_special_tokens=False).ids
+    assert len(pieces) > 1
+    row = [-100, 0, *[-100] * (len(pieces) - 1), 1, -100]
+    assert batch.labels[0].tolist() == row
+    # "who" has no tag: a teacher's word counts there, a label does not.
+    who = len(Tokenizer.from_file(str(tokenizer)).encode("who", add_special_tokens=False).ids)
+    assert (batch.labels[1] != -100).nonzero()[:, 0].tolist() == [1 + who]
+    assert batch.labels[1, 1 + who] == 1
+    assert batch.soft_mask[1].nonzero()[:, 0].tolist() == [1, 1 + who]
+
+    long = str(write_conll(tmp_path / "long.conll", 2))
+    rows = opened(tokenizer, "token_classification", {"train": long, "validation_share": 0.0, "max_length": 6})[1].train
+    labels = rows.batch(range(len(rows))).labels
+    assert rows.batch(range(len(rows))).input_ids.shape[1] <= 6
+    assert (labels != -100).sum() == 2 * len(WORDS)
+
+
+def test_a_tagger_learns_and_its_student_too(tokenizer: Path, tmp_path: Path) -> None:
+    data = {"train": str(write_conll(tmp_path / "train.conll", 24)), "validation": str(write_conll(tmp_path / "dev.conll", 3))}
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, "token_classification"))
+    assert teacher.evaluation["entity_f1"] == teacher.evaluation["accuracy"] == 1.0
+    assert teacher.evaluation["rows"] == 3 * len(WORDS)
+    assert teacher.headline == "entity F1 100.0%, token accuracy 100.0%"
+    changes = {"method": {**WORD_KD, "hard_weight": 0.0}, "teacher": {"path": str(teacher.model)}}
+    student = run(values(tokenizer, tmp_path / "student", data, "token_classification", **changes))
+    assert student.evaluation["entity_f1"] == 1.0
+
+
+def test_entity_f1_by_hand() -> None:
+    task = task_class("token_classification")(None, None)
+    task.names = ["B-a", "I-a", "O"]
+    labels = torch.tensor([[-100, 0, 1, -100, 2, 0]])  # entities (0, 2) and (3, 4)
+    said = F.one_hot(torch.tensor([[0, 0, 1, 2, 0, 2]]), 3).float()  # entities (0, 2) and (2, 3)
+    found = task.summary([task.score(View(own_logits=said), Batch(labels, labels))])
+    assert found["entity_f1"] == found["entity_precision"] == found["entity_recall"] == 0.5
+    assert found["accuracy"] == 0.5
+
+
+# Images
+
+
+def write_idx(file: Path, values: np.ndarray) -> None:
+    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
+    file.write_bytes(gzip.compress(raw) if file.suffix == ".gz" else raw)
+
+
+def pictures(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Class c is bright in column 2c."""
+    labels = np.arange(rows) % 3
+    images = np.random.default_rng(0).integers(0, 60, (rows, 6, 6))
+    images[np.arange(rows), :, 2 * labels] += 180
+    return images, labels
+
+
+def make_classifier(classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, classes))
+
+
+IMAGES = {"student": {"function": f"{__name__}:make_classifier"}, "steps": 80}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"], ids=["plain", "gzipped"])
+def test_a_class_that_only_the_teacher_names_is_learnt(suffix: str, tmp_path: Path) -> None:
+    images, labels = pictures(90)
+    write_idx(tmp_path / f"images-idx3-ubyte{suffix}", images)
+    write_idx(tmp_path / f"labels-idx1-ubyte{suffix}", labels)
+    data = {"train": str(tmp_path), "validation_share": 0.3, "mean": [0.2], "std": [0.3]}
+    teacher = run(values(None, tmp_path / "teacher", data, "image_classification", **IMAGES))
+    assert teacher.evaluation["accuracy"] == 1.0
+    hidden = {**data, "exclude_labels": [2], "excluded": "hide"}
+    taught = {"function": f"{__name__}:load_classifier", "arguments": {"folder": str(teacher.model)}}
+    changes = {**IMAGES, "method": {**WORD_KD, "temperature": 3.0}, "teacher": taught}
+    student = run(values(None, tmp_path / "student", hidden, "image_classification", **changes))
+    assert student.evaluation["accuracy"] == 1.0
+    alone = run(values(None, tmp_path / "alone", {**data, "exclude_labels": [2]}, "image_classification", **IMAGES))
+    assert alone.evaluation["accuracy"] < 0.75
+
+
+def load_classifier(folder: str) -> nn.Module:
+    from safetensors.torch import load_file
+
+    model = make_classifier()
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    return model
+
+
+def test_folders_of_images_and_a_transformers_classifier(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    images, labels = pictures(24)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "images" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
+    vit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 3}
+    data = {"train": str(tmp_path / "images"), "validation_share": 0.3, "size": [6], "channels": 1}
+    changes = {"student": {"model_type": "vit", "config": vit}, "steps": 2}
+    result = run(values(None, tmp_path / "run", data, "image_classification", **changes))
+    config = json.loads((result.model / "config.json").read_text())
+    assert config["id2label"] == {"0": "class0", "1": "class1", "2": "class2"}
+    assert (config["num_channels"], config["image_size"]) == (1, 6)
+    assert set(result.evaluation) == {"accuracy", "macro_f1", "nll", "rows"}
+
+
+def test_faults_in_images_are_said_in_one_line(tmp_path: Path) -> None:
+    images, labels = pictures(6)
+    write_idx(tmp_path / "images-idx3-ubyte", images)
+    recipe = values(None, tmp_path / "run", {"train": str(tmp_path)}, "image_classification", **IMAGES)
+    with pytest.raises(ValueError, match=r"data\.train: expected a file of labels beside .* \(labels-idx1-ubyte\), found none"):
+        run(recipe)
+    write_idx(tmp_path / "labels-idx1-ubyte", labels[:4])
+    with pytest.raises(ValueError, match=r"expected as many labels as images, got 4"):
+        run(recipe)
+    write_idx(tmp_path / "labels-idx1-ubyte", labels)
+    whole = (tmp_path / "images-idx3-ubyte").read_bytes()
+    (tmp_path / "images-idx3-ubyte").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"expected 216 bytes of values \(\[6, 6, 6\]\) .* got 215"):
+        run(recipe)
+
+
+# Masked models and encoder-decoders
+
+
+def test_a_masked_model_from_a_live_teacher_and_from_its_cache(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": sentence(i)[0]}) + "\n" for i in range(40)))
+    corpus = {"glob": "*.jsonl", "sequence_length": 16, "mask_share": 0.3}
+    data = {"train": str(tmp_path / "text"), **corpus, "validation_share": 0.2}
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, "masked_lm"))
+    assert teacher.evaluation["ppl"] < 20
+    changes = {"method": WORD_KD, "teacher": {"path": str(teacher.model)}}
+    live = run(values(tokenizer, tmp_path / "live", data, "masked_lm", **changes))
+    assert live.evaluation["ppl"] < 40
+    read = TextData(paths=(str(tmp_path / "text"),), **corpus)
+    cache = build(teacher.model, read, tmp_path / "cache", k=20, temperatures=(1.0, 2.0), say=lambda line: None)
+    assert cache.info.alignment == "same"
+    changes = {"method": WORD_KD, "teacher": {"cache": str(tmp_path / "cache")}}
+    cached = run(values(tokenizer, tmp_path / "cached", {"validation_share": 0.2}, "masked_lm", **changes))
+    assert cached.evaluation["ppl"] < 40
+
+
+def test_an_encoder_decoder_from_a_live_teacher_and_from_its_cache(tokenizer: Path, tmp_path: Path) -> None:
+    """The target is the source's last word."""
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"source": sentence(i)[0], "target": sentence(i)[0].split()[-1]}) + "\n" for i in range(48))
+    )
+    pair = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+            (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
+    config = {**pair, "d_model": 32, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2,
+              "decoder_start_token_id": 0, "forced_eos_token_id": 3, "init_std": 0.1, "dropout": 0.0}  # fmt: skip
+    size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    torch.manual_seed(0)
+    first = tmp_path / "first"
+    MarianMTModel(MarianConfig(vocab_size=size, **config)).save_pretrained(first)
+    (first / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    data = {"train": str(tmp_path / "pairs.jsonl"), "sequence_length": 16, "validation_share": 0.2}
+    changes = {"student": {"path": str(first)}, "steps": 100}
+    teacher = run(values(first, tmp_path / "teacher", data, "seq2seq", **changes))
+    assert teacher.evaluation["top1"] > 0.6
+    kd = {**changes, "method": WORD_KD, "teacher": {"path": str(teacher.model)}}
+    live = run(values(first, tmp_path / "live", data, "seq2seq", **kd))
+    assert live.evaluation["top1"] > 0.6
+    corpus = TextData(paths=(str(tmp_path / "pairs.jsonl"),), sequence_length=16)
+    build(teacher.model, corpus, tmp_path / "cache", k=20, temperatures=(1.0, 2.0), say=lambda line: None)
+    kd["teacher"] = {"cache": str(tmp_path / "cache")}
+    cached = run(values(first, tmp_path / "cached", {"validation_share": 0.2}, "seq2seq", **kd))
+    assert cached.evaluation["top1"] > 0.6
