@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +115,12 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
     weights |= {copy: weights[first] for copy, first in tied(unwrapped(module)).items()}
     set_model_state_dict(module, weights, options=_OPTIONS)
     groups = [_tuples(group) for group in state["param_groups"]]
-    set_optimizer_state_dict(module, optimizer, {"state": states, "param_groups": groups}, options=_OPTIONS)
+    options = replace(_OPTIONS, strict=False)
+    set_optimizer_state_dict(module, optimizer, {"state": states, "param_groups": groups}, options=options)
+    # What a later phase trains has no state yet; loading gave it one, which would count its steps from before its first.
+    for name, parameter in unwrapped(module).named_parameters():
+        if name not in states:
+            optimizer.state.pop(parameter, None)
     if state["scaler"] is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     same = state["world"] == accelerator.num_processes

@@ -16,7 +16,6 @@ import yaml
 
 import kdfast
 from kdfast.files import write_json, write_text
-from kdfast.strict import plain
 from kdfast.train.evaluate import Evaluation
 from kdfast.train.recipe import Recipe
 
@@ -76,7 +75,7 @@ def peak_memory_gb() -> float:
 
 def _check_same(folder: Path, recipe: Recipe, digest: str) -> None:
     before = _flat(yaml.safe_load((folder / "recipe.yaml").read_text()))
-    now = _flat(plain(recipe))
+    now = _flat(yaml.safe_load(recipe.to_yaml()))
     for values in (before, now):  # a longer run is the same run, gone on
         values.pop(f"phases[{len(recipe.phases) - 1}].steps", None)
     differs = [k for k in sorted(before.keys() | now.keys()) if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)]

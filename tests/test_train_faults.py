@@ -1,0 +1,274 @@
+"""What stops or misleads a run: every refusal is one line before the first step, and odd data do no harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import STUDENT, TEXT, make_tokenizer, recipe_values
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+from kdfast import topk_targets
+from kdfast.cache import AlignmentError, CacheWriter, check_alignment
+from kdfast.text import IGNORE
+from kdfast.text.tokenizers import file_hash
+from kdfast.train import Batch, Recipe, distill
+from kdfast.train.ahead import Ahead, Read
+from kdfast.train.documents import Documents
+from kdfast.train.inputs import open_inputs
+from kdfast.train.objective import Setting
+from kdfast.train.recipes.supervised import Supervised, SupervisedOptions
+from kdfast.train.step import DistillStep
+
+THREADS = 1
+LABELLED, BARE = (torch.arange(16) % 7 + 1).expand(8, 16), torch.full((8, 16), IGNORE)
+
+
+class Rows:
+    """Eight rows of token ids with the labels given."""
+
+    def __init__(self, labels: torch.Tensor) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        chosen = torch.as_tensor(list(indices))
+        return Batch(LABELLED[chosen % 8], self.labels[chosen])
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_cache(path: Path, tokenizer: Path, records: int = 12, gain: float = 6.0) -> Path:
+    """Records of 8 to 20 tokens, all of the vocabulary kept at T = 1, 2 and 4."""
+    generator = torch.Generator().manual_seed(0)
+    temperatures = (1.0, 2.0, 4.0)
+    with CacheWriter(
+        path, vocab_size=300, k=300, teacher="x", tokenizer_hash=file_hash(tokenizer), temperatures=temperatures
+    ) as writer:
+        for i in range(records):
+            ids = torch.randint(300, (8 + 5 * i % 13,), generator=generator)
+            logits = gain / 6 * torch.randn(len(ids), 300, generator=generator)
+            logits[torch.arange(len(ids)), ids.roll(-1)] += gain
+            writer.add(ids, topk_targets(logits, 300, temperatures=temperatures))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("cache") / "one", tokenizer)
+
+
+def cached(tokenizer: Path, out: Path, cache: Path, **changes: Any) -> Recipe:
+    values = recipe_values(tokenizer, out, method="word_kd", teacher={"cache": str(cache)}, data={}, steps=2)
+    return Recipe.build({**values, **changes})
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    timed = ("seconds", "tokens_per_s", "data_wait_s")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder)]
+
+
+def test_a_cache_takes_no_other_data(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^train_data: the teacher is a cache"):
+        distill(cached(tokenizer, tmp_path / "run", cache), train_data=Rows(LABELLED), say=quiet)
+    with pytest.raises(ValueError, match=r"^data\.train: the teacher is a cache"):
+        distill(cached(tokenizer, tmp_path / "run", cache, data={"train": [str(TEXT)]}), say=quiet)
+
+
+@pytest.mark.parametrize("pack", [None, 24], ids=["padded", "packed"])
+def test_a_share_of_a_cache_is_held_out(pack: int | None, tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    recipe = cached(tokenizer, tmp_path / "run", cache, data={"validation_share": 0.25, "pack": pack})
+    inputs = open_inputs(recipe, tmp_path)
+    assert inputs.validation is not None
+    assert (len(inputs.train), len(inputs.validation)) == (9, 3)
+    result = distill(recipe, say=quiet)
+    assert result.evaluation is not None
+    assert result.evaluation.tokens == inputs.validation.batch(range(3)).count()
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "validation", "message"),
+    [
+        pytest.param(
+            {}, Rows(LABELLED), Rows(BARE), r"^data\.validation: .* labelled position in 8 rows", id="bare-validation"
+        ),
+        pytest.param({}, Rows(LABELLED), Rows(LABELLED[:0]), r"^data\.validation: .* one row", id="empty-validation"),
+        pytest.param({}, Rows(LABELLED[:0]), None, r"^data\.train: expected training rows", id="empty-train"),
+        pytest.param(
+            {}, Rows(LABELLED + 300), None, r"^data: label 30\d lies outside the vocabulary of 300", id="label-too-big"
+        ),
+        pytest.param({"precision": "fp16", "shard": "fsdp"}, None, None, r"^precision: fp16 expects a GPU", id="fp16"),
+        pytest.param({"shard": "fsdp"}, None, None, r"^shard: fsdp expects several processes", id="fsdp-alone"),
+        pytest.param({"data": {"train": ["nowhere"]}}, None, None, r"^data\.train: .*'nowhere'", id="no-such-file"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    changes: dict[str, Any], train: Any, validation: Any, message: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.build(recipe_values(tokenizer, tmp_path / "run", **changes))
+    with pytest.raises(ValueError, match=message) as error:
+        distill(recipe, train_data=train, validation_data=validation, say=quiet)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=304, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path / "t")
+    values = recipe_values(tokenizer, tmp_path / "run", method="word_kd", teacher={"path": str(tmp_path / "t")})
+    with pytest.raises(ValueError, match=r"^teacher: its vocabulary has 304 ids, the student's 300"):
+        distill(Recipe.build(values), say=quiet)
+
+
+@pytest.mark.parametrize("labels", [BARE, torch.where(torch.arange(8)[:, None] % 2 == 0, LABELLED, BARE)], ids=["none", "half"])
+def test_steps_and_micro_batches_without_labels(labels: torch.Tensor, tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "run", steps=6, batch_size=1, accumulation=2, log_every=1)
+    distill(Recipe.build(values), train_data=Rows(labels), say=quiet)
+    for row in rows_of(tmp_path / "run"):
+        assert row["loss"] is not None
+        counted = "hard" in row
+        assert (row["loss"] > 1) == counted
+        assert counted or (row["loss"] == 0 and row["grad_norm"] == 0)
+
+
+def test_another_precision_in_one_process(tokenizer: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16", "fp32"):
+        values = recipe_values(tokenizer, tmp_path / precision, steps=1, precision=precision)
+        assert distill(Recipe.build(values), say=quiet).evaluation is not None
+
+
+def test_a_cache_of_one_record_and_a_batch_larger_than_the_data(tokenizer: Path, tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "single", tokenizer, 1)
+    distill(cached(tokenizer, tmp_path / "run", path, batch_size=5, log_every=100), say=quiet)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    for file in ("run.json", "result.json", "checkpoints/step-00000002/state.json"):
+        json.loads((tmp_path / "run" / file).read_text(), parse_constant=pytest.fail)
+
+
+def test_the_alignment_guard_has_a_margin_and_a_key(tokenizer: Path, tmp_path: Path) -> None:
+    ids = torch.randint(300, (4, 32))
+    wrong = -1.0 * torch.nn.functional.one_hot(ids, 300)
+    near = check_alignment(topk_targets(0.3 * wrong, 300), ids)
+    assert 0 < near.at - torch.tensor(300.0).log() < 0.5
+    with pytest.raises(AlignmentError, match="above log V"):
+        check_alignment(topk_targets(3 * wrong, 300), ids)
+    bad = make_cache(tmp_path / "bad", tokenizer, gain=-6.0)
+    with pytest.raises(AlignmentError):
+        distill(cached(tokenizer, tmp_path / "run", bad, batch_size=12), say=quiet)
+    assert distill(cached(tokenizer, tmp_path / "run", bad, batch_size=12, alignment=False), say=quiet).steps == 2
+
+
+def test_the_auxiliary_loss_of_experts_is_kept() -> None:
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, output_router_logits=True, router_aux_loss_coef=10.0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    ids = torch.randint(50, (2, 8))
+    step = DistillStep(model, Supervised(SupervisedOptions(), Setting(model, (), None)))
+    loss, metrics = step(Batch(ids, ids), None, 16)
+    out = model(ids)
+    plain = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), ids.flatten()) + 10 * out.aux_loss
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(metrics["auxiliary"].total / metrics["auxiliary"].count, 10 * out.aux_loss)
+
+
+def test_a_student_from_a_folder_keeps_its_tokenizer(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, **STUDENT, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    settings = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    values = recipe_values(tokenizer, tmp_path / "run", steps=1, student={"path": str(folder)})
+    model = distill(Recipe.build({**values, "tokenizer": None}), say=quiet).model
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (folder, model))
+    assert {p.name for p in folder.iterdir()} <= {p.name for p in model.iterdir()}
+    assert before.eos_token == after.eos_token == "<|endoftext|>"
+    chat = [{"role": "user", "content": "import json"}]
+    assert before.apply_chat_template(chat, tokenize=False) == after.apply_chat_template(chat, tokenize=False) == "import json"
+    assert before("def f(x):")["input_ids"] == after("def f(x):")["input_ids"]
+
+
+def test_a_finished_run_goes_on_when_asked_for_more_steps(tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "run", steps=2)
+    distill(Recipe.build(values), say=quiet)
+    said: list[str] = []
+    assert distill(Recipe.build({**values, "steps": 4}), say=said.append).steps == 4
+    assert any("finished 2 steps before; going on to 4" in line for line in said)
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"^steps: .* has done 4 of them"):
+        distill(Recipe.build({**values, "steps": 3}), say=quiet)
+
+
+def test_a_run_killed_after_its_last_checkpoint_has_an_evaluation(tokenizer: Path, tmp_path: Path) -> None:
+    recipe = Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=2))
+    first = distill(recipe, say=quiet)
+    (tmp_path / "run" / "result.json").unlink()
+    before = untimed(tmp_path / "run")
+    assert distill(recipe, say=quiet).evaluation == first.evaluation
+    assert untimed(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("precision", [None, 40], ids=["padded", "packed"])
+def test_reading_ahead_changes_no_bit(precision: int | None, tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / str(ahead) for ahead in (0, 1, 3)]
+    for ahead, out in zip((0, 1, 3), runs, strict=True):
+        distill(cached(tokenizer, out, cache, ahead=ahead, steps=5, data={"pack": precision}), say=quiet)
+    models = [(out / "model" / "model.safetensors").read_bytes() for out in runs]
+    assert models[0] == models[1] == models[2]
+    assert untimed(runs[0]) == untimed(runs[1]) == untimed(runs[2])
+    assert not [t for t in threading.enumerate() if t.name.startswith("kdfast-ahead")]
+
+
+def test_an_error_while_reading_ahead_is_itself() -> None:
+    class Gone(Exception):
+        pass
+
+    def read(step: int) -> Read:
+        if step == 3:
+            raise Gone
+        return Read.of([Rows(LABELLED).batch([0])])
+
+    seen: list[int] = []
+    steps = Ahead(read, torch.device("cpu"), 2).steps(1, 9)
+    with pytest.raises(Gone):
+        seen.extend(step for step, _ in steps)
+    assert seen == [1, 2]
+    assert not [t for t in threading.enumerate() if t.name.startswith("kdfast-ahead")]
+
+
+def test_documents_are_kept_until_a_file_changes(tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "text.py"
+    source.write_text("x = 1\n" * 200)
+    recipe = Recipe.build(recipe_values(tokenizer, tmp_path / "run", data={"train": [str(source)], "validation_share": 0.0,
+                                                                          "sequence_length": 16}))  # fmt: skip
+    first = open_inputs(recipe, tmp_path / "kept")
+    made = (tmp_path / "kept" / "train" / "documents.json").stat().st_mtime_ns
+    assert isinstance(first.train, Documents)
+    assert open_inputs(recipe, tmp_path / "kept").digest == first.digest
+    assert (tmp_path / "kept" / "train" / "documents.json").stat().st_mtime_ns == made
+    source.write_text("y = 2\n" * 200)
+    os.utime(source, ns=(made, made + 1))
+    again = open_inputs(recipe, tmp_path / "kept")
+    assert again.digest != first.digest
+    assert not torch.equal(again.train.batch([0]).input_ids, first.train.batch([0]).input_ids)
