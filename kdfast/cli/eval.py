@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     cls = task_class(chosen.name)
     known = {name: getattr(args, name) for name in ("glob", "exclude", "sequence_length", "special_tokens", "separator", "end")}
     # A task without one of these has no use for its default.
-    given = {name: value for name, value in known.items() if name in {f.name for f in dataclasses.fields(cls.Data)}}
+    given = {name: value for name, value in known.items() if name in {f.name for f in fields(cls.Data)}}
     data = build(cls.Data, override({**given, "validation": args.data}, args.set), "data")
     tokenizer, file = load_tokenizer(args.tokenizer or folder) if cls.needs_tokenizer else (None, None)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
