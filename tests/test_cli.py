@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import TEXT, make_tokenizer, recipe_values
 
 import kdfast
@@ -18,7 +23,13 @@ from bench import commands as bench_commands
 from kdfast.cli import COMMANDS, main
 from kdfast.cli.progress import bar
 from kdfast.cli.quickstart import read_seeds
+from kdfast.cli.quickstart_job import llama
+from kdfast.cli.train_keys import sections
 from kdfast.extras import has, need
+from kdfast.models.load import load_folder
+from kdfast.text.tokenizers import SEPARATOR, load_tokenizer
+from kdfast.train import Recipe, distill
+from kdfast.train.recipes.word_kd import WordKDOptions
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -34,7 +45,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     [
         pytest.param([], id="no-command"),
         pytest.param(["trian"], id="unknown-command"),
-        pytest.param(["train"], id="missing-argument"),
+        pytest.param(["eval"], id="missing-argument"),
         pytest.param(["env", "--jsn"], id="unknown-flag"),
     ],
 )
@@ -199,8 +210,103 @@ def test_train_and_eval_print_json(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["ppl"] < 400
     assert main(["eval", str(tmp_path / "nothing"), "--data", str(TEXT)]) == 2
-    assert main([*words[:-1], "--batch-size", "0"]) == 2
-    assert "--batch-size: expected a number >= 1, got 0" in capsys.readouterr().err
+    capsys.readouterr()
+    for more, message in (
+        (["--batch-size", "0"], "--batch-size: expected a number >= 1, got 0"),
+        (["--data", str(tmp_path / "none")], "--data: expected a file or a folder, got "),
+        (["--glob", "*.zz"], "set --glob or another folder"),
+        (["--task", "causal"], "--task 'causal': unknown task; did you mean 'causal_lm'?"),
+        (["--separator", "<none>"], "--separator: expected a token of the tokenizer, or none, got '<none>'"),
+        (["--set", "sequence_lenght=4"], "--sequence-lenght: unknown key; did you mean 'sequence_length'?"),
+    ):
+        assert main([*words, *more]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_eval_is_the_perplexity_of_plain_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Special tokens as the folder says, through the head, against logits formed whole in float64."""
+    tokenizer = make_tokenizer(tmp_path)
+    result = distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=1)), say=lambda line: None)
+    text = tmp_path / "held.txt"
+    text.write_text("import json\n\nprint(json.dumps([1, 2, 3]))\n" * 20)
+    written = f"{text.read_text()}{SEPARATOR}"
+    ids = load_tokenizer(tokenizer)[0].encode(written).ids
+    rows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    model = load_folder(result.model, "model").double().eval()
+    with torch.no_grad():
+        logp = model(rows).logits[:, :-1].log_softmax(-1)
+    nll = -logp.gather(-1, rows[:, 1:, None]).mean().item()
+    words = ["eval", str(result.model), "--data", str(text), "--sequence-length", "32", "--device", "cpu", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == rows.shape[0] * 31
+    assert found["nll"] == pytest.approx(nll, rel=1e-5)
+    assert found["ppl"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert found["top1"] == pytest.approx((logp.argmax(-1) == rows[:, 1:]).double().mean().item(), abs=0.01)
+
+
+def test_train_keys_say_a_line_about_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("recipe", "method", "task"):
+        for title, about, keys in sections(name):
+            assert about, title
+            assert keys, title
+            silent = [key.name for key in keys if not key.meaning or not key.type or not key.default]
+            assert not silent, f"{title}: {', '.join(silent)}: say a line in the docstring"
+    assert main(["train", "--keys"]) == 0
+    out = capsys.readouterr().out
+    assert "  optimizer.lr  (number > 0; 0.001)\n" in out
+    assert "  student.from_teacher.layers  (list or null; null)\n" in out
+    assert main(["train", "--keys", "word_kd", "--json"]) == 0
+    (keys,) = json.loads(capsys.readouterr().out).values()
+    assert {key["name"] for key in keys} == {f"method.{name}" for name in WordKDOptions.__dataclass_fields__}
+    assert main(["train", "--keys", "wrd_kd"]) == 2
+    assert "--keys: expected one of method, task, " in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "recipe: expected a YAML file, got none" in capsys.readouterr().err
+
+
+def test_the_method_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/training.md: `hint.py` and `hint.yaml`, as they stand there."""
+    page = (Path(kdfast.__file__).parent.parent / "docs" / "training.md").read_text()
+    own = page[page.index("## A method of your own") :]
+    code, recipe = (re.search(rf"```{kind}\n(.*?)```", own, re.DOTALL) for kind in ("python", "yaml"))
+    assert code is not None
+    assert recipe is not None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("hint.py").write_text(code[1])
+    Path("hint.yaml").write_text(recipe[1])
+    Path("text").symlink_to(TEXT)
+    values = recipe_values(make_tokenizer(tmp_path), tmp_path / "run", steps=1)
+    values["student"] = {"model_type": "llama", "config": {**llama(64, 1)}}
+    distill(Recipe.build(values), say=lambda line: None)
+    Path("teacher").symlink_to("run/model")
+    assert main(["train", "hint.yaml", "alignment=false", "tracker=none", "steps=3"]) == 0
+    row = json.loads(Path("runs/hint/metrics.jsonl").read_text().splitlines()[0])
+    assert row["hint"] > 0
+    assert "kl_at_T" in row
+
+
+def test_ctrl_c_of_a_training_exits_130_and_it_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    values = recipe_values(make_tokenizer(tmp_path), tmp_path / "run", steps=100000, log_every=1, eval_sequences=2)
+    file.write_text(json.dumps(values))
+    command = [sys.executable, "-m", "kdfast.cli", "train", str(file)]
+    root = str(Path(kdfast.__file__).parent.parent)
+    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while run.poll() is None and not metrics.is_file():
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert err.endswith("kdfast: interrupted\n")
+    stopped = int(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1].name.removeprefix("step-"))
+    assert stopped >= 1
+    assert main(["train", str(file), f"steps={stopped + 1}"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == stopped + 1
 
 
 def test_env_tells_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,8 @@ class Teacher:
     """A teacher: a folder, a `module:function` as for the student (both run live), or a cache of its targets.
 
     Args:
+        path: a local folder that `from_pretrained` reads, or a hub name. function, arguments: as for the student.
+        cache: a folder or URL that `kdfast cache build` wrote, which is the training data too.
         dtype: what its weights are in; `auto`: as they are stored.
         weight: among several teachers.
     """
@@ -111,7 +113,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW; weight decay on matrices only. `schedule` follows `warmup_steps` and ends at `final_lr_share * lr`."""
+    """AdamW; weight decay on matrices only. `schedule` follows `warmup_steps` and ends at `final_lr_share * lr`.
+
+    Args:
+        lr: the highest learning rate. weight_decay: of matrices. beta1, beta2, eps: of AdamW.
+        clip: limit of the gradient's norm, over all parameters; 0: none.
+        warmup_steps: steps of linear rise to `lr`. schedule: how it falls after them.
+        final_lr_share: share of `lr` that it ends at.
+    """
 
     lr: float = ranged(1e-3, above=0.0)
     weight_decay: float = ranged(0.1, low=0.0)
@@ -157,7 +166,7 @@ class Recipe:
         student, teacher, data, optimizer: see their classes. teachers: several teachers instead of one.
         init_from: folder or safetensors file with weights the student starts from.
         tokenizer: a `tokenizer.json`, or a folder that holds one; null: the student's, else the teacher's folder.
-        steps: optimiser steps; each sees `batch_size * accumulation` rows per process.
+        steps: optimiser steps. batch_size: rows per process and micro-batch. accumulation: micro-batches per step.
         seed: of weights, data order and dropout.
         precision: `fp32`, or autocast to `bf16` or `fp16`.
         shard: `fsdp` shards student, objective and optimiser over the processes (FSDP2); `none` replicates them (DDP).
