@@ -25,6 +25,8 @@ LABELS = {
 }
 #: Okabe and Ito's colours, which colour-blind readers tell apart; lines differ in their dashes too.
 _TEACHER, _HARD, _CACHE = "#555555", "#D55E00", "#0072B2"
+#: Behind a label, so that no line runs through it.
+_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
@@ -83,8 +85,8 @@ def draw(out: Path, seeds: list[int], summary: dict[str, Any]) -> None:
         _name_ends(axes, ends, [(_HARD, "student,\nhard labels"), (_CACHE, "same student,\nfrom the cache")])
         best = min((row for rows in hard for row in rows), key=lambda row: row["validation_ppl"])
         axes.plot(best["seconds"], best["validation_ppl"], "o", color=_HARD, markersize=11)
-        axes.annotate(f"best: {best['validation_ppl']:.0f}", (best["seconds"], best["validation_ppl"]), (0, 14),
-                      textcoords="offset points", color=_HARD, ha="center", va="bottom")  # fmt: skip
+        axes.annotate(f"best: {best['validation_ppl']:.0f}", (best["seconds"], best["validation_ppl"]), (0, -14),
+                      textcoords="offset points", color=_HARD, ha="center", va="top", bbox=_CLEAR)  # fmt: skip
         axes.set_xlabel("seconds of training, capture included")
         axes.set_ylabel("perplexity on validation files\n(lower is better)")
         axes.set_title(_headline(summary), loc="left", fontweight="bold", fontsize=19, pad=18)
@@ -115,7 +117,7 @@ def _name_ends(axes: Any, ends: list[tuple[float, float]], names: list[tuple[str
     for (x, y), height, (colour, name) in zip(ends, heights, names, strict=True):
         for text, at, size in ((f"{y:.0f}", 10, 30), (name, 84, 16)):
             axes.annotate(text, (x, height), (at, 0), textcoords="offset points", color=colour, fontsize=size,
-                          fontweight="bold", va="center")  # fmt: skip
+                          fontweight="bold", va="center", bbox=_CLEAR)  # fmt: skip
 
 
 def _limit(axes: Any, values: list[float]) -> None:
