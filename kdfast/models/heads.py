@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class LinearHead:
     module: nn.Linear
     form: Head = Head()
     biased_by: nn.Module | None = None
+    #: One for all calls: a compiled model is compiled again for each object it has not met.
+    _stand_in: _StandIn = field(default_factory=lambda: _StandIn(), init=False, repr=False, compare=False)
 
     @property
     def weight(self) -> Tensor:
@@ -44,14 +46,14 @@ class LinearHead:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[_Entrance]:
-        """Within the block the head passes its input through; `.hidden` of what this yields is the last one.
+        """Within the block the head passes its input through; after it `.hidden` of what this yields is the last one.
 
         with head.entered() as entrance:
             model(input_ids)                       # its `.logits` mean nothing here
         logits = entrance.hidden @ head.weight.T   # + bias, then form
         """
         entrance = _Entrance()
-        self.module.forward = entrance  # type: ignore[method-assign,assignment]
+        self.module.forward = self._stand_in  # type: ignore[method-assign,assignment]
         added = None
         if self.biased_by is not None:
             added = self.biased_by.final_logits_bias
@@ -60,6 +62,7 @@ class LinearHead:
             yield entrance
         finally:
             del self.module.forward
+            entrance.hidden, self._stand_in.hidden = self._stand_in.hidden, None
             if self.biased_by is not None:
                 self.biased_by.final_logits_bias = added  # type: ignore[assignment]
 
@@ -72,9 +75,15 @@ class LinearHead:
 
 
 class _Entrance:
+    """What entered a head, known after the block."""
+
+    hidden: Any = None
+
+
+class _StandIn:
     """Stands in for the forward of a head."""
 
-    hidden: Tensor
+    hidden: Tensor | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden
@@ -160,7 +169,7 @@ def _gives(head: LinearHead, model: nn.Module, example: Mapping[str, Tensor]) ->
     want = logits_in(call(model, example)).float()
     with head.entered() as entrance:
         call(model, example)
-    hidden = getattr(entrance, "hidden", None)
+    hidden = entrance.hidden
     if hidden is None:
         return False
     got = head.logits(hidden).float()
