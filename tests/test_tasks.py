@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,8 +28,8 @@ from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import class_scores, class_summary
 from kdfast.train.tasks.token_classification import entities
 
-BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-        "max_position_embeddings": 64}  # fmt: skip
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.2,
+        "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
 WORD_KD = {"name": "word_kd", "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 
@@ -41,11 +41,13 @@ def sentence(i: int) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    found.normalizer, found.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    """A vocabulary written out: one that is trained may differ from run to run."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    texts = [sentence(i)[0] for i in range(12)] + ["who plays in paris and new york", "ein film war gut"]
-    found.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=80, special_tokens=special, show_progress=False))
+    words = ["the", "film", "was", "really", "who", "plays", "in", "paris", "and", "new", "york", "so"]
+    tokens = [*special, *words, *GOOD, *BAD, "##film", ",", '"']
+    found = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    found.normalizer, found.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    found.add_special_tokens(special)
     found.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -92,6 +94,7 @@ def test_a_text_classifier_learns_and_its_student_too(tokenizer: Path, tmp_path:
     teacher = run(values(tokenizer, tmp_path / "teacher", data, "sequence_classification"))
     assert teacher.evaluation["accuracy"] == 1.0
     assert teacher.evaluation["mcc"] == teacher.evaluation["macro_f1"] == 1.0
+    assert teacher.evaluation["nll"] < 0.1
     assert teacher.headline == "accuracy 100.0%, macro-F1 1.000, MCC 1.000"
     model = AutoModelForSequenceClassification.from_pretrained(teacher.model)
     assert model.config.id2label == {0: "neg", 1: "pos"}
@@ -412,14 +415,14 @@ def test_an_encoder_decoder_from_a_live_teacher_and_from_its_cache(tokenizer: Pa
     MarianMTModel(MarianConfig(vocab_size=size, **config)).save_pretrained(first)
     (first / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     data = {"train": str(tmp_path / "pairs.jsonl"), "sequence_length": 16, "validation_share": 0.2}
-    changes = {"student": {"path": str(first)}, "steps": 100}
+    changes = {"student": {"path": str(first)}, "steps": 150, "optimizer": {"lr": 3e-3}}
     teacher = run(values(first, tmp_path / "teacher", data, "seq2seq", **changes))
-    assert teacher.evaluation["top1"] > 0.6
+    assert teacher.evaluation["ppl"] < 3.5  # of 26 tokens; the six words at random and a sure end are 2.5
     kd = {**changes, "method": WORD_KD, "teacher": {"path": str(teacher.model)}}
     live = run(values(first, tmp_path / "live", data, "seq2seq", **kd))
-    assert live.evaluation["top1"] > 0.6
+    assert live.evaluation["ppl"] < 3.5  # of 26 tokens; the six words at random and a sure end are 2.5
     corpus = TextData(paths=(str(tmp_path / "pairs.jsonl"),), sequence_length=16)
     build(teacher.model, corpus, tmp_path / "cache", k=20, temperatures=(1.0, 2.0), say=lambda line: None)
     kd["teacher"] = {"cache": str(tmp_path / "cache")}
     cached = run(values(first, tmp_path / "cached", {"validation_share": 0.2}, "seq2seq", **kd))
-    assert cached.evaluation["top1"] > 0.6
+    assert cached.evaluation["ppl"] < 3.5  # of 26 tokens; the six words at random and a sure end are 2.5
