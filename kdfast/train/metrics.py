@@ -103,7 +103,7 @@ class MetricLog:
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
             files.append_lines(self.file, lines, sync=False)
-        for line in lines:
+        for line in files.json_value(lines):  # what is NaN is null
             self.accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=line["step"])
 
 
