@@ -91,7 +91,7 @@ class Study:
             job.prepare(fresh=False)
             self.corpus: Corpus = job.corpus()
             self.teacher = Side.of(load_folder(job.teacher(self.corpus).model, "teacher").eval().requires_grad_(False))
-        self.ids = job.students_data(self.corpus, len(self.corpus.train)).ids.long()[: steps * batch_size]
+        self.ids = self.corpus.train.ids[: steps * batch_size].long()
         with locked(out):
             self.states = self._states()
 

@@ -206,11 +206,11 @@ def model_of(spec: Spec, shape: tuple[int, int]) -> Any:
 def prepare(spec: Spec, folder: Path, say: Callable[[str], None]) -> Bench:
     """Text, teacher, cache and student, in `folder`."""
     torch.manual_seed(0)
-    plan = dataclasses.replace(Plan(), vocab_size=spec.vocab, length=spec.length, part=spec.part)
+    plan = dataclasses.replace(Plan(), vocab_size=spec.vocab, length=spec.length, part=spec.part, student_sequences=0)
     job = Job(folder, plan, [0], bar, say)
     job.prepare(fresh=True)
     count = spec.batches * spec.batch
-    text = job.students_data(job.corpus(), count).ids.long()
+    text = job.corpus().train.ids[:count].long()
     if len(text) < count:
         raise ValueError(f"batches: expected at most {len(text) // spec.batch} batches of the text, got {spec.batches}")
     ids = text[:count].to(spec.device)
