@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
     return Resumed(state["step"], state["seconds"], state["rows"], same)
 
 
-def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, tokenizer: Path | None) -> None:
+def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, tokenizer: Sequence[Path]) -> None:
     """Writes `folder/model`, the student alone, to be loaded by anyone."""
     weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
 

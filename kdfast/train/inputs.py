@@ -25,7 +25,10 @@ _LOOKED_AT = 16
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads. `digest` is a hash of the training data."""
+    """Everything a run reads. `digest` is a hash of the training data.
+
+    `tokenizer_homes` are the folders that hold this very tokenizer: beside the file named, the student's, the teachers'.
+    """
 
     task: Task[Any]
     train: Source
@@ -34,6 +37,7 @@ class Inputs:
     tokenizer: Path | None
     vocab_size: int | None
     digest: str
+    tokenizer_homes: tuple[Path, ...] = ()
 
     @property
     def caches(self) -> list[CachedTeacher]:
@@ -82,7 +86,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     if vocab_size is None and cached:
         vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))
     _check_labels(train, vocab_size, task)
-    return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train))
+    homes = () if tokenizer_file is None else _homes(recipe, tokenizer_file)
+    return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train), homes)
 
 
 def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
@@ -93,6 +98,14 @@ def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
     kinds = {bool(spec.cache) for spec in recipe.all_teachers}
     if len(kinds) > 1:
         raise ValueError("teachers: expected all of them live or all of them caches, got both; capture the live ones")
+
+
+def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
+    """The folders with this `tokenizer.json`: a file named by itself may lack what the model's folder has beside it."""
+    named = [("student.path", recipe.student.path), *(("teacher.path", t.path) for t in recipe.all_teachers)]
+    folders = [tokenizer.parent, *(resolve_folder(path, key) for key, path in named if path)]
+    same = file_hash(tokenizer)
+    return tuple(f for f in folders if (f / "tokenizer.json").is_file() and file_hash(f / "tokenizer.json") == same)
 
 
 def _own_tokenizer(recipe: Recipe) -> Path | None:

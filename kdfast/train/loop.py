@@ -194,7 +194,7 @@ class _Run:
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown)
-        checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs.tokenizer)
+        checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs.tokenizer_homes)
         if accelerator.is_main_process:
             run_folder.finish(self.folder, recipe.total_steps, log.seconds, evaluation)
         accelerator.end_training()

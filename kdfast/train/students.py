@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:
     return adapted
 
 
-def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Path | None) -> None:
+def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Sequence[Path] = ()) -> None:
     """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors.
 
     Adapters are merged into the weights they adapt, and kept beside them in `adapter/`.
@@ -113,13 +114,15 @@ def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], to
             student.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     else:
         save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder)
+    copy_tokenizer(tokenizer, folder)
 
 
-def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """`tokenizer.json` and everything beside it that belongs to it: its settings, special tokens and chat template."""
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    for name in _TOKENIZER_FILES:
-        if (tokenizer.parent / name).is_file():
-            shutil.copyfile(tokenizer.parent / name, folder / name)
+def copy_tokenizer(homes: Sequence[Path], folder: Path) -> None:
+    """The tokenizer that lies in `homes` with everything that belongs to it: its settings, special tokens, chat template.
+
+    Each file from the first home that has it.
+    """
+    for name in ("tokenizer.json", *_TOKENIZER_FILES):
+        home = next((home for home in homes if (home / name).is_file()), None)
+        if home is not None:
+            shutil.copyfile(home / name, folder / name)
