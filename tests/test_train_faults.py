@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import STUDENT, TEXT, make_tokenizer, recipe_values
+from tiny_runs import STUDENT, TEXT, make_sequences, make_tokenizer, recipe_values
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from kdfast import topk_targets
@@ -272,3 +272,19 @@ def test_documents_are_kept_until_a_file_changes(tokenizer: Path, tmp_path: Path
     again = open_inputs(recipe, tmp_path / "kept")
     assert again.digest != first.digest
     assert not torch.equal(again.train.batch([0]).input_ids, first.train.batch([0]).input_ids)
+
+
+def test_held_out_data_is_where_the_recipe_says(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    """A cache with text beside it is evaluated on the share of its files; whoever brings validation data loses none of the rest."""
+    values = recipe_values(tokenizer, tmp_path / "a", method="word_kd", teacher={"cache": str(cache)}, steps=1)
+    assert distill(Recipe.build(values), say=lambda line: None).evaluation is not None
+    unshared = {**values, "data": {"train": [str(TEXT)], "glob": "*.py", "sequence_length": 32}}
+    with pytest.raises(ValueError, match=r"^data\.train: the teacher is a cache.*data\.validation_share"):
+        distill(Recipe.build({**unshared, "out": str(tmp_path / "b")}), say=lambda line: None)
+    plain = Recipe.build(recipe_values(tokenizer, tmp_path / "c", steps=1))
+    mine = make_sequences(tokenizer)
+    whole = open_inputs(plain, tmp_path / "c", validation=mine)
+    held_out = open_inputs(plain, tmp_path / "d")
+    assert held_out.validation is not None
+    assert len(whole.train) > len(held_out.train)
+    assert whole.validation is mine

@@ -106,7 +106,7 @@ class Job:
         Raises:
             ValueError: it holds the job of another plan.
         """
-        marker, mine = self.out / "plan.json", json.loads(json.dumps(asdict(self.plan)))
+        marker, mine = self.out / "plan.json", json.loads(files.json_text(asdict(self.plan)))
         if fresh and marker.is_file():
             for name in ("teacher", "cache", *(p.name for p in self.out.glob("student_*"))):
                 shutil.rmtree(self.out / name, ignore_errors=True)

@@ -92,7 +92,10 @@ def _read_from(corpus: Any) -> dict[str, Any]:
     for name in _SETTINGS:
         file = None if corpus._folder is None else corpus._folder / name
         digest.update(file.read_bytes() if file is not None and file.is_file() else b"|")
-    return {"files": hashlib.blake2b(json.dumps(stamps).encode(), digest_size=16).hexdigest(), "tokenizer": digest.hexdigest()}
+    return {
+        "files": hashlib.blake2b(files.json_text(stamps).encode(), digest_size=16).hexdigest(),
+        "tokenizer": digest.hexdigest(),
+    }
 
 
 def _padded(rows: list[Tensor], fill: int) -> Tensor:

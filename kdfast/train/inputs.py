@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,14 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     Raises:
         ValueError: something is missing, empty, or does not belong together; one line with the recipe's key.
     """
-    task = task_class(recipe.task.name)(recipe.task.options, recipe.data)
+    task = task_class(recipe.task.name)(
+        recipe.task.options, _kept_whole(recipe.data) if validation is not None else recipe.data
+    )
     cached = [spec for spec in recipe.all_teachers if spec.cache]
     _check_sources(recipe, train, bool(cached))
     needs_train = train is None and not cached
-    reads = needs_train or (validation is None and bool(getattr(recipe.data, "validation", None)))
+    held_out_of_text = bool(cached) and validation is None and _holds_out(recipe.data)
+    reads = needs_train or held_out_of_text or (validation is None and bool(getattr(recipe.data, "validation", None)))
     tokenizer, tokenizer_file = None, None
     if task.needs_tokenizer and (recipe.tokenizer or reads):
         tokenizer, tokenizer_file = load_tokenizer(recipe.tokenizer or _own_tokenizer(recipe))
@@ -93,11 +96,28 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
 def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
     if cached and train is not None:
         raise ValueError("train_data: the teacher is a cache, which is the training data; leave train_data out")
-    if cached and (getattr(recipe.data, "train", None) or getattr(recipe.data, "dataset", None)):
-        raise ValueError("data.train: the teacher is a cache, which is the training data; leave data.train out")
+    if cached and getattr(recipe.data, "dataset", None):
+        raise ValueError("data.dataset: the teacher is a cache, which is the training data; leave data.dataset out")
+    if cached and getattr(recipe.data, "train", None) and not _holds_out(recipe.data):
+        raise ValueError(
+            "data.train: the teacher is a cache, which is the training data; leave data.train out, or set"
+            " data.validation_share to evaluate on that share of its files"
+        )
     kinds = {bool(spec.cache) for spec in recipe.all_teachers}
     if len(kinds) > 1:
         raise ValueError("teachers: expected all of them live or all of them caches, got both; capture the live ones")
+
+
+def _holds_out(data: Any) -> bool:
+    """Whether a share of the files in `data.train` is asked for as validation data."""
+    named = getattr(data, "train", None) and getattr(data, "validation_share", None)
+    return bool(named) and not getattr(data, "validation", None)
+
+
+def _kept_whole(data: Any) -> Any:
+    """The data options of a caller who brings validation data: nothing is held out."""
+    names = {f.name for f in fields(data)}
+    return replace(data, **{name: value for name, value in (("validation_share", 0.0), ("validation", ())) if name in names})
 
 
 def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
@@ -120,7 +140,7 @@ def _cached(recipe: Recipe, caches: list[CachedTeacher]) -> tuple[Source, Source
     """The caches' records as training data, and those that `data.validation_share` holds out."""
     source: Source = caches[0] if len(caches) == 1 else _SideBySide(caches)
     share = getattr(recipe.data, "validation_share", None)
-    if not share or getattr(recipe.data, "validation", None):
+    if not share or getattr(recipe.data, "validation", None) or getattr(recipe.data, "train", None):
         return source, None
     every = max(round(1 / share), 2)
     rows = range(len(source))

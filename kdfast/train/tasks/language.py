@@ -65,14 +65,16 @@ class LanguageTask(Task[Data]):
         files = list(data.train)
         held_out: list[str] = list(data.validation)
         share = 0.05 if data.validation_share is None else data.validation_share
+        if needs_train and not data.train and not data.dataset:
+            raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
+        if data.train and not data.dataset and not held_out and share:
+            listed = list_files(data.train, data.glob, data.exclude, "data.train")
+            if len(listed) > 1:
+                drawn, kept = split_files(listed, [share], _SPLIT_SEED)
+                files, held_out, share = [str(f) for f in kept], [str(f) for f in drawn], 0.0
+            elif not needs_train:
+                raise ValueError("data.validation_share: expected several files in data.train to hold some out, got one")
         if needs_train:
-            if not data.train and not data.dataset:
-                raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
-            if not data.dataset and not held_out and share:
-                listed = list_files(data.train, data.glob, data.exclude, "data.train")
-                if len(listed) > 1:
-                    drawn, kept = split_files(listed, [share], _SPLIT_SEED)
-                    files, held_out, share = [str(f) for f in kept], [str(f) for f in drawn], 0.0
             train = self._read(files, tokenizer, tokenizer_file, folder / "train", "data.train")
         if held_out:
             validation = self._read(held_out, tokenizer, tokenizer_file, folder / "validation", "data.validation", text=True)
