@@ -63,6 +63,16 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
             id="two-students",
         ),
         pytest.param({**GOOD, "teacher": {"path": "x"}}, r"^teacher: method supervised has none", id="teacher-unused"),
+        pytest.param(
+            {**GOOD, "phases": [{"steps": 2, "method": "supervised"}], "steps": 8},
+            r"^steps: phases stand in the place of method and steps",
+            id="phases-and-steps",
+        ),
+        pytest.param(
+            {**GOOD, "phases": [{"steps": 2, "method": "supervised"}], "teacher": {"path": "x"}},
+            r"^teacher: method supervised has none",
+            id="no-phase-has-a-use-for-the-teacher",
+        ),
         pytest.param({**GOOD, "method": "word_kd"}, r"^teacher: method word_kd expects one of path", id="no-teacher"),
         pytest.param(
             {**GOOD, "teacher": {"path": "x"}, **{"method": {"name": "word_kd", "soft_weight": 0}}},

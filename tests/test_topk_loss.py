@@ -372,3 +372,25 @@ DRAWN = dataclasses.replace(TARGETS, weights=torch.ones(4, 3))
 def test_bad_input(change: dict[str, object], message: str, backend: str) -> None:
     with use_backend(backend), pytest.raises(ValueError, match=message):
         topk_kd_loss(**({"student_logits": torch.randn(4, 20), "targets": TARGETS} | change))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("never", [1, 10])
+def test_an_even_tail_has_its_share_where_the_student_says_never(backend: str, divergence: str, never: int) -> None:
+    """Against float64 by hand: ids at -inf in the student are ids all the same."""
+    torch.manual_seed(0)
+    vocab, k = 64, 8
+    student, teacher = torch.randn(3, vocab), torch.randn(3, vocab)
+    student[:, 30 : 30 + never] = -torch.inf
+    targets = topk_targets(teacher.index_fill(1, torch.arange(30, 30 + never), -9.0), k)
+    q = student.double().softmax(-1)
+    tail = (targets.log_tail.double().exp() / (vocab - k)).expand(3, vocab)
+    p = tail.scatter(1, targets.ids.long(), targets.logprobs.double().exp())
+    m = p if divergence == "reverse_kl" else (p + q) / 2
+    want = torch.xlogy(q, q / m).sum(-1)
+    if divergence == "jsd":
+        want = (want + torch.xlogy(p, p / m).sum(-1)) / 2
+    with use_backend(backend):
+        loss = topk_kd_loss(student, targets, tail="uniform", divergence=divergence)
+    assert loss.item() == pytest.approx(want.mean().item(), rel=1e-5)

@@ -126,8 +126,14 @@ void even_pass(const TopKArgs& a, Source s, Sink g, const RowSums& sums, Soft& s
         }
         count += reduce_add(here);
     }
+    const double others = double(a.vocab - room.entries.size());
     for (const Even& even : room.entries.even) {
-        const double others = double(a.vocab - room.entries.size());
+        // Ids that the student gives no probability are passed over like the entries above; the teacher has its share there.
+        // -1e4 for -inf: its exponential is 0 too, and 0 times it is not NaN.
+        if ((!kGrad || D::kSumsToZero) && count < others && !D::student_must(c)) {
+            const vec there = D::value(pair_of(max(set(kLowest), set(even.log_p)), set(-1e4f)), c);
+            soft.value += (others - count) * even.weight * reduce_add(there) / W;
+        }
         soft.infinite |= even.log_p == -kInf ? D::teacher_must(c) && count > 0 : D::student_must(c) && count < others;
     }
 }

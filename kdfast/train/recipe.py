@@ -227,10 +227,11 @@ class Recipe:
             raise ValueError("student: expected one of model_type, path, function, from_teacher, got none")
         if self.teacher and self.teachers:
             raise ValueError("teachers: expected teacher or teachers, got both")
+        names = [phase.method.name for phase in self.parts]
+        if self.all_teachers and all(recipes.objective_class(name).teacher == "none" for name in names):
+            raise ValueError(f"teacher: method {names[0]} has none; leave it out, or set method: word_kd")
         for phase in self.parts:
             wanted = recipes.objective_class(phase.method.name).teacher
-            if wanted == "none" and self.all_teachers and not self.phases:
-                raise ValueError(f"teacher: method {phase.method.name} has none; leave it out, or set method: word_kd")
             if wanted == "required" and not self.all_teachers:
                 raise ValueError(f"teacher: method {phase.method.name} expects one of path, function, cache, got none")
 
@@ -265,6 +266,11 @@ class Recipe:
         chosen = {"task": task, "data": build(tasks.task_class(task.name).Data, values.pop("data", None) or {}, "data")}
         if "method" in values:
             chosen["method"] = named(values.pop("method"), "method")
+        doubled = [key for key in ("method", "steps") if values.get("phases") and key in values]
+        if doubled:
+            raise ValueError(
+                f"{doubled[0]}: phases stand in the place of method and steps, expected one of both; leave one out"
+            )
         if "phases" in values:
             chosen["phases"] = tuple(_phase(v, f"phases[{i}]") for i, v in enumerate(values.pop("phases") or ()))
         elif "method" not in chosen:

@@ -89,7 +89,7 @@ def unlisted_kernel(
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64)
         ids, inside, _ = mark(bits_ptr, ids_ptr + at * k, k, width, K)
-        m, l, _, _, _ = rest_sums(logits_ptr + at * stride, bits_ptr, width, o, F, LANES, VEC, RAGGED)
+        m, l, _, _, _, _ = rest_sums(logits_ptr + at * stride, bits_ptr, width, o, F, LANES, VEC, RAGGED)
         tl.store(log_mass_ptr + row, m.to(tl.float64) * o.inv_t + l.to(tl.float64) * LN2)
         unmark(bits_ptr, ids, inside)
 
