@@ -275,7 +275,7 @@ def test_documents_are_kept_until_a_file_changes(tokenizer: Path, tmp_path: Path
 
 
 def test_held_out_data_is_where_the_recipe_says(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
-    """A cache with text beside it is evaluated on the share of its files; whoever brings validation data loses none of the rest."""
+    """A cache with text beside it is evaluated on the share of its files; who brings validation data loses none of the rest."""
     values = recipe_values(tokenizer, tmp_path / "a", method="word_kd", teacher={"cache": str(cache)}, steps=1)
     assert distill(Recipe.build(values), say=lambda line: None).evaluation is not None
     unshared = {**values, "data": {"train": [str(TEXT)], "glob": "*.py", "sequence_length": 32}}

@@ -41,9 +41,7 @@ def draws_of(
         counts = np.where(drawn, weights * samples * r / np.exp(logp), 0)
     whole = np.rint(counts)
     sound = (np.abs(counts - whole) <= _WHOLE * np.maximum(whole, 1)).all(-1) & ~(drawn & (whole < 1)).any(-1)
-    # Where the exact entries are the whole teacher there was nothing left to draw from.
-    nothing_left = ~drawn.any(-1) & np.isneginf(_array(targets.log_tail)[:, column])
-    sound &= ~there.any(-1) | (whole.sum(-1) == samples) | nothing_left
+    sound &= ~there.any(-1) | (whole.sum(-1) == samples)
     wrong = ~sound if counted is None else ~sound & counted
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
