@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -285,9 +285,6 @@ class Recipe:
         if self.phases:
             del values["method"], values["steps"]
         return yaml.safe_dump(values, sort_keys=False)
-
-    def with_steps(self, steps: int) -> Recipe:
-        return replace(self, steps=steps)
 
 
 def named(value: Any, key: str, where: str | None = None) -> Named:
