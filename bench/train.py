@@ -1,6 +1,6 @@
 """A whole training step (forward, loss, backward, optimizer) of a small student: tokens a second by way of distillation.
 
-Plain cross-entropy, eager distillation from a live teacher, kdfast from a live teacher, kdfast from a cache on disk that the
+Plain cross-entropy and cross-entropy through the head, eager distillation from a live teacher, kdfast from a live teacher, kdfast from a cache on disk that the
 step reads, and the sparse loss that one writes by hand with its targets already in memory. Every contestant's loss and
 gradients are those of float64 before anything is timed.
 """
@@ -25,11 +25,12 @@ from .contest import Settings, measure_limits, parser, positive, report, setting
 from .measure import Timing, Work, compare, failures, peak_bytes, ratio, reason, relative_error, release
 from .report import Limits, Model, Row, stamp, timed
 
-PLAIN, EAGER, LIVE, CACHED, SPARSE = CONTESTANTS = (
-    "plain cross-entropy", "eager KD, live teacher", "kdfast live teacher", "kdfast cached", "eager sparse KD"
+PLAIN, HEAD, EAGER, LIVE, CACHED, SPARSE = CONTESTANTS = (
+    "plain cross-entropy", "F.linear_cross_entropy", "eager KD, live teacher", "kdfast live teacher", "kdfast cached",
+    "eager sparse KD",
 )  # fmt: skip
-#: A step from a cache may take this many times a step without distillation.
-MARK = 1.15
+#: A step from a cache may take this many times a step without distillation, the faster of the two.
+MARK = 1.05
 #: How far a loss or gradient may be from float64: a whole model in float32, or its products in bfloat16.
 _GATE = {False: 1e-3, True: 0.1}
 #: Sequences of the check.
@@ -156,11 +157,12 @@ def _finished(
 
 def verdict(found: list[Row]) -> str:
     """The mark, as one line."""
-    times = {r.contestant: r.median_ms for r in found}
-    share = times[CACHED] / times[PLAIN]
-    if share != share:
+    times = {r.contestant: r.median_ms for r in found if r.median_ms == r.median_ms}
+    fastest = min((name for name in (PLAIN, HEAD) if name in times), key=times.__getitem__, default=PLAIN)
+    if CACHED not in times or fastest not in times:
         return f"mark: {CACHED} at most {MARK}x of {PLAIN}: not measured"
-    return f"mark: {CACHED} at most {MARK}x of {PLAIN}: {share:.2f}x, {'met' if share <= MARK else 'MISSED'}"
+    share = times[CACHED] / times[fastest]
+    return f"mark: {CACHED} at most {MARK}x of {fastest}: {share:.2f}x, {'met' if share <= MARK else 'MISSED'}"
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""A training step in five spellings: one small student, one text, one teacher, and five ways to a loss.
+"""A training step in six spellings: one small student, one text, one teacher, and six ways to a loss.
 
 Text and tokenizer are the quickstart's (Python's standard library). The teacher is trained for a few steps, so that what it
 says has the shape of a model's distributions: a cache of uniform ones would be read at another speed.
@@ -27,9 +27,10 @@ from kdfast.train.data import next_labels
 
 from .cases import Objective, ghost_sum
 from .peer import options, topk_options, wide
+from .peers_linear import no_linear_ce
 from .peers_logits import eager_log_target
 from .sparse_study import Side
-from .train import CACHED, EAGER, LIVE, PLAIN, SPARSE
+from .train import CACHED, EAGER, HEAD, LIVE, PLAIN, SPARSE
 
 _LR = 1e-3
 
@@ -109,6 +110,14 @@ def plain(b: Bench, student: Any, turn: int) -> Tensor:
     return F.cross_entropy(logits_of(student, ids).flatten(0, 1), labels.flatten())
 
 
+def through_head(b: Bench, student: Any, turn: int) -> Tensor:
+    """No distillation either, and no logits of all rows at once; as `plain` where torch has no such loss."""
+    if no_linear_ce():
+        return plain(b, student, turn)
+    (ids, labels), side = b.text(turn), Side.of(student)
+    return F.linear_cross_entropy(side.hidden(ids).flatten(0, 1), side.weight, labels.flatten())
+
+
 def eager(b: Bench, student: Any, turn: int) -> Tensor:
     """Logits of both sides, F.kl_div and F.cross_entropy."""
     ids, labels = b.text(turn)
@@ -169,12 +178,12 @@ def renormalised(b: Bench, student: Any, turn: int) -> Tensor:
 
 
 #: The loss that each contestant must have, computed in float64.
-TRUTH: dict[str, Loss] = {PLAIN: plain, EAGER: eager, LIVE: eager, CACHED: materialised, SPARSE: renormalised}
+TRUTH: dict[str, Loss] = {PLAIN: plain, HEAD: plain, EAGER: eager, LIVE: eager, CACHED: materialised, SPARSE: renormalised}
 
 
 def losses(b: Bench) -> dict[str, Loss]:
     """The contestants by name."""
-    return {PLAIN: plain, EAGER: eager, LIVE: live, CACHED: cached, SPARSE: Sparse(b)}
+    return {PLAIN: plain, HEAD: through_head, EAGER: eager, LIVE: live, CACHED: cached, SPARSE: Sparse(b)}
 
 
 class Trainee:
