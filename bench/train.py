@@ -1,8 +1,8 @@
 """A whole training step (forward, loss, backward, optimizer) of a small student: tokens a second by way of distillation.
 
-Plain cross-entropy and cross-entropy through the head, eager distillation from a live teacher, kdfast from a live teacher, kdfast from a cache on disk that the
-step reads, and the sparse loss that one writes by hand with its targets already in memory. Every contestant's loss and
-gradients are those of float64 before anything is timed.
+Plain cross-entropy and cross-entropy through the head, eager distillation from a live teacher, kdfast from a live teacher,
+kdfast from a cache on disk that the step reads, and the sparse loss that one writes by hand with its targets already in
+memory. Every contestant's loss and gradients are those of float64 before anything is timed.
 """
 
 from __future__ import annotations

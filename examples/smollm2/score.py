@@ -57,9 +57,10 @@ def main() -> None:
             loss += part
             right += int((said == batch[:, 1:]).sum())
             agree += int((said == answers[i]).sum())
+        size = sum(p.numel() for p in model.parameters()) / 1e6
         print(
             f"{folder}: perplexity {math.exp(loss / tokens):.2f}, top-1 {100 * right / tokens:.1f}%, agrees with the teacher"
-            f" {100 * agree / tokens:.1f}% ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {tokens} tokens)",
+            f" {100 * agree / tokens:.1f}% ({size:.1f} M parameters, {tokens} tokens)",
             flush=True,
         )
 

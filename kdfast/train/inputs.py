@@ -120,20 +120,27 @@ def _kept_whole(data: Any) -> Any:
     return replace(data, **{name: value for name, value in (("validation_share", 0.0), ("validation", ())) if name in names})
 
 
+def _model_folders(recipe: Recipe) -> list[Path]:
+    """The folders of the models that a recipe names: the student's, the one it is cut out of, the teachers'."""
+    cut = recipe.student.from_teacher
+    named = [
+        ("student.path", recipe.student.path),
+        ("student.from_teacher.path", cut.path if cut else None),
+        *(("teacher.path", t.path) for t in recipe.all_teachers),
+    ]
+    return [resolve_folder(path, key) for key, path in named if path]
+
+
 def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
     """The folders with this `tokenizer.json`: a file named by itself may lack what the model's folder has beside it."""
-    named = [("student.path", recipe.student.path), *(("teacher.path", t.path) for t in recipe.all_teachers)]
-    folders = [tokenizer.parent, *(resolve_folder(path, key) for key, path in named if path)]
     same = file_hash(tokenizer)
-    return tuple(f for f in folders if (f / "tokenizer.json").is_file() and file_hash(f / "tokenizer.json") == same)
+    held = ((folder, folder / "tokenizer.json") for folder in [tokenizer.parent, *_model_folders(recipe)])
+    return tuple(folder for folder, file in held if file.is_file() and file_hash(file) == same)
 
 
 def _own_tokenizer(recipe: Recipe) -> Path | None:
-    """The tokenizer in the student's folder, else in the teacher's."""
-    for key, name in (("student.path", recipe.student.path), *(("teacher.path", t.path) for t in recipe.all_teachers)):
-        if name and (resolve_folder(name, key) / "tokenizer.json").is_file():
-            return resolve_folder(name, key) / "tokenizer.json"
-    return None
+    """The tokenizer in the first model folder that has one."""
+    return next((f / "tokenizer.json" for f in _model_folders(recipe) if (f / "tokenizer.json").is_file()), None)
 
 
 def _cached(recipe: Recipe, caches: list[CachedTeacher]) -> tuple[Source, Source | None]:

@@ -165,7 +165,8 @@ class Recipe:
         out: the run folder.
         student, teacher, data, optimizer: see their classes. teachers: several teachers instead of one.
         init_from: folder or safetensors file with weights the student starts from.
-        tokenizer: a `tokenizer.json`, or a folder that holds one; null: the student's, else the teacher's folder.
+        tokenizer: a `tokenizer.json`, or a folder that holds one; null: the folder of the student, of the model it is cut out
+            of, or the teacher's.
         steps: optimiser steps. batch_size: rows per process and micro-batch. accumulation: micro-batches per step.
         seed: of weights, data order and dropout.
         precision: `fp32`, or autocast to `bf16` or `fp16`.
