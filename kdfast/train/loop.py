@@ -128,7 +128,7 @@ class _Run:
         self.recipe, self.inputs, self.folder, self.accelerator = recipe, inputs, Path(recipe.out), accelerator
         self.say: Callable[[str], None] = say if accelerator.is_main_process else lambda line: None
         set_seed(recipe.seed)
-        self.student = build_student(recipe, inputs.task, inputs.vocab_size)
+        self.student = build_student(recipe, inputs.task, inputs.vocab_size, self.say)
         self._check_vocabulary()
         setting = Setting(self.student, inputs.teachers, inputs.task)
         objectives = [objective_class(p.method.name)(p.method.options, setting) for p in recipe.parts]

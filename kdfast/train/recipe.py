@@ -164,7 +164,8 @@ class Recipe:
         phases: several methods in turn, in the place of `method` and `steps`.
         out: the run folder.
         student, teacher, data, optimizer: see their classes. teachers: several teachers instead of one.
-        init_from: folder or safetensors file with weights the student starts from.
+        init_from: folder or safetensors file with weights the student starts from; of a smaller model of its type, the
+            student begins as that one.
         tokenizer: a `tokenizer.json`, or a folder that holds one; null: the folder of the student, of the model it is cut out
             of, or the teacher's.
         steps: optimiser steps. batch_size: rows per process and micro-batch. accumulation: micro-batches per step.

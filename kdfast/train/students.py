@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdfast.extras import need
-from kdfast.models.load import from_config, from_function, load_folder, load_weights, quiet, resolve_folder
+from kdfast.models.grow import start_from
+from kdfast.models.load import from_config, from_function, load_folder, quiet, resolve_folder
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
@@ -27,13 +28,18 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def build_student(recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
-    """The student of `recipe`, its random weights from torch's global generator."""
+def build_student(
+    recipe: Recipe, task: Task[Any], vocab_size: int | None, say: Callable[[str], None] = lambda line: None
+) -> nn.Module:
+    """The student of `recipe`, its random weights from torch's global generator; `say` takes a line about what it grew from."""
     spec = recipe.student
     _check_teachers(recipe, task)
     student = _plain(spec, recipe, task, vocab_size)
     if recipe.init_from:
-        load_weights(student, resolved(recipe.init_from, "init_from"))
+        example = task.example(student) if task.through_head else None
+        grown = start_from(student, resolved(recipe.init_from, "init_from"), "init_from", kind=task.kind, example=example)
+        if grown:
+            say(grown)
     if spec.dtype == "bfloat16":
         cast_weights(student, torch.bfloat16)
     if spec.lora:
