@@ -59,6 +59,10 @@ class Subset:
     def batch(self, indices: Sequence[Any]) -> Any:
         return self.source.batch([self._row(i) for i in indices])
 
+    def lengths(self) -> np.ndarray:
+        """Of a source whose rows have lengths."""
+        return lengths_of(self.source)[self.rows]
+
     def _row(self, i: Any) -> Any:
         return [self.rows[j] for j in i] if isinstance(i, list) else self.rows[i]
 
@@ -67,6 +71,18 @@ class Subset:
         """Of the source, and which rows."""
         rows = hashlib.blake2b(torch.tensor(self.rows).numpy().tobytes(), digest_size=8).hexdigest()
         return f"{getattr(self.source, 'digest', '')}:{rows}"
+
+
+def lengths_of(source: Source) -> np.ndarray:
+    """Tokens of each row.
+
+    Raises:
+        ValueError: the source does not say.
+    """
+    if not hasattr(source, "lengths"):
+        raise ValueError(f"data.group_by_length: expected rows with lengths, got {type(source).__name__}; leave it out")
+    found: np.ndarray = source.lengths()
+    return found
 
 
 def next_labels(ids: Tensor) -> Tensor:
@@ -88,9 +104,32 @@ class Order:
             epoch, offset = divmod(start + len(out), self.n)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-                self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
+                self._epoch, self._permutation = epoch, self._draw(generator)
             out += self._permutation[offset : offset + count - len(out)].tolist()
         return out
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(self.n, generator=generator)
+
+
+class LengthOrder(Order):
+    """The same with batches of rows of like length: of every `WINDOW` batches drawn, the rows are sorted, then the batches
+    shuffled. What is left of an epoch after its last whole batch is dropped, other rows each time.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size = torch.from_numpy(np.asarray(lengths, dtype=np.int64)), min(batch_size, len(lengths))
+        super().__init__(len(lengths) // self.batch_size * self.batch_size, seed)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        batches: list[Tensor] = []
+        drawn = torch.randperm(len(self.lengths), generator=generator)[: self.n]
+        for window in drawn.split(self.WINDOW * self.batch_size):
+            found = window[self.lengths[window].argsort(stable=True)].split(self.batch_size)
+            batches += [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+        return torch.cat(batches)
 
 
 class PackedOrder:

@@ -42,20 +42,29 @@ class Documents:
     @classmethod
     def of(cls, corpus: Any, folder: Path) -> Documents:
         """The documents of `corpus`, from `folder` where the same corpus was read before."""
-        about = folder / "documents.json"
-        described = files.json_value({"corpus": corpus.describe(), "read_from": _read_from(corpus)})
+        return cls.kept(corpus, {"corpus": corpus.describe(), "read_from": _read_from(corpus)}, folder)
+
+    @classmethod
+    def kept(cls, examples: Iterable[Any], described: dict[str, Any], folder: Path) -> Documents:
+        """`examples` in `folder`; from there where what they are `described` by was written before."""
+        about, described = folder / "documents.json", files.json_value(described)
         if about.is_file():
             before = json.loads(about.read_text())
             if {name: before.get(name) for name in described} == described:
                 return cls(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.written_folder(folder) as part:
-            values = _write(corpus, part)
+            values = _write(examples, part)
             files.write_json(part / "documents.json", {**values, **described})
         return cls(folder)
 
     def __len__(self) -> int:
         return len(self._ends["input_ids"])
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, an encoder's and a decoder's added up."""
+        read = [name for name in ("input_ids", "context_ids") if name in self._ends]
+        return np.asarray(sum(np.diff(self._ends[name], prepend=0) for name in read))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         ids = [self._part("input_ids", i) for i in indices]

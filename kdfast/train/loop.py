@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
 from kdfast.train.alignment import align
 from kdfast.train.batch import Batch
-from kdfast.train.data import Order, PackedOrder, Source, Subset
+from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.evaluate import Evaluation, evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
-from kdfast.train.objective import Setting
+from kdfast.train.objective import Objective, Prepared, Setting
 from kdfast.train.optimizer import lr_at, make_optimizer, set_options
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import objective_class
@@ -35,7 +35,7 @@ from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student
 from kdfast.train.tasks.language import LanguageTask
-from kdfast.train.teachers import LiveTeacher
+from kdfast.train.teachers import LiveTeacher, Teacher
 
 #: Makes a progress bar: `bar(description, total, unit)` is a context manager yielding an object with `.update(done)`.
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
@@ -117,42 +117,51 @@ def _distill(
         headline = "" if evaluation is None else inputs.task.headline(evaluation)
         main = accelerator.is_main_process
         return Result(folder, folder / "model", done["steps"], done["seconds"], evaluation, main, headline)
-    run = _Run(recipe, inputs, kept, accelerator, say)
-    return run.check() if recipe.check else run.train(bar)
+    run = _Run(recipe, inputs, kept, accelerator, say, bar if accelerator.is_main_process else None)
+    return run.check() if recipe.check else run.train()
 
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, inputs: Inputs, kept: Path, accelerator: Accelerator, say: Callable[[str], None]
+        self, recipe: Recipe, inputs: Inputs, kept: Path, accelerator: Accelerator, say: Callable[[str], None], bar: Bar | None
     ) -> None:
         self.recipe, self.inputs, self.folder, self.accelerator = recipe, inputs, Path(recipe.out), accelerator
         self.say: Callable[[str], None] = say if accelerator.is_main_process else lambda line: None
+        self.bar = bar
         set_seed(recipe.seed)
         self.student = build_student(recipe, inputs.task, inputs.vocab_size, self.say)
         self._check_vocabulary()
-        setting = Setting(self.student, inputs.teachers, inputs.task)
+        setting = Setting(self.student, inputs.teachers, inputs.task, recipe, bar)
         objectives = [objective_class(p.method.name)(p.method.options, setting) for p in recipe.parts]
         self.step = DistillStep(self.student, objectives, inputs.task).name_head()
         if inputs.task.through_head and self.step.head is None:
             self.say(f"student: {type(self.student).__name__} has no plain linear head to go through; logits are formed whole")
-        self._open_teachers()
+        self._open_teachers(inputs.teachers)
         with accelerator.main_process_first():
-            for number, objective in enumerate(objectives):
-                objective.prepare(inputs, kept / "prepared" / str(number), self.say)
+            prepared = [self._prepare(objective, kept / "prepared" / str(i)) for i, objective in enumerate(objectives)]
+        #: Of each phase: the rows it trains on, and the teachers it hears.
+        self.rows = [inputs.train if found.train is None else found.train for found in prepared]
+        self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
         if recipe.student.compile:
             self.student.compile()
         self.module, self.optimizer = self._wrapped()
-        self.order = self._order()
+        self.orders = self._orders()
         self.anybody = Anybody()
         self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
         self.first_step = 1
         set_seed(recipe.seed, device_specific=True)
 
-    def _open_teachers(self) -> None:
+    def _prepare(self, objective: Objective, folder: Path) -> Prepared:
+        found = objective.prepare(self.inputs, folder, self.say) or Prepared()
+        if found.teachers is not None:
+            self._open_teachers(found.teachers)
+        return found
+
+    def _open_teachers(self, teachers: Sequence[Teacher]) -> None:
         needs = Needs()
         for objective in self.step.objectives:
-            needs = needs | objective.needs_of_teacher()  # type: ignore[operator]
-        for teacher in self.inputs.teachers:
+            needs = needs | (objective.needs_of_teacher() or Needs())  # type: ignore[operator]
+        for teacher in teachers:
             teacher.to(self.accelerator.device)
             if isinstance(teacher, LiveTeacher) and self.inputs.task.through_head and self.step.head is not None:
                 teacher.name_head(self.inputs.task.example(teacher.model))
@@ -169,14 +178,21 @@ class _Run:
         module, optimizer = accelerator.prepare(self.step, make_optimizer(self.step, self.recipe.optimizer))
         return module, optimizer
 
-    def _order(self) -> Order | PackedOrder:
-        caches = self.inputs.caches
-        if caches and caches[0].pack:
-            lengths, train = caches[0].reader.lengths(), self.inputs.train
-            return PackedOrder(lengths[train.rows] if isinstance(train, Subset) else lengths, caches[0].pack, self.recipe.seed)
-        return Order(len(self.inputs.train), self.recipe.seed)
+    def _orders(self) -> list[Order | PackedOrder]:
+        """The walk of each phase; phases with the same rows go on with the same one."""
+        walks = {id(rows): self._order(rows) for rows in self.rows}
+        return [walks[id(rows)] for rows in self.rows]
 
-    def train(self, bar: Bar | None) -> Result:
+    def _order(self, rows: Source) -> Order | PackedOrder:
+        caches, recipe = self.inputs.caches, self.recipe
+        if caches and caches[0].pack:
+            lengths = caches[0].reader.lengths()
+            return PackedOrder(lengths[rows.rows] if isinstance(rows, Subset) else lengths, caches[0].pack, recipe.seed)
+        if getattr(recipe.data, "group_by_length", False):
+            return LengthOrder(lengths_of(rows), recipe.batch_size, recipe.seed)
+        return Order(len(rows), recipe.seed)
+
+    def train(self) -> Result:
         recipe, accelerator = self.recipe, self.accelerator
         if accelerator.is_main_process:
             run_folder.begin(self.folder, recipe, self.inputs.digest)
@@ -190,7 +206,7 @@ class _Run:
         accelerator.init_trackers("tensorboard")
         if recipe.alignment and start < recipe.total_steps:
             self._align()
-        drawn = bar if accelerator.is_main_process else None
+        drawn = self.bar
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown)
@@ -287,7 +303,7 @@ class _Run:
         metrics = []
         needs = objective.needs_of_teacher()
         for i, batch in enumerate(read.batches):
-            views = self._views(batch, needs)
+            views = [] if needs is None else self._views(batch, needs)
             with self._synchronised(last=i + 1 == len(read.batches)):
                 with accelerator.autocast():
                     loss, found = self.module(batch, views, num_items)
@@ -302,18 +318,22 @@ class _Run:
         return total
 
     def _views(self, batch: Batch, needs: Needs) -> list[View]:
-        teachers = self.inputs.teachers
         if isinstance(batch.targets, tuple):
             return [View(targets=targets) for targets in batch.targets]
-        return [teacher(batch, needs) for teacher in teachers]
+        return [teacher(batch, needs) for teacher in self.teachers[self.step.phase]]
 
     def _phase(self, step: int) -> tuple[Phase, int]:
         """The phase of a step, and the step's number within it; makes its objective the one that is used."""
+        number, within = self._place(step)
+        self.step.phase = number
+        return self.recipe.parts[number], within
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """Number of the phase of a step, and the step's number within it."""
         before = 0
         for number, phase in enumerate(self.recipe.parts):
             if step <= before + phase.steps:
-                self.step.phase = number
-                return phase, step - before
+                return number, step - before
             before += phase.steps
         raise AssertionError(f"step {step} lies in no phase")
 
@@ -336,10 +356,12 @@ class _Run:
         recipe, world, rank = self.recipe, self.accelerator.num_processes, self.accelerator.process_index
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
-        return Read.of([self.inputs.train.batch(self.order.take(start, size)) for start in starts])
+        number, _ = self._place(step)
+        return Read.of([self.rows[number].batch(self.orders[number].take(start, size)) for start in starts])
 
     def _align(self) -> None:
-        if not self.inputs.teachers or not isinstance(self.inputs.task, LanguageTask):
+        self._phase(self.first_step)
+        if not self.teachers[self.step.phase] or not isinstance(self.inputs.task, LanguageTask):
             return
         batch = self._read(self.first_step).batches[0].to(self.accelerator.device)
         align(self._views(batch, Needs()), batch, self.say)

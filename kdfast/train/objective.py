@@ -25,11 +25,23 @@ Metrics = dict[str, Metric]
 
 
 class Setting(NamedTuple):
-    """What an objective is built for: the student, its teachers (`kdfast.train.teachers`), and the task."""
+    """What an objective is built for: the student, its teachers (`kdfast.train.teachers`), and the task.
+
+    recipe: the run's. bar: makes a progress bar for what `prepare` does (`kdfast.train.loop.Bar`), or None.
+    """
 
     student: nn.Module
     teachers: Sequence[Any]
     task: Any
+    recipe: Any = None
+    bar: Any = None
+
+
+class Prepared(NamedTuple):
+    """What takes the place of the run's own in the phase of a method: the rows it trains on, the teachers it hears."""
+
+    train: Any = None
+    teachers: Sequence[Any] | None = None
 
 
 class Objective(nn.Module):
@@ -52,15 +64,17 @@ class Objective(nn.Module):
     def needs_of_student(self) -> Needs:
         return Needs()
 
-    def needs_of_teacher(self) -> Needs:
+    def needs_of_teacher(self) -> Needs | None:
+        """None: no pass of the teachers is needed in a step, as what they said was kept by `prepare`."""
         return Needs()
 
     def begin_step(self, step: int, steps: int) -> None:
         """Sets `self.now`, the options with their schedules at `step` (1-based) of `steps`."""
         self.now = values_at(self.options, step, steps)
 
-    def prepare(self, inputs: Any, folder: Any, say: Any) -> None:
+    def prepare(self, inputs: Any, folder: Any, say: Any) -> Prepared | None:
         """Work before the first step (decoding, prototypes), kept in `folder` and found there when resumed."""
+        return None
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         """The loss, divided by `num_items` (the rows of the whole optimiser step that count), and metrics."""

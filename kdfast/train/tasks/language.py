@@ -39,6 +39,7 @@ class Data(TextData):
         validation: files or folders; empty: a seeded share of the training data is held out.
         validation_share: that share, by file where there are several, else by document; null: 0.05, or 0 with a cached teacher.
         pack: with a cached teacher: tokens of a row that holds several whole documents.
+        group_by_length: batches of rows of like length, which need less padding; they are still drawn at random.
     """
 
     paths: tuple[str, ...] = dataclasses.field(default=(), init=False)
@@ -47,6 +48,7 @@ class Data(TextData):
     validation_share: float | None = ranged(None, low=0.0, high=0.5)
     sequence_length: int = ranged(128, low=2)
     pack: int | None = ranged(None, low=2)
+    group_by_length: bool = False
 
     def corpus(self, paths: Sequence[str | Path]) -> TextData:
         """`paths` read as these options say."""
