@@ -1,22 +1,16 @@
 """The public calls a GPU meets first: every op in few calls, its value and gradients against float64.
 
     kdfast bench smoke                    on this machine's GPU
-    kdfast bench smoke --launch           no GPU: Triton's own binder and compiler for sm_90, nothing is run
-
-The launch check catches what interpreter and ahead-of-time compilation go around: how arguments are bound and specialised, and
-whether what comes out of the public functions is something a kernel can be called with.
+    kdfast bench smoke --launch           no GPU: Triton's own binder and compiler for sm_90, nothing is run (`bench.launch`)
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
-import dataclasses
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,9 +241,10 @@ def outputs(call: Call, device: str, dtype: torch.dtype | None = None) -> dict[s
     return {"value": total.detach()} | {name: inputs[name].grad for name in call.trained}
 
 
-def check(call: Call, device: str) -> str:
+def check(call: Call, device: str, backend: str | None = None) -> str:
     """What is wrong with a call on a device, against the reference in float64 there, or ""."""
-    got = outputs(call, device)
+    with contextlib.nullcontext() if backend is None else kdfast.use_backend(backend):
+        got = outputs(call, device)
     with kdfast.use_backend("reference"):
         truth = outputs(call, device, torch.float64)
     wrong = []
@@ -263,82 +258,6 @@ def check(call: Call, device: str) -> str:
     return "; ".join(wrong)
 
 
-@contextlib.contextmanager
-def launches_only(seen: list[tuple[str, float]]) -> Iterator[None]:
-    """Within the block Triton binds, specialises and compiles for sm_90 what is launched, and launches nothing."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from kdfast import dispatch
-    from kdfast.ops import rows
-
-    class Properties:
-        @staticmethod
-        def get_device_properties(device: int) -> dict[str, int]:
-            return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
-
-    class Sm90:
-        binary_ext, utils = "cubin", Properties
-
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, *device: int) -> int:
-            return 0
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: Any, **options: Any) -> Any:
-        began = time.perf_counter()
-        out = run(self, *args, grid=grid, warmup=True, **options)
-        seen.append((self.fn.__name__, time.perf_counter() - began))
-        return out
-
-    triton_backend = dispatch._BACKENDS["triton"]
-    looked = rows.values_are_checked
-    driver.set_active(Sm90())
-    JITFunction.run = compile_only
-    dispatch._BACKENDS["triton"] = dataclasses.replace(triton_backend, missing=lambda: None)
-    rows.values_are_checked = lambda device: False  # nobody wrote the losses
-    try:
-        with kdfast.use_backend("triton"):
-            yield
-    finally:
-        JITFunction.run, dispatch._BACKENDS["triton"], rows.values_are_checked = run, triton_backend, looked
-
-
-def launch_check(wanted: Sequence[str]) -> int:
-    """Every call's kernels through Triton's binder and compiler; returns how many calls failed."""
-    import triton
-
-    failed, began, seen = 0, time.perf_counter(), []
-    with launches_only(seen):
-        for call in calls():
-            if wanted and not any(word in call.name for word in wanted):
-                continue
-            before = len(seen)
-            try:
-                outputs(call, "cpu")
-                print(f"ok    {call.name}: {len(seen) - before} launches", flush=True)
-            except Exception as error:  # whatever a binder or compiler raises is the finding
-                failed += 1
-                print(f"FAIL  {call.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
-                if wanted:
-                    traceback.print_exc()
-    kernels = collections.Counter(name for name, _ in seen)
-    listed = ", ".join(f"{name} {n}" for name, n in kernels.most_common())
-    seconds = time.perf_counter() - began
-    print(f"{failed} calls failed; {len(seen)} launches in {seconds:.0f} s, triton {triton.__version__}: {listed}")
-    return failed
-
-
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
         prog="kdfast bench smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -349,7 +268,9 @@ def main(argv: list[str]) -> int:
     p.add_argument("--part", default="0/1", metavar="I/N", help="every N-th call, from the I-th")
     args = p.parse_args(argv)
     if args.launch:
-        return 1 if launch_check(args.calls) else 0
+        from .launch import smoke_calls
+
+        return 1 if smoke_calls(args.calls) else 0
     part, parts = map(int, args.part.split("/"))
     failed = 0
     for i, call in enumerate(calls()):
