@@ -3,7 +3,8 @@
 Each kernel is compiled at every size its launch function can pick and in a handful of representative types, with the
 hints the runtime would give (16-byte aligned pointers, sizes and strides that 16 divides). Registers, spills and load
 widths are read from the machine code. sm_80 and sm_90 must not spill; sm_100 and gfx942 must compile. CUDA sources: see
-`aot_cuda`; without nvcc they are left out, which is said.
+`aot_cuda`; without nvcc they are left out, which is said. `--launch` is the launch check (`launch`): every GPU test's own calls
+for sm_90, bound as a launch binds them, which is what variants of flags are held against.
 """
 
 from __future__ import annotations
@@ -117,18 +118,13 @@ def _cuobjdump(flag: str, path: str) -> str:
 
 
 def _pick(all_cases: Sequence[Case], targets: Sequence[str], quick: bool) -> list[tuple[Case, str]]:
-    """All of them on every target; or the first of each kernel, and on sm_90 the first of each variant too."""
+    """All of them on every target, or the first of each kernel; variants on sm_90 are the launch check's."""
     if not quick:
         return list(itertools.product(all_cases, targets))
     first: dict[Any, Case] = {}
     for case in all_cases:
-        first.setdefault((case.kernel, case.constants.get("F")), case)
-    known = set()
-    chosen = []
-    for case in first.values():
-        chosen += [(case, target) for target in targets if case.kernel not in known or target == "sm_90"]
-        known.add(case.kernel)
-    return chosen
+        first.setdefault(case.kernel, case)
+    return list(itertools.product(first.values(), targets))
 
 
 def _failed(report: Report) -> bool:
@@ -158,14 +154,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="kdfast bench aot", description=__doc__, epilog="example: kdfast bench aot --quick --target sm_90",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="one configuration a kernel, and on sm_90 one a variant")
+    parser.add_argument("--quick", action="store_true", help="one configuration a kernel")
+    parser.add_argument("--launch", action="store_true", help="the GPU tests' own launches instead, for sm_90 (minutes)")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one (may be given several times)")
-    parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
+    parser.add_argument("--kernel", default="", help="only kernels (with --launch: tests) whose name holds this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         print("aot: triton is not installed; expected it to compile the kernels; pip install triton", file=sys.stderr)
         return 2
+    if options.launch:
+        from .launch import gpu_tests
+
+        return 1 if gpu_tests(["-k", options.kernel] if options.kernel else []) else 0
     from . import aot_cuda
 
     targets = options.target or TARGETS

@@ -5,9 +5,9 @@
     PYTHONPATH=DIR kdfast bench aot --launch      with the Triton in DIR: pip install --no-deps --target DIR triton==3.6.0
 
 Interpreter and ahead-of-time compilation go around how arguments are bound and specialised. Here everything happens but the
-execution; results come from the reference, so that the tests go on and hold. What is found is a failure: a call that raises, an
-argument no kernel can take, a grid no GPU has, a launch on another device than its tensors', a wait of the host inside a public
-call, a spill, a product of halves or TF32 without tensor cores. `test_gpu_cluster.py` launches no Triton; nvcc compiles its kernels.
+execution; results come from the reference, so that the tests go on and hold. What is found is a failure: a call that raises,
+an argument no kernel can take, a grid no GPU has, a launch on another device than its tensors', a wait of the host inside a
+public call, a spill, a product of halves or TF32 without tensor cores. `test_gpu_cluster.py` launches no Triton.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def _bound(names: Sequence[str], args: Sequence[Any], options: dict[str, Any]) -
     words = ["+".join(tensors[:4])]
     for name, value in options.items():
         if dataclasses.is_dataclass(value):
-            set_ = [f"{f.name}={getattr(value, f.name)}" for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+            set_ = [
+                f"{f.name}={getattr(value, f.name)}" for f in dataclasses.fields(value) if getattr(value, f.name) != f.default
+            ]
             words.append(" ".join(set_))
         elif name in names:
             words.append(f"{name}={value}")
@@ -215,6 +217,7 @@ def launches_only() -> Iterator[Launches]:
             yield found
         finally:
             dispatch._chosen.clear()
+            driver.reset_active()
 
 
 class _Both:
@@ -256,8 +259,10 @@ def report(found: Launches, failed: int, seconds: float, table: bool) -> int:
         print(f"FAIL  {v.kernel}: {v.wrong} ({v.bound}; first in {v.caller})")
     kernels = collections.Counter(v.kernel for v in variants)
     listed = ", ".join(f"{name} {n}" for name, n in kernels.most_common())
-    print(f"{failed} calls failed, {len(found.wrong) + len(wrong)} findings; {found.count} launches of {len(variants)} variants in"
-          f" {seconds:.0f} s, triton {triton.__version__}: {listed}")  # fmt: skip
+    print(
+        f"{failed} calls failed, {len(found.wrong) + len(wrong)} findings; {found.count} launches of {len(variants)} variants"
+        f" in {seconds:.0f} s, triton {triton.__version__}: {listed}"
+    )
     return failed + len(found.wrong) + len(wrong)
 
 
@@ -273,7 +278,9 @@ def smoke_calls(wanted: Sequence[str]) -> int:
             before, found.at = found.count, call.name
             try:
                 wrong = smoke.check(call, "cuda", backend="triton")
-                print(f"{'FAIL' if wrong else 'ok  '}  {call.name}: {found.count - before} launches {wrong}".rstrip(), flush=True)
+                print(
+                    f"{'FAIL' if wrong else 'ok  '}  {call.name}: {found.count - before} launches {wrong}".rstrip(), flush=True
+                )
                 failed += bool(wrong)
             except Exception as error:  # whatever a binder or compiler raises is the finding
                 failed += 1
@@ -290,18 +297,14 @@ class _Plugin:
         self.found, self.failed, self.passed, self.left = found, 0, 0, collections.Counter[str]()
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        import pytest
-
         kept = []
         for item in items:
-            if item.get_closest_marker(ONLY_THERE) or "backend" in getattr(item, "callspec", _NONE).params and (
-                item.callspec.params["backend"] == "reference"
-            ):  # fmt: skip
-                self.left["on hardware only" if item.get_closest_marker(ONLY_THERE) else "of the reference"] += 1
+            why = _left_out(item)
+            if why:
+                self.left[why] += 1
             else:
                 kept.append(item)
         items[:] = kept
-        assert pytest  # imported for its side of the hook
 
     def pytest_runtest_setup(self, item: Any) -> None:
         self.found.at = item.nodeid.removeprefix("tests/")
@@ -317,8 +320,12 @@ class _Plugin:
             self.left[str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[:80]] += 1
 
 
-class _NONE:
-    params: dict[str, Any] = {}
+def _left_out(item: Any) -> str:
+    """Why a test of a GPU has nothing to show here, or ""."""
+    if item.get_closest_marker(ONLY_THERE):
+        return "they show on hardware only"
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "they launch nothing, being of the reference" if parameters.get("backend") == "reference" else ""
 
 
 def gpu_tests(options: Sequence[str]) -> int:

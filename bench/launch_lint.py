@@ -1,13 +1,25 @@
-"""What may be handed to a Triton kernel, and on what grid: rules that the interpreter and a compiler called directly do not know."""
+"""What may be handed to a Triton kernel, and on what grid: rules that neither the interpreter nor a compiler knows."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdfast
+
+from .stand_in import INDEXED, WAITS
+
+_PACKAGE = Path(kdfast.__file__).parent
+#: Where a wait of the host has no branch for CPUs to stand in.
+_NEVER = (str(_PACKAGE / "backends" / "triton"), str(_PACKAGE / "logit_grams.py"), str(_PACKAGE / "head_grams.py"))
 
 #: Blocks along x, y and z of a CUDA grid.
 LARGEST_GRID = ((1 << 31) - 1, 65535, 65535)
@@ -40,12 +52,35 @@ def grid(blocks: tuple[int, ...]) -> str:
     return ""
 
 
+class NoWaits(TorchDispatchMode):
+    """On a CPU, under the interpreter: what a Triton backend asks of its tensors' values outside its kernels is an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        by_mask = func in INDEXED and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if (func in WAITS or by_mask) and (line := _asking()):
+            raise RuntimeError(f"{line}: {func} would make the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def _asking() -> str:
+    """The innermost line of kdfast, where that is one that must not ask; "" within a kernel."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith("triton/runtime/interpreter.py"):
+            return ""
+        if name.startswith(str(_PACKAGE)):
+            return f"{Path(name).relative_to(_PACKAGE)}:{frame.f_lineno}" if name.startswith(_NEVER) else ""
+        frame = frame.f_back
+    return ""
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Within the block launches of the interpreter are held to the same rules.
+    """Within the block launches of the interpreter are held to the same rules, and the host code around them to `NoWaits`.
 
     Raises:
-        TypeError, ValueError: from the launch.
+        TypeError, ValueError, RuntimeError: from the launch, or the line that waits.
     """
     from triton.runtime.interpreter import GridExecutor
 
@@ -62,6 +97,7 @@ def interpreted() -> Iterator[None]:
 
     GridExecutor.__call__ = checked
     try:
-        yield
+        with NoWaits():
+            yield
     finally:
         GridExecutor.__call__ = call

@@ -1,7 +1,7 @@
 """The public calls a GPU meets first: every op in few calls, its value and gradients against float64.
 
-    kdfast bench smoke                    on this machine's GPU
-    kdfast bench smoke --launch           no GPU: Triton's own binder and compiler for sm_90, nothing is run (`bench.launch`)
+kdfast bench smoke                    on this machine's GPU
+kdfast bench smoke --launch           no GPU: Triton's own binder and compiler for sm_90, nothing is run (`bench.launch`)
 """
 
 from __future__ import annotations
@@ -185,6 +185,12 @@ def _pairs() -> list[Call]:
         return {"maps_s": torch.randn(2, 3, 65, 65, generator=g), "maps_t": torch.randn(2, 3, 65, 65, generator=g)}
 
     trained = ("q_s", "k_s")
+
+    def many(g: torch.Generator) -> dict[str, Tensor]:
+        return {name: torch.randn(66000, 1, 2, 16, generator=g) for name in ("q_s", "k_s", "q_t", "k_t")} | {
+            "mask": torch.ones(66000, 2, dtype=torch.bool)
+        }
+
     return [
         call
         for dtype in (torch.bfloat16, torch.float32)
@@ -194,13 +200,15 @@ def _pairs() -> list[Call]:
             Call(f"attention_kl {str(dtype)[6:]}", make, mse(kl=True, causal=True), trained, dtype, product=True),
         )
     ] + [
+        # More heads than a grid has blocks along y.
+        Call("attention_kl 66000 heads", many, mse(kl=True), trained, torch.float32),
         Call(
             "attention_map_mse",
             maps,
             lambda maps_s, maps_t: kdfast.attention_map_mse(maps_s, maps_t),
             ("maps_s",),
             torch.bfloat16,
-        )
+        ),
     ]
 
 

@@ -27,12 +27,12 @@ MULTIPROCESSORS = 132
 _PACKAGE = str(Path(kdfast.__file__).parent)
 _aten = torch.ops.aten
 #: What reads values back, or sizes that depend on them.
-_WAITS = {
+WAITS = {
     _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.equal.default,
     _aten._unique2.default, _aten.unique_dim.default, _aten.unique_consecutive.default, _aten.bincount.default,
     _aten.repeat_interleave.Tensor,
 }  # fmt: skip
-_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 
 Told = Callable[[str], None]
 
@@ -172,15 +172,19 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tells of what would make the host wait."""
-    if func in _WAITS and not kwargs.get("output_size"):
+    if func in WAITS and not kwargs.get("output_size"):
         _wait(func.overloadpacket.__name__)
-    elif func in _INDEXED and any(x is not None and (x.dtype == torch.bool or not isinstance(x, OnDevice)) for x in args[1]):
+    elif func in INDEXED and any(x is not None and (x.dtype == torch.bool or not isinstance(x, OnDevice)) for x in args[1]):
         _wait("index by a mask, or by numbers of the host")
     elif func is _aten._to_copy.default and not isinstance(args[0], OnDevice) and not _unwaited(args[0], kwargs):
         _wait("copy of a host's tensor")
-    elif func is _aten.copy_.default and args[1].ndim and isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice):
-        if not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking"):  # a number of no dimensions: x[0] = 1.0
-            _wait("copy between host and device")
+    elif (
+        func is _aten.copy_.default
+        and isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice)
+        and args[1].ndim  # none: x[0] = 1.0
+        and not (kwargs.get("non_blocking") or args[2:3] == (True,))
+    ):
+        _wait("copy between host and device")
 
 
 def _unwaited(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -196,6 +200,19 @@ def _to(self: Tensor, *args: Any, **options: Any) -> Tensor:
     if options.get("device") == "cuda":
         options["device"] = DEVICE
     return _host_to(self, *args, **options)
+
+
+def _tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.tensor` and `as_tensor`: on a device a copy of a host's numbers, which the host waits for."""
+
+    def made(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        if device is None or torch.device(device).type != "cuda":
+            return make(data, device=device, **options)
+        if not isinstance(data, OnDevice):
+            _wait("torch.tensor of numbers of the host")
+        return make(data, **options).to(DEVICE)
+
+    return made
 
 
 def _pinned(self: Tensor, *_: Any) -> Tensor:
@@ -234,19 +251,19 @@ def device(told: Told) -> Iterator[None]:
         "is_available": lambda: True, "device": _on, "current_device": current_device,
         "get_device_properties": lambda device=None: properties, "current_stream": lambda device=None: stream,
         "get_device_capability": lambda device=None: (9, 0), "synchronize": lambda device=None: None,
-        "get_device_name": lambda device=None: "stand-in",
+        "get_device_name": lambda device=None: "stand-in", "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
     }  # fmt: skip
-    lifted = torch._C._only_lift_cpu_tensors()  # so that `torch.tensor(x, device=...)` is a copy that the mode sees
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(torch.cuda, **cuda))
-        stack.enter_context(replaced(torch, Generator=_Generator))
+        stack.enter_context(
+            replaced(torch, Generator=_Generator, tensor=_tensor(torch.tensor), as_tensor=_tensor(torch.as_tensor))
+        )
         # Memory the device can reach is any memory.
         stack.enter_context(replaced(torch.Tensor, to=_to, pin_memory=_pinned, is_pinned=lambda self, *_: True))
         stack.enter_context(_Mode())
-        torch._C._set_only_lift_cpu_tensors(True)
         _told.append(told)
         try:
             yield
         finally:
             _told.pop()
-            torch._C._set_only_lift_cpu_tensors(lifted)

@@ -98,7 +98,8 @@ def _logits(size: Size, device: str) -> list[Job]:
 
 
 def _linear(size: Size, device: str) -> list[Job]:
-    peers = functools.partial(linear_peers, device, compiled=size.compiled)
+    # bfloat16 logits beside ours: those are what Liger has.
+    peers = functools.partial(linear_peers, device, compiled=size.compiled, half=size.dtypes[0] == torch.bfloat16)
     return [
         Job(linear.contestants(size.linear_rows, *dims, size.dtypes[0], device, peers()), 40 if i == 0 else 30)
         for i, dims in enumerate(size.dims)

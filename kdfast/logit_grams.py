@@ -274,7 +274,8 @@ def solve(
     head_s = Head(column_mean(student.weight) if center else None)
     p = Problem(hidden_s, student.weight, hidden_t, teacher.weight, head_s, head_of(teacher.weight, center), needs)
     solution = choose(p, method)
-    counts = torch.tensor(n, device=hidden_s.device) if mask is None else mask.sum().clamp(min=1)
+    # Not torch.tensor(n): a copy of the host's number is one the host waits for.
+    counts = hidden_s.new_full((), n, dtype=torch.int64) if mask is None else mask.sum().clamp(min=1)
     elements = counts.double() * p.vocab
     loss = (solution.value / elements).clamp(min=0).to(torch.float64 if double else torch.float32)
     of_hidden, of_weight = solution.gradients(2 / elements) if needs.any else (None, None)

@@ -33,3 +33,16 @@ def imports_are_no_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a GPU in order of `worth` (`test_gpu_smoke.py`), what has none where it stood, before them; what is `unproven`
+    only where `-m` names it."""
+
+    def worth(item: pytest.Item) -> int:
+        mark = item.get_closest_marker("worth")
+        return mark.args[0] if mark else 0
+
+    if "unproven" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if not item.get_closest_marker("unproven")]
+    items.sort(key=worth)

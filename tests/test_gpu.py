@@ -1,7 +1,12 @@
-"""Every op on the device, in every backend that runs there, against plain PyTorch in float64. Needs a CUDA device."""
+"""Every op on the device, in every backend that runs there, against plain PyTorch in float64. Needs a CUDA device.
+
+`test_gpu_smoke.py` comes first and says in which order all of them run.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_divergences import CASES, ROW_OPTIONS
+from test_gpu_smoke import losses
 from topk_plain import COMBINATIONS, topk_rows
 from torch import Tensor
 
@@ -24,7 +30,8 @@ DTYPES = {"fp32": torch.float32, **HALVES}
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    pytest.mark.worth(4),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
 
@@ -59,6 +66,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.mark.worth(2)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     ("vs", "vt"),
@@ -101,6 +109,7 @@ def check_options(
         plain.assert_as_good(got[1], same[1], truth[1], student.dtype, "gradient")
 
 
+@pytest.mark.worth(3)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     ("vs", "vt"), [(1000, 1000), (50257, 50257), (151936, 151936), (5003, 4000)],
@@ -113,6 +122,7 @@ def test_logits_divergences(case: str, vs: int, vt: int, dtype: torch.dtype) -> 
     check_options(student, [teacher], labels, *CASES[case])
 
 
+@pytest.mark.worth(3)
 @pytest.mark.parametrize("option", ROW_OPTIONS)
 @pytest.mark.parametrize("case", ["forward", "jsd", "reverse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -126,6 +136,7 @@ def test_logits_row_options(vs: int, vt: int, dtype: torch.dtype, case: str, opt
         check_options(student, [teacher], None, *both)
 
 
+@pytest.mark.worth(3)
 @pytest.mark.parametrize("mix", ["probs", "logits"])
 @pytest.mark.parametrize("case", ["forward", "tvd", "skew-reverse"])
 @pytest.mark.parametrize("vocab", [403, 32016], ids=["V403", "V32016-aligned"])
@@ -187,6 +198,7 @@ def test_logits_near_agreement(distance: float) -> None:
     assert abs(float(value) - float(truth)) <= 1e-3 * float(truth)
 
 
+@pytest.mark.worth(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.usefixtures("backend")
 def test_logits_overwrite(dtype: torch.dtype) -> None:
@@ -238,6 +250,7 @@ def test_bad_rows_are_nan_and_the_others_untouched() -> None:
         kdfast.kd_loss(student, teacher, labels, **OPTIONS)
 
 
+@pytest.mark.worth(3)
 @pytest.mark.usefixtures("backend")
 def test_parts_match_plain_pytorch() -> None:
     student, teacher, labels = batch(9, 1001, 1001)
@@ -256,6 +269,7 @@ def test_parts_match_plain_pytorch() -> None:
         assert abs(float(getattr(parts, name).mean) - float(value)) <= 1e-5 * max(1, abs(float(value))), name
 
 
+@pytest.mark.worth(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("n", "vocab"), [(13, 1001), (300, 5003)], ids=["one-chunk", "odd-chunks"])
 @pytest.mark.usefixtures("backend")
@@ -283,6 +297,7 @@ def test_linear_value_and_gradients(n: int, vocab: int, dtype: torch.dtype) -> N
         plain.assert_as_good(mine, theirs.double(), true, dtype, name)
 
 
+@pytest.mark.worth(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("vocab", "k"), [(17, 17), (1000, 5), (151936, 64)], ids=["k-is-V", "V1000", "V151936-k64"])
 @pytest.mark.usefixtures("backend")
@@ -300,6 +315,7 @@ def test_topk_capture(vocab: int, k: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(targets.log_tail[:, column].double(), tail, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.worth(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("vocab", "k"), [(129, 5), (50257, 64)], ids=["V129", "V50257-odd"])
 @pytest.mark.usefixtures("backend")
@@ -323,6 +339,7 @@ def test_topk_loss(vocab: int, k: int, dtype: torch.dtype) -> None:
     plain.assert_as_good(got[1], same[1], truth[1], dtype, "gradient")
 
 
+@pytest.mark.worth(3)
 @pytest.mark.parametrize("how", COMBINATIONS.values(), ids=COMBINATIONS)
 @pytest.mark.parametrize("vocab", [1008, 50257], ids=["V1008", "V50257-odd"])
 @pytest.mark.usefixtures("backend")
@@ -341,6 +358,26 @@ def test_topk_tails(vocab: int, how: dict[str, Any]) -> None:
     assert plain.error(got[1], truth[1]) <= 6e-6
 
 
+@pytest.mark.usefixtures("backend")
+def test_topk_ids_listed_twice_give_the_same_bits() -> None:
+    """Of an id's slots the first is the first, whichever program's atomic came first."""
+    student, teacher, labels = batch(300, 5003, 5003)
+    once = kdfast.topk_targets(teacher, 32, temperatures=(2.0,))
+    targets = dataclasses.replace(
+        once, ids=once.ids.repeat(1, 2), logprobs=torch.cat([once.logprobs - 1, once.logprobs + math.log1p(-math.exp(-1))], 1)
+    )
+    found = []
+    for _ in range(3):
+        x = student.clone().requires_grad_()
+        rows = kdfast.topk_kd_loss(x, targets, labels, reduction="none", **OPTIONS)
+        found.append((rows.detach(), *torch.autograd.grad(rows.sum(), x)))
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    want = kdfast.topk_kd_loss(student, once, labels, reduction="none", **OPTIONS)
+    torch.testing.assert_close(found[0][0], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.worth(3)
 @pytest.mark.parametrize("k", [0, 16])
 @pytest.mark.usefixtures("backend")
 def test_topk_draws(k: int) -> None:
@@ -356,45 +393,12 @@ def test_topk_draws(k: int) -> None:
     assert (counts[:, k:].round().sum(-1) == n).all()
 
 
-def _losses() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Each op as a loss of one tensor, and that tensor."""
-    student, teacher, labels = batch(64, 4099, 4099)
-    targets = kdfast.topk_targets(teacher, 16, temperatures=(2.0,))
-    hidden, weight = torch.randn(64, 32, device=DEVICE), torch.randn(4099, 32, device=DEVICE)
-    return {
-        "logits": (lambda x: kdfast.kd_loss(x, teacher, labels, **OPTIONS), student),
-        "several": (
-            lambda x: kdfast.kd_loss(x, [teacher, teacher.bfloat16()], labels, divergence="jsd", z_loss=1e-3, **OPTIONS),
-            student,
-        ),
-        "overwrite": (lambda x: kdfast.kd_loss(x, teacher, labels, overwrite_logits=True, **OPTIONS), student),
-        "topk": (lambda x: kdfast.topk_kd_loss(x, targets, labels, **OPTIONS), student),
-        "linear-topk": (lambda x: kdfast.linear_topk_kd_loss(x, weight, targets, labels, **OPTIONS), hidden * 0.5),
-        "linear": (lambda x: kdfast.linear_kd_loss(x, weight, hidden, weight, labels, **OPTIONS), hidden * 0.5),
-    }
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="synchronisation is a CUDA matter")
-@pytest.mark.parametrize("op", ["logits", "several", "overwrite", "topk", "linear-topk", "linear"])
-def test_no_host_synchronisation(op: str) -> None:
-    """Forward and backward, with an incoming gradient other than 1, enqueue work and ask the device nothing."""
-    with kdfast.use_backend("triton"):
-        loss, at = _losses()[op]
-        first, second = (at.clone().requires_grad_() for _ in range(2))
-        torch.autograd.grad(loss(first) * 2, first)
-        torch.cuda.synchronize()
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            torch.autograd.grad(loss(second) * 2, second)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-
+@pytest.mark.hardware
+@pytest.mark.worth(5)
 @pytest.mark.parametrize("op", ["logits", "several", "topk", "linear-topk", "linear"])
 @pytest.mark.usefixtures("backend")
 def test_compiles_as_one_graph(op: str) -> None:
-    loss, at = _losses()[op]
+    loss, at = losses()[op]
     x = at.requires_grad_()
     value = loss(x)
     (wanted,) = torch.autograd.grad(value, x)
@@ -405,6 +409,7 @@ def test_compiles_as_one_graph(op: str) -> None:
     torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.worth(2)
 @pytest.mark.parametrize("upstream", [1.0, -3.0], ids=["leaves-at-once", "full-pass"])
 @pytest.mark.usefixtures("backend")
 def test_scale(upstream: float, backend: str) -> None:
@@ -414,7 +419,8 @@ def test_scale(upstream: float, backend: str) -> None:
     torch.testing.assert_close(grad, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs memory a CPU run should not take")
+@pytest.mark.hardware
+@pytest.mark.worth(5)
 def test_rows_beyond_two_to_the_31() -> None:
     """Offsets are 64-bit: the last of 2^31 + elements gets its gradient."""
     vocab = 262144

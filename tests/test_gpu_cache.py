@@ -18,6 +18,7 @@ ALL = range(len(LENGTHS))
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.worth(4),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
@@ -48,6 +49,7 @@ def test_batches_are_those_of_the_host(reader: CacheReader, decode: str, backend
             assert_same_batch(there, here)
 
 
+@pytest.mark.hardware
 @pytest.mark.parametrize("decode", ["host", "device", "loss"])
 def test_a_stream_puts_batches_together_in_pinned_memory(tmp_path: Path, decode: str) -> None:
     reader = cache_of("topp", tmp_path / "c")
@@ -61,6 +63,7 @@ def test_a_stream_puts_batches_together_in_pinned_memory(tmp_path: Path, decode:
         assert_same_batch(a, b)
 
 
+@pytest.mark.hardware
 def test_a_batch_in_code_is_one_copy(tmp_path: Path) -> None:
     reader = cache_of("mixed", tmp_path / "c")
     reader.batch(ALL, DEVICE, decode="device")

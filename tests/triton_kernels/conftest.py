@@ -1,11 +1,15 @@
-"""Where the kernels run, and NumPy's warnings: the interpreter computes both sides of a `where`."""
+"""Where the kernels run, what a launch may be given (`bench.launch_lint`), and NumPy's warnings: the interpreter computes both sides of a `where`."""
 
 from __future__ import annotations
 
 import os
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+
+from bench import launch_lint
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +20,13 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     np.seterr(all="ignore")
+
+
+@pytest.fixture(autouse=True)
+def linted(device: str) -> Iterator[None]:
+    """What the interpreter takes, a GPU's launch may not; what a CPU answers at once, a GPU has the host wait for."""
+    if device == "cuda":
+        yield
+        return
+    with launch_lint.interpreted():
+        yield

@@ -5,6 +5,7 @@ Contract: `kdfast.backends`. Rows go in groups, so that temporaries stay at a fe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,8 +42,9 @@ class _Rows:
         logs = [_minus(z / temperature, lse) for z, lse in zip(self.z_t, lses.unbind(1), strict=True)]
         if len(logs) == 1:
             return logs[0]
-        weights = torch.tensor(self.options.teacher_weights, dtype=logs[0].dtype, device=logs[0].device).log()
-        return (torch.stack(logs) + weights[:, None, None]).logsumexp(0)
+        # Numbers one by one: as a tensor they would be a copy from the host, which waits for it.
+        weighted = [log + (math.log(w) if w else -math.inf) for log, w in zip(logs, self.options.teacher_weights, strict=True)]
+        return torch.stack(weighted).logsumexp(0)
 
 
 def _minus(z: Tensor, lse: Tensor) -> Tensor:

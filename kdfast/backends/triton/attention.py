@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdfast import grams
 from kdfast.backends.triton import attention_tiles as tiles
+from kdfast.backends.triton.precision import exact_products
 from kdfast.backends.triton.tiles import on
 from kdfast.options import ATTENTION_KINDS, AttentionOptions
 
@@ -32,7 +33,8 @@ def forward(
     if options.kind != "scores" or not grams.preferred(q_s, k_t, options):
         return _tiled(q_s, k_s, q_t, k_t, query_mask, key_mask, scale, options, need_grad)
     x = grams.clean(q_s, k_s, q_t, k_t, query_mask, key_mask)
-    loss, grad_q, grad_k = grams.score_mse(x, scale, options, need_grad)
+    with exact_products():  # what TF32 rounds, the terms' cancelling would multiply
+        loss, grad_q, grad_k = grams.score_mse(x, scale, options, need_grad)
     if grad_q is None or grad_k is None:
         return loss.to(scale.dtype), q_s.new_empty(0), k_s.new_empty(0)
     return loss.to(scale.dtype), grad_q.to(q_s.dtype), grad_k.to(k_s.dtype)
@@ -66,12 +68,12 @@ def _tiled(
     shape = (heads, heads // k_s.shape[1], heads // k_t.shape[1], lq, lk, ds, dt, options.scale_s, options.scale_t)
     masks = (query_mask if query_mask is not None else scale, key_mask if key_mask is not None else scale)
     with on(q_s):
-        tiles.queries_kernel[(triton.cdiv(lq, size.queries), batch * heads)](
+        tiles.queries_kernel[(triton.cdiv(lq, size.queries) * batch * heads,)](
             *sides, *masks, scale, loss, stats, grad_q, *strides, *shape, batch * heads * lq,
             **flags, GRAD=need_grad, **size.shape, **size.options,
         )  # fmt: skip
         if need_grad:
-            tiles.keys_kernel[(triton.cdiv(lk, size.keys), batch * k_s.shape[1])](
+            tiles.keys_kernel[(triton.cdiv(lk, size.keys) * batch * k_s.shape[1],)](
                 *sides, *masks, scale, stats, grad_k, *strides, *shape, batch * heads * lq,
                 **flags, **size.shape, **size.options,
             )  # fmt: skip

@@ -143,9 +143,11 @@ def queries_kernel(
     WIDE: tl.constexpr, DS: tl.constexpr, DT: tl.constexpr, GRAD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(1).to(tl.int64)
+    # One axis: along the others a grid has 65535 blocks, and batch times heads may be more.
+    blocks = tl.cdiv(lq, BLOCK_Q)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    first = tl.program_id(0) * BLOCK_Q
+    first = tl.program_id(0) % blocks * BLOCK_Q
     queries = first + tl.arange(0, BLOCK_Q)
     query_counts = counted(query_mask_ptr, batch, queries, lq, QUERY_MASK)
     q_s = load_rows(q_s_ptr + batch * q_s_batch + head * q_s_head, queries, query_counts, q_s_row, size_s, DS)
@@ -249,10 +251,11 @@ def keys_kernel(
     WIDE: tl.constexpr, DS: tl.constexpr, DT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    own = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(lk, BLOCK_K)
+    own = (tl.program_id(0) // blocks).to(tl.int64)
     key_heads = heads // share_s
     batch, key_head = own // key_heads, own % key_heads
-    first = tl.program_id(0) * BLOCK_K
+    first = tl.program_id(0) % blocks * BLOCK_K
     keys = first + tl.arange(0, BLOCK_K)
     key_counts = counted(key_mask_ptr, batch, keys, lk, KEY_MASK)
     k_s = load_rows(k_s_ptr + batch * k_s_batch + key_head * k_s_head, keys, key_counts, k_s_row, size_s, DS)

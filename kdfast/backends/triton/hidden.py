@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.backends.triton.precision import tf32_allowed
 from kdfast.backends.triton.tiles import grid, on
 from kdfast.chunks import Needs, grad_hidden_dtype, without_ignored
 
@@ -185,7 +186,7 @@ def _project(
 ) -> None:
     bm, bn, bk = PROJECT_TILE
     n, width = grad.shape
-    precision = "tf32" if student.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = "tf32" if student.is_cuda and tf32_allowed() else "ieee"
     with on(student):
         project_kernel[(triton.cdiv(n, bm), shares.shape[1])](
             student, weight, scale if bias is None else bias, teacher, grad, scale, shares,

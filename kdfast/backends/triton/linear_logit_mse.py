@@ -7,26 +7,12 @@ return multiplied by what cancels.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from kdfast.backends.triton.precision import exact_products
 from kdfast.chunks import Needs, Side
 from kdfast.logit_grams import Problem, Solution, difference, direct, plain, solve, uses_grams
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    settings = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(settings, name)
-    setattr(settings, name, exact)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)
 
 
 def _choose(p: Problem, method: str) -> Solution:
@@ -38,5 +24,5 @@ def _choose(p: Problem, method: str) -> Solution:
 def forward(
     student: Side, teacher: Side, mask: Tensor | None, center: bool, method: str, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with _without_tf32():
+    with exact_products():
         return solve(_choose, student, teacher, mask, center, method, needs)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.backends.triton.tiles import on
+
 BLOCK, WARPS = 2048, 8
 
 
@@ -24,4 +26,5 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
         grad.mul_(upstream.reshape(1))  # of no dimensions it would be rounded to the dtype of `grad` before the product
     elif grad.numel():
         grid = (triton.cdiv(grad.numel(), BLOCK),)
-        scale_kernel[grid](grad, upstream, grad.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+        with on(grad):
+            scale_kernel[grid](grad, upstream, grad.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)

@@ -37,7 +37,13 @@ def mark(bits_ptr, ids_ptr, k, vocab, K: tl.constexpr):
     inside = (ids >= 0) & (ids < vocab)
     before = tl.atomic_or(bits_ptr + ids // 32, 1 << (ids % 32), mask=inside)
     tl.debug_barrier()
-    return ids, inside, inside & (((before >> (ids % 32)) & 1) == 0)
+    first = inside & (((before >> (ids % 32)) & 1) == 0)
+    if tl.sum((inside & (first == 0)).to(tl.int32), 0) > 0:
+        # Which slot of a repeated id was first to the bit is a race, and sums over slots would differ from run to run.
+        first = inside
+        for j in range(0, k - 1):
+            first = first & ((slots <= j) | (ids != tl.load(ids_ptr + j)))
+    return ids, inside, first
 
 
 @triton.jit

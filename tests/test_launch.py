@@ -1,0 +1,145 @@
+"""The launch check and its lint: what they find, shown on faults put there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import kdfast
+from bench import launch, launch_lint, stand_in
+from kdfast.options import Head, RowOptions
+
+triton = pytest.importorskip("triton")
+THREADS = 1
+
+
+class Two(NamedTuple):
+    a: Any
+    b: Any
+
+
+@pytest.mark.parametrize("value", [1, 2.0, True, "x", None, torch.ones(1), (1, torch.ones(1)), Two(1, 2.0), Head()])
+def test_what_a_kernel_takes(value: object) -> None:
+    assert launch_lint.refused("x", value) == ""
+
+
+@pytest.mark.parametrize("value", [[1.0], {"a": 1}, (1, [2]), Two(1, [2.0]), {1}, torch.Size])
+def test_what_a_kernel_does_not_take(value: object) -> None:
+    assert "expected int, float, bool, str, a tensor" in launch_lint.refused("x", value)
+
+
+def test_grids_that_no_gpu_has() -> None:
+    assert launch_lint.grid((1, 65535)) == launch_lint.grid((2**31 - 1,)) == ""
+    assert launch_lint.grid((1, 65536)) == "grid: 65536 blocks along y, expected 1 to 65535"
+    assert launch_lint.grid((0,)) == "grid: 0 blocks along x, expected 1 to 2147483647"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is told of lines of this file."""
+    monkeypatch.setattr(stand_in, "_PACKAGE", str(Path(__file__).parent))
+    told: list[str] = []
+    with stand_in.device(told.append):
+        yield told
+
+
+WAITING: dict[str, Callable[[torch.Tensor], object]] = {
+    "item": lambda x: x[0].item(), "bool": lambda x: bool((x > 0).any()), "tolist": lambda x: x.tolist(),
+    "nonzero": lambda x: x.nonzero(), "mask": lambda x: x[x > 0], "cpu": lambda x: x.cpu(), "numpy": lambda x: x.numpy(),
+    "tensor": lambda x: torch.tensor([1.0], device=x.device), "host's index": lambda x: x[torch.tensor([1])],
+    "host's values": lambda x: x.copy_(torch.ones(3)), "float": lambda x: float(x.sum()),
+    "equal": lambda x: torch.equal(x, x + 1),
+}  # fmt: skip
+FREE: dict[str, Callable[[torch.Tensor], object]] = {
+    "arithmetic": lambda x: (x * 2 + 1).sum(), "full": lambda x: torch.full((), 3, device=x.device), "set": lambda x: x.fill_(1),
+    "gather": lambda x: x[torch.arange(2, device=x.device)], "where": lambda x: x.where(x > 0, 0), "item": lambda x: x.shape[0],
+    "half": lambda x: x.half().to(x.device),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_the_stand_in_tells_of_waits(name: str, waits: list[str]) -> None:
+    x = torch.randn(3, device="cuda")
+    assert waits == []
+    WAITING[name](x)
+    assert waits
+    assert "test_launch.py" in waits[0]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_stand_in_tells_of_nothing_else(name: str, waits: list[str]) -> None:
+    FREE[name](torch.randn(3, device="cuda"))
+    assert waits == []
+
+
+def test_the_stand_in_computes_what_a_cpu_does() -> None:
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    leaf = x.clone().requires_grad_()
+    (leaf @ w.t()).logsumexp(-1).sum().backward()
+    with stand_in.device(lambda line: None):
+        there = x.to("cuda").requires_grad_()
+        assert (there.is_cuda, str(there.device), torch.cuda.current_device()) == (True, "cuda:1", 0)
+        (there @ w.to("cuda").t()).logsumexp(-1).sum().backward()
+        assert there.grad is not None
+        assert torch.equal(there.grad.held, leaf.grad)
+    assert not torch.cuda.is_available()
+    assert not torch.randn(2).is_cuda
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[launch.Launches]:
+    with launch.launches_only() as found, kdfast.use_backend("triton"):
+        yield found
+
+
+def test_public_calls_launch_what_can_be_launched() -> None:
+    with launched() as found:
+        x = torch.randn(9, 1000, device="cuda").requires_grad_()
+        loss = kdfast.kd_loss(x, torch.randn(9, 1000, device="cuda"))
+        (loss * 2).backward()
+        assert float(loss) > 0
+    assert found.wrong == {}
+    assert {v.kernel for v in found.variants.values()} == {"forward_kernel", "scale_kernel"}
+    forward = next(v for v in found.variants.values() if v.kernel == "forward_kernel")
+    forward.read()
+    assert (forward.wrong, forward.dots) == ("", "")
+    assert forward.registers > 0
+    assert forward.resident >= 1
+
+
+def test_a_list_where_a_tuple_belongs_is_found() -> None:
+    from kdfast.backends.triton import logits
+
+    with launched() as found:
+        student, scale = torch.randn(4, 100, device="cuda"), torch.ones(4, device="cuda")
+        with pytest.raises(TypeError):
+            logits.forward(student, [student], None, scale, RowOptions(teacher_weights=[1.0]), False, None)  # type: ignore[arg-type]
+    assert any("expected int, float, bool" in line for line in found.wrong)
+
+
+def test_a_launch_on_another_device_is_found() -> None:
+    from kdfast.backends.triton.scale import scale_kernel
+
+    with launched() as found:
+        scale_kernel[(1,)](torch.ones(8, device="cuda"), torch.ones((), device="cuda"), 8, BLOCK=16)
+        scale_kernel[(1, 70000)](torch.ones(8, device="cuda"), torch.ones((), device="cuda"), 8, BLOCK=16)
+    assert "scale_kernel: launched on device 0, its tensors are on 1" in found.wrong
+    assert "scale_kernel: grid: 70000 blocks along y, expected 1 to 65535" in found.wrong
+
+
+def test_products_are_read_off_the_layouts() -> None:
+    text = """
+    %9 = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<64x64xbf16> * !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32, #mma>
+    %7 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32, #mma>
+    %8 = tt.dot %a, %b, %c : tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32, #blocked>
+    %6 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32, #blocked>
+    """
+    assert launch.dots(text) == "1 FFMA (ieee), 1 FFMA (tf32 or half), 1 HGMMA, 1 HMMA"
+    variant = launch.Variant("k", "", 4, 0.0, None, "", dots=launch.dots(text))
+    assert variant.wrong == "a product of halves or TF32 by FFMA"
+    assert launch.Variant("k", "", 4, 0.0, None, "", dots="1 FFMA (ieee)").wrong == ""
