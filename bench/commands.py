@@ -24,7 +24,7 @@ COMMANDS = {
     "check": "new results against committed ones, by ratios",
     "aot": "compile every Triton kernel with no GPU; registers and spills",
     "smoke": "every op in few calls on a GPU against float64; with no GPU through Triton's binder and compiler (--launch)",
-    "gpu": "everything that needs a GPU, in one run of at most 8 minutes",
+    "gpu": "everything that needs a GPU, in two visits of minutes: --contact, --record; --dry-run shows the plan",
 }
 
 
@@ -47,7 +47,7 @@ def usage() -> str:
         "examples:",
         "  kdfast bench full logits --quick",
         "  kdfast bench full linear --csv linear.csv",
-        "  kdfast bench gpu --out bench/results",
+        "  kdfast bench gpu --record --out bench/results",
         "",
         "`kdfast bench COMMAND --help` shows a command's options.",
         "exit codes: 0 measured, 1 failed, 2 wrong usage, 130 interrupted",

@@ -217,7 +217,7 @@ def launches_only() -> Iterator[Launches]:
             yield found
         finally:
             dispatch._chosen.clear()
-            driver.reset_active()
+            driver._active = None  # `reset_active` would look for a GPU
 
 
 class _Both:

@@ -103,14 +103,16 @@ def version(package: str) -> str:
 def commit() -> str:
     """The commit of the working tree, with `+dirty` when tracked files differ from it; "unknown" outside a checkout.
 
-    Where the code travels without its history, the environment variable KDFAST_COMMIT says it.
+    Where the code travels without its history, or with that of another commit, the environment variable KDFAST_COMMIT says it.
     """
+    if told := os.environ.get("KDFAST_COMMIT"):
+        return told
     root = Path(__file__).parent.parent
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         return head + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KDFAST_COMMIT", "unknown")
+        return "unknown"
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -25,12 +25,16 @@ from .shapes import GEMMA3, GPT2, LLAMA2, LLAMA3, LLAMA3_1B, QWEN3
 #: kernel that hangs or faults costs what is left of its group.
 GROUPS = (
     "logits", "linear", "attention", "topk,codec,linear_topk", "hidden,linear_logit_mse,divergences,linear_hard,scale", "train",
+    "cluster",
 )  # fmt: skip
+#: The group of kernels that no GPU has run yet, which may hang.
+UNPROVEN = GROUPS[-1]
 OPS = tuple(op for group in GROUPS for op in group.split(","))
-#: Of the time left when its turn comes, how much a group may use.
-SHARE = dict(zip(GROUPS, (0.35, 0.40, 0.35, 0.40, 0.60, 1.0), strict=True))
 #: Seconds that the training step needs: text, tokenizer, teacher, checks and steps.
 _TRAIN_S = 60.0
+#: Seconds a group has beside its peers, on a data-centre GPU.
+SECONDS = dict(zip(GROUPS, (80.0, 70.0, 25.0, 40.0, 45.0, _TRAIN_S, 30.0), strict=True))
+_CLUSTER = "cluster kernel"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Size:
     compiled: bool
     repeats: int
     pace: float = 1.0  # of the expected seconds of a job
+    alone: str = ""  # the size for kdfast without its peers, "" for the same
+    peers: bool = True
 
 
 SIZES = {
@@ -60,13 +66,14 @@ SIZES = {
         8192, ((LLAMA3.vocab, LLAMA3_1B.hidden, LLAMA3.hidden), (LLAMA3.vocab, LLAMA3.hidden, LLAMA3.hidden),
                (LLAMA2.vocab, 2048, 4096)),
         4096, QWEN3.vocab, (4096, 1024), (2048, LLAMA3.vocab, LLAMA3_1B.hidden), (32768, 2048, 4096),
-        (8192, LLAMA2.vocab, 2048), (4096, LLAMA2.vocab), True, 20,
+        (8192, LLAMA2.vocab, 2048), (4096, LLAMA2.vocab), True, 20, alone="alone",
     ),
     "tiny": Size(
         (torch.float32,), 8, (257, 1000), 16, ((257, 8, 16),), 8, 515, (33,), (8, 257, 16), (16, 8, 24), (16, 257, 8), (8, 257),
         False, 3, 0.1,
     ),
 }  # fmt: skip
+SIZES["alone"] = dataclasses.replace(SIZES["full"], compiled=False, repeats=10, pace=0.15, alone="", peers=False)
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,12 @@ def dtypes(size: str) -> tuple[torch.dtype, ...]:
 
 def plan(ops: str, size: str, device: str) -> list[Job]:
     """The cases of one op, or of several with commas between, most wanted first; the training step is none."""
-    pace, made = SIZES[size].pace, [_PLANS[op](SIZES[size], device) for op in ops.split(",") if op != "train"]
-    return [Job(job.contest, pace * job.seconds) for jobs in made for job in jobs]
+    wanted, made = SIZES[size], [_PLANS[op](SIZES[size], device) for op in ops.split(",") if op != "train"]
+    return [Job(_with(job.contest, wanted.peers), wanted.pace * job.seconds) for jobs in made for job in jobs]
+
+
+def _with(job: Contest, peers: bool) -> Contest:
+    return job if peers else dataclasses.replace(job, peers=[p for p in job.peers if p.ours])
 
 
 def _logits(size: Size, device: str) -> list[Job]:
@@ -92,9 +103,17 @@ def _logits(size: Size, device: str) -> list[Job]:
     for dtype in size.dtypes:
         # float32 is measured at two vocabularies only: half precision is what people train in on a GPU.
         for vocab in size.vocabularies if dtype is size.dtypes[0] else size.vocabularies[:2]:
-            peers = logits_peers(device, compiled=("log_target",) if size.compiled else ())
+            peers = [p for p in logits_peers(device, compiled=("log_target",) if size.compiled else ()) if p.name != _CLUSTER]
             jobs.append(Job(logits.contestants(size.logits_rows, vocab, dtype, device, peers), 15))
     return jobs
+
+
+def _cluster(size: Size, device: str) -> list[Job]:
+    """The cluster kernel beside the kernel it would replace."""
+    peers = [p for p in logits_peers(device, compiled=()) if p.name in ("kdfast", _CLUSTER)]
+    vocabularies = dict.fromkeys((*size.vocabularies, 1000))
+    jobs = [logits.contestants(size.logits_rows, vocab, size.dtypes[0], device, peers) for vocab in vocabularies]
+    return [Job(dataclasses.replace(job, op="cluster"), 3) for job in jobs]
 
 
 def _linear(size: Size, device: str) -> list[Job]:
@@ -158,7 +177,7 @@ def _scale(size: Size, device: str) -> list[Job]:
 _PLANS: dict[str, Callable[[Size, str], list[Job]]] = {
     "logits": _logits, "linear": _linear, "attention": _attention, "topk": _topk, "codec": _codec, "linear_topk": _linear_topk,
     "hidden": _hidden, "linear_logit_mse": _linear_logit_mse, "divergences": _divergences, "linear_hard": _linear_hard,
-    "scale": _scale,
+    "scale": _scale, "cluster": _cluster,
 }  # fmt: skip
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as bench_main
-from bench import gpu, linear, logits, scale, sweep, topk
+from bench import linear, logits, scale, sweep, topk
 from bench.cases import CaptureCase, LinearCase, LogitsCase, Outcome
 from bench.contest import AGAIN, Contest, Settings, compared, contest
 from bench.measure import Timing, Work, compare, copy_bandwidth, gemm_rate, peak_bytes, ratio, relative_error
@@ -292,14 +290,6 @@ def test_gpu_run_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_budget_refuses_what_does_not_fit() -> None:
-    clock = iter([10.0, 10.0, 95.0, 95.0])
-    budget = gpu.Budget(100.0, 0.0, lambda: next(clock))
-    assert budget.refuses(50) == ""
-    assert budget.left == 90
-    assert budget.refuses(20) == "out of time: 5 s of the budget left, needs about 20 s"
-
-
 def test_plan_covers_the_shapes_of_the_table() -> None:
     jobs: dict[str, list[Contest]] = {op: [j.contest for j in sweep.plan(op, "full", "cuda")] for op in sweep.OPS}
     vocabularies = {int(j.shape.split("V=")[1]) for j in jobs["logits"] if j.dtype == torch.bfloat16}
@@ -319,38 +309,6 @@ def test_sweep_gives_every_planned_case_its_rows(seconds: float, why: str, tmp_p
     assert {"kdfast", "kdfast, incoming gradient 1", "mul_"} <= {r.contestant for r in rows}
     assert all(r.error.startswith(why) and bool(r.error) == bool(why) for r in rows)
     assert [r.contestant for r in read_csv(tmp_path / "rows.csv")] == [r.contestant for r in rows]
-
-
-def test_an_op_whose_process_dies_keeps_its_rows() -> None:
-    limits = {torch.float32: Limits()}
-    rows = gpu.run_op("scale", "tiny", "cpu", limits, seconds=0.05)
-    assert {r.contestant for r in rows} == {"kdfast", "kdfast, incoming gradient 1", "mul_"}
-    assert all(r.error == "its process was stopped after 0 s" for r in rows)
-
-
-def test_a_command_becomes_a_row(tmp_path: Path) -> None:
-    good = gpu.command_row("build", "x", [sys.executable, "-c", "print('built')"], 60, "cpu", tmp_path / "good.log")
-    assert good.note.startswith("built; took")
-    assert not good.error
-    bad = gpu.command_row("build", "x", [sys.executable, "-c", "print('no nvcc'); exit(3)"], 60, "cpu", tmp_path / "bad.log")
-    assert bad.error == "exit code 3: no nvcc"
-    assert (tmp_path / "bad.log").read_text() == "no nvcc\n"
-
-
-@pytest.mark.slow
-def test_gpu_run_dry_on_a_cpu(tmp_path: Path) -> None:
-    """The whole run but for the device: one process per op, one file, one picture."""
-    args = argparse.Namespace(out=str(tmp_path), minutes=7.5, skip_build=True, device="cpu", size="tiny")
-    rows = gpu.run(args)
-    assert {r.op for r in rows} == {
-        "limits", "logits", "linear", "attention_scores", "attention_probs", "attention_kl", "topk_capture", "topk", "codec",
-        "linear_topk", "linear_topk_capture", "hidden_projected", "hidden_mse", "hidden_cosine", "linear_logit_mse",
-        "linear_hard", "scale", "train",
-    }  # fmt: skip
-    assert not [r for r in rows if r.contestant == "kdfast" and r.error]
-    (path,) = tmp_path.glob("*.csv")
-    assert len(read_csv(path)) == len(rows)
-    assert path.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_plot_of_nothing_is_no_file(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch.nn.functional as F
 
-from bench import gpu, linear_hard, peers, sweep, train
+import kdfast
+from bench import gpu, linear_hard, peers, report, sweep, train, visit
 from bench.report import Limits, read_csv
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
@@ -16,11 +19,10 @@ THREADS = 1  # on a busy machine two would wait for each other at every operatio
 
 def test_ops_run_in_order_of_worth_and_none_twice() -> None:
     assert sweep.OPS[:4] == ("logits", "linear", "attention", "topk")
-    assert sweep.OPS[-1] == "train"
+    assert sweep.OPS[-2:] == ("train", "cluster")
+    assert sweep.UNPROVEN == "cluster"
     assert len(set(sweep.OPS)) == len(sweep.OPS)
-    assert set(sweep.SHARE) == set(sweep.GROUPS)
-    assert all(0 < share <= 1 for share in sweep.SHARE.values())
-    assert sweep.SHARE[sweep.GROUPS[-1]] == 1.0
+    assert set(sweep.SECONDS) == set(sweep.GROUPS)
 
 
 def test_every_op_has_cases_for_a_gpu() -> None:
@@ -28,17 +30,20 @@ def test_every_op_has_cases_for_a_gpu() -> None:
     assert found == {
         "logits", "linear", "attention_scores", "attention_probs", "attention_kl", "topk_capture", "topk", "linear_topk",
         "linear_topk_capture", "hidden_projected", "hidden_mse", "hidden_cosine", "linear_logit_mse", "linear_hard", "codec",
-        "scale",
+        "scale", "cluster",
     }  # fmt: skip
     assert len({job.contest.shape for job in sweep.plan("divergences", "full", "cuda")}) == 6
-    assert "cluster kernel" in {p.name for p in sweep.plan("logits", "full", "cuda")[0].contest.peers}
+    names = {op: {p.name for job in sweep.plan(op, "full", "cuda") for p in job.contest.peers} for op in sweep.OPS[:-2]}
+    assert not any("cluster kernel" in found for found in names.values())  # what may hang is in a process of its own
+    assert "kdfast bfloat16 logits" in names["linear"]  # like for like with Liger
+    assert {p.name for p in sweep.plan("cluster", "full", "cuda")[0].contest.peers} == {"kdfast", "cluster kernel"}
     group = "hidden,linear_logit_mse"
     assert [j.contest.shape for j in sweep.plan(group, "full", "cuda")] == [
         j.contest.shape for op in group.split(",") for j in sweep.plan(op, "full", "cuda")
     ]
 
 
-@pytest.mark.parametrize("op", [op for op in sweep.OPS if op != "train"])
+@pytest.mark.parametrize("op", [op for op in sweep.OPS if op not in ("train", "cluster")])
 def test_the_cases_of_an_op_run_on_a_cpu(op: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     rows = sweep.run(op, "tiny", "cpu", 600.0, str(path), {"float32": Limits(1e9, 1e9)})
@@ -61,8 +66,7 @@ def test_what_is_not_reached_is_out_of_time(tmp_path: Path) -> None:
     rows = sweep.run(group, "tiny", "cpu", 0.0, str(tmp_path / "rows.csv"), {})
     assert {r.op for r in rows} == {"hidden_projected", "hidden_mse", "hidden_cosine", "train"}
     assert all(r.error.startswith("out of time: 0 s of its op's budget left") for r in rows)
-    clock = iter([8.0, 8.0])
-    refusal = gpu.Budget(10.0, 0.0, lambda: next(clock)).refuses(30)
+    refusal = sweep.out_of_time(2, 30, "the")
     assert refusal == "out of time: 2 s of the budget left, needs about 30 s"
     assert {r.error for r in sweep.unreached(group, "tiny", "cpu", [], refusal)} == {refusal}
 
@@ -87,3 +91,92 @@ def test_an_older_torch_costs_its_own_rows_only(monkeypatch: pytest.MonkeyPatch)
         by_name = {p.name: p for p in them}
         assert by_name["F.linear_cross_entropy"].missing == "needs torch >= 2.13"
         assert not by_name["kdfast"].missing
+
+
+def the_visit(tmp_path: Path, device: str = "cpu", seconds: float = 60.0) -> visit.Visit:
+    return visit.Visit("record", device, tmp_path / "rows.csv", tmp_path, seconds)
+
+
+@pytest.mark.parametrize("kind", visit.SECONDS)
+def test_a_visit_ends_in_its_time_and_has_what_may_hang_last(kind: str, tmp_path: Path) -> None:
+    stages = visit.plan(kind, "cuda", "full", tmp_path)
+    names = [stage.name for stage in stages]
+    assert names[-3:] == ["build _cuda", "cluster tests", "cluster"]
+    wanted = [s for s in stages if not s.left_out and not s.name.startswith("build") and s.name != "train"]
+    assert sum(s.seconds for s in wanted) <= visit.SECONDS[kind]  # train has what the others leave
+    assert all(s.kept for s in stages[-3:])
+    measured = ",".join(stage.rows for stage in stages if stage.rows).split(",")
+    assert set(measured) | {"train"} == set(sweep.OPS)
+    text = visit.describe(kind, stages, visit.SECONDS[kind])
+    assert all(name in text for name in names)
+    assert "to carry:" in text
+    assert "--commit" in text
+
+
+def test_every_op_is_measured_on_a_gpu() -> None:
+    """What a backend offers, and what a visit measures, cannot drift apart."""
+    offered = {op for backend in kdfast.backends() for op in backend.ops} - {"parallel"}
+    measured = {word for op in sweep.OPS for word in (op, *op.split("_"))}
+    assert offered <= measured
+
+
+def test_alone_means_kdfast() -> None:
+    jobs = [job for op in sweep.OPS if op != "train" for job in sweep.plan(op, "alone", "cuda")]
+    assert all(peer.ours for job in jobs for peer in job.contest.peers)
+    assert sum(job.seconds for job in jobs) < 90
+
+
+def test_a_stage_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
+    log, child = (
+        tmp_path / "log",
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
+    )
+    began = time.monotonic()
+    assert visit.call([sys.executable, "-c", child], 1.0, log) == "stopped after 1 s"
+    assert time.monotonic() - began < 20
+    assert visit.call([sys.executable, "-c", "print('no nvcc'); exit(3)"], 60, log) == "exit code 3"
+    assert visit.call([sys.executable, "-c", "print('fine')"], 60, log) == ""
+    assert log.read_text() == "no nvcc\nfine\n"
+
+
+def test_a_group_whose_process_dies_keeps_its_rows(tmp_path: Path) -> None:
+    rows = the_visit(tmp_path).run(
+        [visit.Stage("scale", 5.5, rows="scale", size="tiny"), visit.Stage("away", 5, left_out="no ncu")]
+    )
+    assert {r.contestant for r in rows} == {"kdfast", "kdfast, incoming gradient 1", "mul_", "scale", "away"}
+    assert all(r.error for r in rows if r.op == "scale")
+    assert rows[-1].note == "left out: no ncu"
+    assert len(read_csv(tmp_path / "rows.csv")) == len(rows)
+
+
+def test_a_stage_after_the_end_does_not_start(tmp_path: Path) -> None:
+    (row,) = the_visit(tmp_path, seconds=1.0).run([visit.Stage("x", 60, (sys.executable, "-c", "1"))])
+    assert row.error == "out of time: 1 s of the budget left, needs about 5 s"
+
+
+def test_the_commit_that_is_told_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDFAST_COMMIT", "abc")
+    report.commit.cache_clear()
+    assert report.commit() == "abc"
+    report.commit.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", visit.SECONDS)
+def test_a_dry_run_on_a_cpu(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan, then every stage but the device: a process each, one file, in the time a visit has."""
+    began = time.monotonic()
+    code = gpu.main([f"--{kind}", "--dry-run", "--out", str(tmp_path), "--commit", "abc"])
+    report.commit.cache_clear()
+    assert time.monotonic() - began < visit.SECONDS[kind]
+    text = capsys.readouterr().out
+    (path,) = tmp_path.glob("*.csv")
+    rows = read_csv(path)
+    assert code == 0, [r for r in rows if r.error]
+    assert {r.contestant for r in rows if r.op == "stage"} == {s.name for s in visit.plan(kind, "cpu", "tiny", tmp_path)}
+    assert {r.commit for r in rows} == {"abc"}
+    assert not [r for r in rows if r.contestant == "kdfast" and r.error]
+    assert {r.op for r in rows} >= {"limits", "logits", "linear", "attention_kl", "topk", "codec", "scale", "cluster"}
+    assert ("train" in {r.op for r in rows}) == (kind == "record")
+    assert "to carry:" in text
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".log", ".png"]
