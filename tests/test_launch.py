@@ -56,7 +56,8 @@ WAITING: dict[str, Callable[[torch.Tensor], object]] = {
     "equal": lambda x: torch.equal(x, x + 1),
 }  # fmt: skip
 FREE: dict[str, Callable[[torch.Tensor], object]] = {
-    "arithmetic": lambda x: (x * 2 + 1).sum(), "full": lambda x: torch.full((), 3, device=x.device), "set": lambda x: x.fill_(1),
+    "arithmetic": lambda x: (x * 2 + 1).sum(), "set": lambda x: x.fill_(1),
+    "full": lambda x: torch.full((), 3, device=x.device),
     "gather": lambda x: x[torch.arange(2, device=x.device)], "where": lambda x: x.where(x > 0, 0), "item": lambda x: x.shape[0],
     "half": lambda x: x.half().to(x.device),
 }  # fmt: skip
@@ -133,11 +134,12 @@ def test_a_launch_on_another_device_is_found() -> None:
 
 
 def test_products_are_read_off_the_layouts() -> None:
-    text = """
+    of = "tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32"
+    text = f"""
     %9 = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<64x64xbf16> * !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32, #mma>
-    %7 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32, #mma>
-    %8 = tt.dot %a, %b, %c : tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32, #blocked>
-    %6 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32, #blocked>
+    %7 = tt.dot %a, %b, %c, inputPrecision = tf32 : {of}, #mma>
+    %8 = tt.dot %a, %b, %c : {of}, #blocked>
+    %6 = tt.dot %a, %b, %c, inputPrecision = tf32 : {of}, #blocked>
     """
     assert launch.dots(text) == "1 FFMA (ieee), 1 FFMA (tf32 or half), 1 HGMMA, 1 HMMA"
     variant = launch.Variant("k", "", 4, 0.0, None, "", dots=launch.dots(text))

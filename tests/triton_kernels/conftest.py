@@ -1,4 +1,7 @@
-"""Where the kernels run, what a launch may be given (`bench.launch_lint`), and NumPy's warnings: the interpreter computes both sides of a `where`."""
+"""Where the kernels run, what a launch may be given (`bench.launch_lint`), and NumPy's warnings.
+
+Those are off: the interpreter computes both sides of a `where`.
+"""
 
 from __future__ import annotations
 
