@@ -77,6 +77,7 @@ def plan(kind: str, device: str, size: str, scratch: Path) -> list[Stage]:
 
     def build(name: str, mode: str) -> Stage:
         why = "it is there" if extension(name) else "" if name == "_C" or shutil.which("nvcc") else "no nvcc"
+        why = why or ("a dry run builds nothing" if device == "cpu" else "")
         command = (sys.executable, "setup.py", "build_ext", "--inplace")
         return Stage(
             f"build {name}", _BUILD_S[name], command, left_out=why, env=(("KDFAST_BUILD", mode),), kept=name == "_cuda"
@@ -165,13 +166,14 @@ def call(command: Sequence[str], seconds: float, log: Path, env: Sequence[tuple[
 
 @dataclass
 class Visit:
-    """A visit on its way: the rows so far, in `path` after every stage."""
+    """A visit on its way: the rows so far, in `path` after every stage. `patience` multiplies all seconds: a CPU is no GPU."""
 
     kind: str
     device: str
     path: Path
     scratch: Path
     seconds: float
+    patience: float = 1.0
     rows: list[Row] = dataclasses.field(default_factory=list)
     limits: list[str] = dataclasses.field(default_factory=list)
 
@@ -182,9 +184,9 @@ class Visit:
     def run(self, stages: Sequence[Stage]) -> list[Row]:
         start = time.monotonic()
         for at, stage in enumerate(stages):
-            left = self.seconds - (time.monotonic() - start)
+            left = self.patience * self.seconds - (time.monotonic() - start)
             kept = 0.0 if stage.kept else sum(s.seconds for s in stages[at + 1 :] if s.kept and not s.left_out)
-            self._stage(stage, min(stage.seconds, left - kept))
+            self._stage(stage, min(self.patience * stage.seconds, left - self.patience * kept))
             write_csv(self.rows, self.path)
             row = next(r for r in reversed(self.rows) if r.op == "stage")
             print(f"{self.kind}: {stage.name}: {row.error or row.note}; {max(left, 0):.0f} s were left", flush=True)
