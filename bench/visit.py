@@ -71,9 +71,11 @@ def plan(kind: str, device: str, size: str, scratch: Path) -> list[Stage]:
     def facts(what: str, *more: str) -> tuple[str, ...]:
         return (*python, f"{here}.facts", what, device, own, *more)
 
-    def tests(mark: str) -> tuple[str, ...]:
+    def tests(mark: str, *globs: str) -> tuple[str, ...]:
+        # Files by name: every worker would import all the others.
+        files = sorted(f"tests/{path.name}" for glob in globs for path in (_ROOT / "tests").glob(glob))
         spread = ("-n", workers, "--maxschedchunk", "1") if device == "cuda" else ("-p", "no:xdist", "--collect-only")
-        return (*python, "pytest", "-m", mark, *spread, "--tb=short", "-p", "no:cacheprovider", str(_ROOT / "tests"))
+        return (*python, "pytest", "-m", mark, *spread, "--tb=short", "-p", "no:cacheprovider", *files)
 
     def build(name: str, mode: str) -> Stage:
         why = "it is there" if extension(name) else "" if name == "_C" or shutil.which("nvcc") else "no nvcc"
@@ -86,7 +88,7 @@ def plan(kind: str, device: str, size: str, scratch: Path) -> list[Stage]:
     limits = Stage("limits", 10, facts("limits", str(scratch / "limits.csv")))
     cluster = [
         build("_cuda", "cuda"),
-        Stage("cluster tests", 20, (*tests("unproven"), "-x"), kept=True),
+        Stage("cluster tests", 20, (*tests("unproven", "test_gpu_cluster.py"), "-x"), kept=True),
         Stage("cluster", 30, rows=sweep.UNPROVEN, size=size, kept=True),
     ]
     if kind == "contact":
@@ -96,12 +98,12 @@ def plan(kind: str, device: str, size: str, scratch: Path) -> list[Stage]:
         without = "" if shutil.which("ncu") and device == "cuda" else "there is no ncu here"
         return [
             Stage("versions", 10, facts("versions")), build("_C", "cpu"),
-            Stage("tests", 60, tests("gpu and smoke")), limits,
+            Stage("tests", 60, tests("gpu and smoke", "test_gpu_smoke.py")), limits,
             Stage("kdfast alone", 60, rows=",".join(op for op in proven if op != "train"), size=own),
             Stage("profile", 20, facts("profile")), Stage("counters", 20, counters, left_out=without), *cluster,
         ]  # fmt: skip
     return [
-        Stage("versions", 10, facts("versions")), build("_C", "cpu"), limits, Stage("tests", 110, tests("gpu")),
+        Stage("versions", 10, facts("versions")), build("_C", "cpu"), limits, Stage("tests", 110, tests("gpu", "test_gpu*.py", "test_triton_interpreted.py")),
         *(Stage(group, sweep.SECONDS[group], rows=group, size=size) for group in sweep.GROUPS if group != sweep.UNPROVEN),
         *cluster,
     ]  # fmt: skip

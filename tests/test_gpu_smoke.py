@@ -1,7 +1,7 @@
 """What a GPU is shown first: every op in few calls, and the promises that only a GPU can break. Needs a CUDA device.
 
-    python -m pytest -m "gpu and smoke" -n 14 --maxschedchunk 1      about 70 s on 16 cores
-    python -m pytest -m gpu -n 14 --maxschedchunk 1                  all, in order of `worth`: these, then the rest
+    python -m pytest tests/test_gpu_smoke.py -n 14 --maxschedchunk 1      about 70 s on 16 cores
+    python -m pytest -m gpu -n 14 --maxschedchunk 1                       all, in order of `worth`: these, then the rest
 
 `worth` is the order: 1 these calls; 2 values and gradients of every op; 3 their options; 4 edges; 5 what compiles long or
 needs much memory. A run that is stopped has seen the most wanted first (`tests/conftest.py` sorts). The cluster kernel's tests
