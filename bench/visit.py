@@ -102,10 +102,10 @@ def plan(kind: str, device: str, size: str, scratch: Path) -> list[Stage]:
             Stage("kdfast alone", 60, rows=",".join(op for op in proven if op != "train"), size=own),
             Stage("profile", 20, facts("profile")), Stage("counters", 20, counters, left_out=without), *cluster,
         ]  # fmt: skip
+    groups = [Stage(group, sweep.SECONDS[group], rows=group, size=size) for group in sweep.GROUPS if group != sweep.UNPROVEN]
     return [
-        Stage("versions", 10, facts("versions")), build("_C", "cpu"), limits, Stage("tests", 110, tests("gpu", "test_gpu*.py", "test_triton_interpreted.py")),
-        *(Stage(group, sweep.SECONDS[group], rows=group, size=size) for group in sweep.GROUPS if group != sweep.UNPROVEN),
-        *cluster,
+        Stage("versions", 10, facts("versions")), build("_C", "cpu"), limits,
+        Stage("tests", 110, tests("gpu", "test_gpu*.py", "test_triton_interpreted.py")), *groups, *cluster,
     ]  # fmt: skip
 
 
