@@ -22,7 +22,7 @@ import torch
 
 from . import visit
 from .plot import draw
-from .report import Limits, Row, device_name, heading, table
+from .report import Limits, Row, commit, device_name, heading, table
 
 
 def stem(device: str, today: datetime.date) -> str:
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> int:
         p.error("--out: expected a folder for the results, got none (and OUT is not set)")
     if args.commit:
         os.environ["KDFAST_COMMIT"] = args.commit
+        commit.cache_clear()
     seconds = args.seconds or visit.SECONDS[kind]
     device, size = ("cpu", "tiny") if args.dry_run else ("cuda", "full")
     if args.dry_run:

@@ -208,7 +208,8 @@ class Visit:
         if stage.name == "limits" and found.exists():
             self._keep_limits(read_csv(found))
         last = self.log.read_text(errors="replace").strip().splitlines()[-1][:160]
-        note = f"took {time.monotonic() - began:.0f} s" + (f"; {last}" if not stage.rows and not stage.left_out else "")
+        told = f"; {last}" if not (stage.rows or stage.left_out or last.startswith("===")) else ""
+        note = f"took {time.monotonic() - began:.0f} s{told}"
         row = Row("stage", stage.name, note=f"left out: {stage.left_out}" if stage.left_out else note)
         self.rows.append(stamp(dataclasses.replace(row, error="" if stage.left_out else why), self.device))
 
