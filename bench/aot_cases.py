@@ -112,7 +112,7 @@ def _logits_variants() -> dict[str, Any]:
     every = dataclasses.replace(hard, student_head=2, teacher_head=2, smooth=True, z=True)
     kinds = {kind: int(getattr(divergence, kind.upper()).value) for kind in (*DIVERGENCES, "alpha_0", "beta_0", "both_0")}
     return {
-        "soft": soft, "hard": hard,
+        "soft": soft, "hard": hard, "hard T=2": hard,
         "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
         "hard parts extra": dataclasses.replace(hard, parts=True, extra=True),
         **{kind: dataclasses.replace(hard, kind=number) for kind, number in kinds.items() if number != 0},
@@ -166,7 +166,7 @@ def _topk_variants() -> dict[str, Any]:
     hard, reverse, jsd = Flags(labels=True, hard=True), divergence.REVERSE_KL.value, divergence.JSD.value
     every = dataclasses.replace(hard, student_head=2, smooth=True, z=True, parts=True, extra=True)
     return {
-        "soft": Flags(), "hard": hard, "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
+        "soft": Flags(), "hard": hard, "hard T=2": hard, "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
         "reverse": dataclasses.replace(hard, kind=reverse), "jsd": dataclasses.replace(hard, kind=jsd),
         "uniform": dataclasses.replace(hard, spread=True), "uniform jsd": dataclasses.replace(hard, spread=True, kind=jsd),
         "all options": every,
