@@ -11,9 +11,9 @@ import triton.language as tl
 
 from kdfast import options
 from kdfast.backends.triton.divergence import divergence
-from kdfast.backends.triton.logits_rows import NO_COLUMN, load_student
+from kdfast.backends.triton.logits_tiles import NO_COLUMN, load_student
 from kdfast.backends.triton.teachers import appended
-from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST, add_exp2, closed, raised, tile_columns
+from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST, closed, summed, tile_columns
 
 MASS_ERROR = tl.constexpr(options.MASS_ERROR)
 
@@ -66,19 +66,15 @@ def rest_sums(
         if F.smooth:
             plain += tl.sum(tl.where(columns < vocab, x, 0.0), 1)
         x = tl.where(marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED), -INF, x)
-        m_new = raised(m, x)
         if F.parts:
+            m_new = tl.maximum(m, tl.max(x, 1))
             before = b if F.student_at_1 else a
             far = x - m_new[:, None]
             above = tl.exp2((m - m_new) * LOG2E) * (above + tl.where(before == 0, 0.0, m - m_new) * before)
             above += tl.sum(tl.where(far == -INF, 0.0, tl.exp2(far * LOG2E) * far), 1)
-        a = add_exp2(a, m, m_new, x, c)
-        if F.student_at_1:
-            b = add_exp2(b, m, m_new, x, LOG2E)
-        if F.parts:
             here = tl.min(tl.where(x == m_new[:, None], columns, NO_COLUMN), 1)
             best = tl.where(m_new > m, here, best)
-        m = m_new
+        m, a, b = summed(m, a, b, x, c, tl.constexpr(F.student_at_1), tl.constexpr(F.squared))
     top = tl.max(m, 0)
     l = closed(m, a, top, c)
     l_1 = l

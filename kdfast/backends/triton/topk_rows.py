@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from kdfast.backends.triton.divergence import FORWARD_KL, divergence
-from kdfast.backends.triton.logits_rows import NO_COLUMN, grad_beyond, load_label, load_student, weighted_soft, weights_at_1
+from kdfast.backends.triton.logits_rows import grad_beyond, load_label, weighted_soft, weights_at_1
+from kdfast.backends.triton.logits_tiles import NO_COLUMN, load_student
 from kdfast.backends.triton.tiles import (
     INF,
     LN2,
