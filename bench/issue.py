@@ -115,16 +115,17 @@ def capture_rows(n: int, vocab: int) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Loop:
-    """Innermost loop that loads: its instructions, one string each."""
+    """Innermost loop over a row: its instructions, one string each."""
 
     first: int
     body: tuple[str, ...]
 
     @property
     def loaded_bits(self) -> int:
+        """Of rows: those are the loads that say how long L2 should keep them."""
         bits = 0
         for op in self.body:
-            if op.startswith("LDG"):
+            if re.match(r"LDG\S*\.E[FL]\b", op):
                 width = re.search(r"\.(128|64|[US]16|[US]8)\b", op)
                 bits += int(width.group(1).lstrip("US")) if width else 32
         return bits
@@ -178,8 +179,6 @@ def count(case: Case, per_column: int) -> Count:
     before = (0, 0.0)
     for loop in loops(sass):
         columns = max(1, round(loop.loaded_bits / (8 * per_column)))
-        if columns < 4:
-            continue  # over slots or rows
         special = sum(op.startswith("MUFU") for op in loop.body) / columns
         if before[0] > columns and abs(special - before[1]) < 0.3 * max(special, 0.1):
             continue  # what an unrolled loop leaves over

@@ -109,7 +109,7 @@ def _again(
         else:
             columns = start + lane * VEC + place
         end = tl.where(load < loads, width, 0)[:, None]
-        x = load_head(row_ptr, columns, end, cap, scale, HEAD, "evict_first")
+        x = load_head(row_ptr, columns, end, cap, scale, HEAD, "")
         key = ordered(x, 4)
         survives = (columns < end) & (key >= bound)
         of_lane = tl.sum(survives.to(tl.int32), 1)

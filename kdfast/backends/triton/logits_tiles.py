@@ -29,9 +29,10 @@ def load_student(s_ptr, columns, width, o, F: tl.constexpr, policy: tl.constexpr
 @triton.jit
 def at_1_weights(weights_1, m_s, l_s, m_h, l_h, F: tl.constexpr):
     """The weights at T = 1; the first is for the square of the softmax at T = 2 where that stands for the softmax at 1."""
+    of_q = weights_1[0]
     if F.squared:
-        return (weights_1[0] * tl.exp2((m_s - m_h) * LOG2E + (2 * l_s - l_h)), weights_1[1], weights_1[2])
-    return weights_1
+        of_q = of_q * tl.exp2((m_s - m_h) * LOG2E + (2 * l_s - l_h))
+    return (of_q, weights_1[1], weights_1[2])
 
 
 @triton.jit

@@ -131,23 +131,24 @@ def tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.const
 @triton.jit
 def lead_of(offset, width, VEC: tl.constexpr, RAGGED: tl.constexpr):
     """How many columns of a row, `offset` values behind a multiple of 16 bytes, come before the first that lies on one."""
+    lead = 0
     if RAGGED == PHASED:
-        return tl.minimum((-offset) & (VEC - 1), width).to(tl.int32)
-    return 0
+        lead = tl.minimum((-offset) & (VEC - 1), width).to(tl.int32)
+    return lead
 
 
 @triton.jit
 def body_width(lead, width, VEC: tl.constexpr, RAGGED: tl.constexpr):
     """Columns of a row's body: all, or from the lead on as many as fill whole loads."""
     if RAGGED == PHASED:
-        return (width - lead) // VEC * VEC
+        width = (width - lead) // VEC * VEC
     return width
 
 
 @triton.jit
 def body_ptr(row_ptr, lead, VEC: tl.constexpr, RAGGED: tl.constexpr):
     if RAGGED == PHASED:
-        return tl.multiple_of(row_ptr + lead, VEC * (row_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        row_ptr = tl.multiple_of(row_ptr + lead, VEC * (row_ptr.dtype.element_ty.primitive_bitwidth // 8))
     return row_ptr
 
 
@@ -179,20 +180,24 @@ def load_words(row_ptr, start, width, policy: tl.constexpr, LANES: tl.constexpr,
     """A tile from `start` on as it waits for its turn: bfloat16 two to a word, which takes half the registers and one
     instruction a value to widen."""
     if RAGGED == SCATTERED or row_ptr.dtype.element_ty != tl.bfloat16:
-        return load_tile(row_ptr, tile_columns(start, LANES, VEC, RAGGED == SCATTERED), width, policy)
-    words = start // 2 + tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
-    pairs = row_ptr.to(tl.pointer_type(tl.int32))
-    return tl.load(pairs + words, mask=words < width // 2, other=TWO_MINUS_INF, eviction_policy=policy)
+        tile = load_tile(row_ptr, tile_columns(start, LANES, VEC, RAGGED == SCATTERED), width, policy)
+    else:
+        words = start // 2 + tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
+        pairs = row_ptr.to(tl.pointer_type(tl.int32))
+        tile = tl.load(pairs + words, mask=words < width // 2, other=TWO_MINUS_INF, eviction_policy=policy)
+    return tile
 
 
 @triton.jit
 def from_words(words, LANES: tl.constexpr, VEC: tl.constexpr):
     """The [LANES, VEC] values that `load_words` loaded, not yet through a head."""
-    if words.dtype != tl.int32:
-        return words
-    low = (words << 16).to(tl.float32, bitcast=True)
-    high = (words & -65536).to(tl.float32, bitcast=True)
-    return tl.reshape(tl.join(low, high), (LANES, VEC))
+    if words.dtype == tl.int32:
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+        values = tl.reshape(tl.join(low, high), (LANES, VEC))
+    else:
+        values = words
+    return values
 
 
 @triton.jit
