@@ -225,17 +225,12 @@ def _attention_cases() -> Iterator[Case]:
 def _hidden_cases() -> Iterator[Case]:
     from kdfast.backends.triton import hidden
 
-    bm, bn, bk = hidden.PROJECT_TILE
-    tile = {"BIAS": True, "WIDEN": False, "BM": bm, "BN": bn, "BK": bk}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         options = {"num_warps": hidden.WARPS, "enable_fp_fusion": True}
         for kernel, block in itertools.product((hidden.mse_kernel, hidden.cosine_kernel), (1024, hidden.BLOCK)):
-            pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
-            yield Case(kernel, f"{name} block={block}", pointers, {"BLOCK": block, "GRAD": True}, options)
-        options = {"num_warps": hidden.PROJECT_WARPS, "enable_fp_fusion": True}
-        for precision in ("ieee", "tf32"):
-            pointers = {"student": dtype, "projection": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
-            yield Case(hidden.project_kernel, f"{name} {precision}", pointers, {**tile, "PRECISION": precision}, options)
+            pointers = {"student": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
+            flags = {"BLOCK": block, "GRAD": True, **({"BIAS": True} if kernel is hidden.mse_kernel else {})}
+            yield Case(kernel, f"{name} block={block}", pointers, flags, options)
 
 
 def codec_cases() -> Iterator[Case]:

@@ -30,6 +30,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 SLACK = 1.03
 
 
+_PER_COLUMN = ("instructions", "alu", "special")
+
+
 @dataclass(frozen=True)
 class Card:
     """Rates of a card: bytes and FLOPs (bfloat16 products) a second measured by `kdfast bench gpu`, the rest from its sheet."""
@@ -109,8 +112,8 @@ def rows() -> Iterator[Row]:
 def capture_rows(n: int, vocab: int) -> Iterator[Row]:
     v = n * vocab
     measured = ("topk_capture", "bfloat16", f"N={n} V={vocab} k=64 T=1,2")
-    yield Row(f"topk_targets bf16 {n} x {vocab} k=64", "capture_rows.capture_kernel", f"bf16 V={vocab} k=64 head=0", v, 2 * v, 0, 2,
-              measured, 0.6)  # fmt: skip
+    yield Row(f"topk_targets bf16 {n} x {vocab} k=64", "capture_rows.capture_kernel", f"bf16 V={vocab} k=64 head=0", v,
+              2 * v, 0, 2, measured, 0.6)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,25 +280,27 @@ def page(now: dict[str, Count], first: dict[str, Count]) -> str:
 
 _HEAD = """# What the row kernels cost a GPU, counted
 
-Written by `kdfast bench issue --write`; `kdfast bench issue --check` fails where a kernel has come to need more. Nothing here is
-a measurement but the last table's third column: those are in [performance.md](performance.md).
+Written by `kdfast bench issue --write`; `kdfast bench issue --check` fails where a kernel has come to need more. Nothing here
+is a measurement but the third column of the last table: those are in [performance.md](performance.md).
 """
-_COUNTS_HEAD = """Machine code for sm_90 as the pinned Triton makes it: the loops over columns, all passes of a row together, per column
-(per score for attention). *Before*: the same three counts of the kernels that the H200 measured.
+_COUNTS_HEAD = """Machine code for sm_90 as the pinned Triton makes it: the loops over columns, all passes of a row
+together, per column. What a branch steps over in such a loop (the tile that holds the label) is not counted. *Before*: the
+first three counts of the kernels that the H200 measured; those of `topk_targets` are of its selection alone, without the shared
+atomics of its histograms and the passes for sums.
 """
-_TIMES_HEAD = f"""Milliseconds. A multiprocessor issues {ISSUE} lanes a clock, {ALU} of them integers, compares and selects, and {SPECIAL}
-special functions; 132 of them at 1.755 GHz. Bytes at the copy rate (H100 3.0 TB/s, H200 4.28 TB/s). *Predicted* is a range: from
-the largest of these alone, when everything overlaps and the second pass over a row finds it in L2, to their sum with the second
-pass from memory. Reductions between passes, launches and the end of the grid are not in it.
+_TIMES_HEAD = f"""Milliseconds. A multiprocessor issues {ISSUE} lanes a clock, {ALU} of them integers, compares and selects,
+and {SPECIAL} special functions; 132 of them at 1.755 GHz. Bytes at the copy rate (H100 3.0 TB/s, H200 4.28 TB/s). *Predicted*
+is a range: from the largest of these alone, when everything overlaps and the second pass over a row finds it in L2, to their sum
+with the second pass from memory. Reductions between passes, launches and the end of the grid are not in it, nor is what
+`topk_targets` does after its pass over a row.
 """
-_ERROR_HEAD = """The kernels of *before* on an H200, whose measurements are committed. Near 1 over the upper bound means that the kernel
-neither overlapped its loads with its arithmetic nor found the row in L2 again; above 1, that something else cost more than both.
+_ERROR_HEAD = """The kernels of *before* on an H200, whose measurements are committed. Near 1 over the upper bound: the kernel
+neither overlapped its loads with its arithmetic nor found the row in L2 again. Above 1: something else cost more than both.
 """
 
 
 def _worse(now: Count, committed: Count) -> list[str]:
-    names = ("instructions", "alu", "special")
-    pairs = [(name, getattr(now, name), getattr(committed, name)) for name in names]
+    pairs = [(name, getattr(now, name), getattr(committed, name)) for name in _PER_COLUMN]
     return [f"{name} {a:g} a column, committed {b:g}" for name, a, b in pairs if a > SLACK * b + 0.05]
 
 

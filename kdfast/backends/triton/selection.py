@@ -64,7 +64,10 @@ def capture(
     logprobs = torch.where(base.isfinite(), logprobs, torch.nan)  # a bad row, also where it has no entries
     unlisted = [drawing.unlisted(logits, ids, t, head) for t in temperatures]
     log_tail = torch.stack(
-        [(u - tops[:, 0].double() / t - log_sums[:, j]).float() for u, j, t in zip(unlisted, wanted, temperatures, strict=True)],
+        [
+            (u - tops[:, 0].double() / t - log_sums[:, j]).float()
+            for u, j, t in zip(unlisted, wanted, temperatures, strict=True)
+        ],
         -1,
     )
     return ids, logprobs, log_z, log_tail, weights
