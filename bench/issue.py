@@ -290,8 +290,8 @@ atomics of its histograms and the passes for sums.
 """
 _TIMES_HEAD = f"""Milliseconds. A multiprocessor issues {ISSUE} lanes a clock, {ALU} of them integers, compares and selects,
 and {SPECIAL} special functions; 132 of them at 1.755 GHz. Bytes at the copy rate (H100 3.0 TB/s, H200 4.28 TB/s). *Predicted*
-is a range: from the largest of these alone, when everything overlaps and the second pass over a row finds it in L2, to their sum
-with the second pass from memory. Reductions between passes, launches and the end of the grid are not in it, nor is what
+is a range: from the largest of these alone, when everything overlaps and the second pass over a row finds it in L2, to their
+sum with the second pass from memory. Reductions between passes, launches and the end of the grid are not in it, nor is what
 `topk_targets` does after its pass over a row.
 """
 _ERROR_HEAD = """The kernels of *before* on an H200, whose measurements are committed. Near 1 over the upper bound: the kernel
@@ -328,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed += bool(worse)
         print(
             f"{row.name:50} {found.instructions:6.1f} instructions, {found.alu:5.1f} alu, {found.special:5.2f} special, "
-            f"{found.loops} passes, {found.registers} registers; H200 {low:.2f} - {high:.2f} ms  {'; '.join(worse)}", flush=True,
+            f"{found.loops} passes, {found.registers} registers; H200 {low:.2f} - {high:.2f} ms  {'; '.join(worse)}",
+            flush=True,
         )  # fmt: skip
     if options.write:
         counts = committed | now

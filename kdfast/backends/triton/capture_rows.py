@@ -16,7 +16,6 @@ from kdfast.backends.triton.teachers import appended
 from kdfast.backends.triton.tiles import (
     INF,
     LN2,
-    LOG2E,
     LOWEST,
     SCATTERED,
     from_words,
@@ -104,10 +103,7 @@ def _again(
         load = begin + tl.arange(0, BLOCK)
         lane = tl.load(lanes_ptr + load % count, mask=load < loads, other=0)[:, None]
         start = (load // count * (LANES * VEC))[:, None]
-        if RAGGED == SCATTERED:
-            columns = start + place * LANES + lane
-        else:
-            columns = start + lane * VEC + place
+        columns = start + place * LANES + lane if RAGGED == SCATTERED else start + lane * VEC + place
         end = tl.where(load < loads, width, 0)[:, None]
         x = load_head(row_ptr, columns, end, cap, scale, HEAD, "")
         key = ordered(x, 4)

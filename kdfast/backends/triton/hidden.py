@@ -25,7 +25,7 @@ def mse_kernel(
     student_ptr, bias_ptr, teacher_ptr, grad_ptr, scale_ptr, loss_ptr, rows, width, student_stride, teacher_stride,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    """student [rows, width] (+ bias [width]) against teacher [rows, width]: loss [rows], grad [rows, width] without a stride."""
+    """student [rows, width] (+ bias [width]) against teacher [rows, width]: loss [rows], contiguous grad [rows, width]."""
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         scale = tl.load(scale_ptr + row)
