@@ -18,6 +18,7 @@ _FLOATS = ("inv_t", "cap", "scale", "scale_s", "scale_t")
 #: What the row kernels' other pointers point to, by argument name.
 _FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32",
           "drawn_ptr": "*i32", "points_ptr": "*fp64", "total_ptr": "*fp64", "log_mass_ptr": "*fp64",
+          "done_ptr": "*i32", "lanes_ptr": "*i32", "keys_ptr": "*i64", "sorted_ids_ptr": "*i32",
           "data_ptr": "*u8", "offsets_ptr": "*i64", "counts_ptr": "*i32",
           "query_mask_ptr": "*i1", "key_mask_ptr": "*i1", "mask_ptr": "*i1"}  # fmt: skip
 #: One for each launch size, the widest and tightest first, and one whose rows are not aligned.
@@ -47,6 +48,8 @@ class Case:
             from kdfast.backends.triton.logits import Scalars
 
             return Scalars(*["fp32"] * len(Scalars._fields))
+        if name == "cs":
+            return ("fp32",) * self.constants["T"]
         teachers = self.pointers.get("teachers", ())
         if name in (of_each := {"teacher_ptrs": None, "teacher_strides": "i32", "weights": "fp32"}):
             return tuple(of_each[name] or _POINTER[dtype] for dtype in teachers)
@@ -70,11 +73,14 @@ def cases() -> Iterator[Case]:
     yield from _attention_cases()
     yield from _hidden_cases()
     yield from codec_cases()
-    from kdfast.backends.triton import drawing, scale, selection, selection_rows
+    from kdfast.backends.triton import capture_rows, drawing, scale, selection, selection_rows
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         options = {"num_warps": scale.WARPS, "enable_fp_fusion": True}
         yield Case(scale.scale_kernel, name, {"grad": dtype}, {"BLOCK": scale.BLOCK}, options)
+        options = {"num_warps": selection.ORDER_WARPS, "enable_fp_fusion": True}
+        flags = {"BLOCK": selection.ORDER_BLOCK, "RANK": selection.rank_block(selection.ORDER_BLOCK, selection.ORDER_WARPS)}
+        yield Case(capture_rows.order_kernel, f"after {name}", {}, {**flags, "T": 2, "ONE": 1}, options)
         options = {"num_warps": selection.SELECT_WARPS, "enable_fp_fusion": True}
         for head, digits in ((0, selection.DIGITS[dtype]), (2, 4)):
             flags = {"HEAD": head, "DIGITS": digits, "BLOCK": selection.SELECT_BLOCK}
@@ -100,6 +106,8 @@ def _logits_cases() -> Iterator[Case]:
             dtypes = (student, *(teacher,) * flags.teachers)
             for kernel, own in ((forward_kernel, flags), (backward_kernel, dataclasses.replace(flags, parts=False))):
                 yield _logits_case(kernel, f"{mix} V={vocab} {name}", dtypes, own, vocab)
+                if vocab % 16:
+                    yield _logits_case(kernel, f"{mix} V={vocab} {name} scattered", dtypes, own, vocab, phased=False)
 
 
 def _logits_variants() -> dict[str, Any]:
@@ -112,7 +120,7 @@ def _logits_variants() -> dict[str, Any]:
     every = dataclasses.replace(hard, student_head=2, teacher_head=2, smooth=True, z=True)
     kinds = {kind: int(getattr(divergence, kind.upper()).value) for kind in (*DIVERGENCES, "alpha_0", "beta_0", "both_0")}
     return {
-        "soft": soft, "hard": hard,
+        "soft": soft, "hard": hard, "hard T=2": dataclasses.replace(hard, squared=True),
         "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
         "hard parts extra": dataclasses.replace(hard, parts=True, extra=True),
         **{kind: dataclasses.replace(hard, kind=number) for kind, number in kinds.items() if number != 0},
@@ -124,10 +132,11 @@ def _logits_variants() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _logits_case(kernel: Any, label: str, dtypes: tuple[torch.dtype, ...], flags: Any, vocab: int) -> Case:
+def _logits_case(kernel: Any, label: str, dtypes: tuple[torch.dtype, ...], flags: Any, vocab: int, phased: bool = True) -> Case:
     from kdfast.backends.triton import tiles
 
-    size = tiles.launch(vocab, *dtypes, heavy=flags.heavy, ragged=vocab % 16 != 0)
+    ragged = tiles.ALIGNED if vocab % 16 == 0 else tiles.PHASED if phased else tiles.SCATTERED
+    size = tiles.launch(vocab, *dtypes, heavy=flags.heavy, ragged=ragged.value)
     pointers = {"student": dtypes[0], "grad": dtypes[0], "teachers": dtypes[1:]}
     return _row_case(kernel, label, pointers, {"F": flags}, size)
 
@@ -139,7 +148,7 @@ def _topk_cases() -> Iterator[Case]:
 
     variants = _topk_variants()
     for vocab, (name, dtype) in itertools.product(_VOCABS, (("bf16", torch.bfloat16), ("fp32", torch.float32))):
-        ragged = vocab % 16 != 0
+        ragged = (tiles.SCATTERED if vocab % 16 else tiles.ALIGNED).value
         for flag, flags in variants.items():
             if not (flag in ("soft", "hard") or vocab in (151936, 50257)):
                 continue
@@ -149,9 +158,27 @@ def _topk_cases() -> Iterator[Case]:
                 yield _row_case(kernel, f"{name} V={vocab} k=64 {flag}", pointers, {"F": own, "K": 64}, size)
         size = tiles.launch(vocab, dtype, ragged=ragged)
         for head, digits in ((0, selection.DIGITS[dtype]), (2, 4)):
-            flags = {"HEAD": head, "DIGITS": digits}
+            yield from _capture_cases(name, dtype, vocab, size, head, digits)
+            flags = {"HEAD": head, "DIGITS": digits, "T": 2, "NUMBER": 0}
             yield _row_case(selection_rows.sums_kernel, f"{name} V={vocab} head={head}", {"logits": dtype}, flags, size)
         yield _row_case(drawing.unlisted_kernel, f"{name} V={vocab} k=64", {"logits": dtype}, {"F": Flags(), "K": 64}, size)
+
+
+def _capture_cases(name: str, dtype: Any, vocab: int, size: Any, head: int, digits: int) -> Iterator[Case]:
+    from kdfast.backends.triton import capture_rows, selection
+
+    for k, temperatures in ((64, (2.0, 1.0)), (1024, (2.5, 1.0, 0.5))):
+        if k > 64 and vocab not in (151936, 50257):
+            continue
+        room = selection.room_of(k)
+        flags = {
+            "T": len(temperatures), "ONE": temperatures.index(1.0), "SQUARED": selection.squares(temperatures),
+            "HEAD": head, "DIGITS": digits, "ROOM": room, "RANK": selection.rank_block(room, size.warps),
+            "BLOCK": 32 * size.warps, **size.shape,
+        }  # fmt: skip
+        label = f"{name} V={vocab} k={k} head={head}"
+        options = selection.options_of(size)
+        yield Case(capture_rows.capture_kernel, label, {"logits": dtype}, flags, options, not size.ragged)
 
 
 def _in_backward(flags: Any) -> Any:
@@ -166,7 +193,8 @@ def _topk_variants() -> dict[str, Any]:
     hard, reverse, jsd = Flags(labels=True, hard=True), divergence.REVERSE_KL.value, divergence.JSD.value
     every = dataclasses.replace(hard, student_head=2, smooth=True, z=True, parts=True, extra=True)
     return {
-        "soft": Flags(), "hard": hard, "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
+        "soft": Flags(), "hard": hard, "hard T=2": dataclasses.replace(hard, squared=True),
+        "hard T=1 parts": dataclasses.replace(hard, unit_t=True, parts=True),
         "reverse": dataclasses.replace(hard, kind=reverse), "jsd": dataclasses.replace(hard, kind=jsd),
         "uniform": dataclasses.replace(hard, spread=True), "uniform jsd": dataclasses.replace(hard, spread=True, kind=jsd),
         "all options": every,
@@ -197,17 +225,12 @@ def _attention_cases() -> Iterator[Case]:
 def _hidden_cases() -> Iterator[Case]:
     from kdfast.backends.triton import hidden
 
-    bm, bn, bk = hidden.PROJECT_TILE
-    tile = {"BIAS": True, "WIDEN": False, "BM": bm, "BN": bn, "BK": bk}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         options = {"num_warps": hidden.WARPS, "enable_fp_fusion": True}
         for kernel, block in itertools.product((hidden.mse_kernel, hidden.cosine_kernel), (1024, hidden.BLOCK)):
-            pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
-            yield Case(kernel, f"{name} block={block}", pointers, {"BLOCK": block, "GRAD": True}, options)
-        options = {"num_warps": hidden.PROJECT_WARPS, "enable_fp_fusion": True}
-        for precision in ("ieee", "tf32"):
-            pointers = {"student": dtype, "projection": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
-            yield Case(hidden.project_kernel, f"{name} {precision}", pointers, {**tile, "PRECISION": precision}, options)
+            pointers = {"student": dtype, "bias": dtype, "teacher": dtype, "grad": dtype}
+            flags = {"BLOCK": block, "GRAD": True, **({"BIAS": True} if kernel is hidden.mse_kernel else {})}
+            yield Case(kernel, f"{name} block={block}", pointers, flags, options)
 
 
 def codec_cases() -> Iterator[Case]:

@@ -6,6 +6,7 @@ of rows at once. What differs between devices is passed in: the row kernel and t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,13 +21,21 @@ _MIB = 1 << 20
 #: Chunks are whole multiples of this many rows, so that the GEMMs see full tiles.
 _ROW_MULTIPLE = 256
 #: Rows the weight's gradient GEMM should see: with fewer, reading and writing its float32 sum costs more than the product.
-_BATCH_ROWS = 2048
-DEFAULT_WORKSPACE_MB = {"cpu": 256, "cuda": 1024}
+#: The second where the workspace is at least `_LARGE` bytes.
+_BATCH_ROWS, _LARGE_BATCH_ROWS, _LARGE = 2048, 4096, 2048 * _MIB
 
 
-def workspace_bytes(workspace_mb: float | None, device: str) -> int:
+@functools.cache
+def _default_workspace_mb(device: torch.device) -> int:
+    """256 on a CPU; on a GPU a twentieth of its memory, from 1024 to 4096."""
+    if device.type != "cuda":
+        return 256
+    return min(max(torch.cuda.get_device_properties(device).total_memory // _MIB // 20, 1024), 4096)
+
+
+def workspace_bytes(workspace_mb: float | None, device: torch.device) -> int:
     """Bytes of `workspace_mb` MiB; None: the default of the device."""
-    return int((DEFAULT_WORKSPACE_MB.get(device, 256) if workspace_mb is None else workspace_mb) * _MIB)
+    return int((_default_workspace_mb(device) if workspace_mb is None else workspace_mb) * _MIB)
 
 
 def rows_per_chunk(n: int, bytes_per_row: int, budget: int) -> int:
@@ -53,8 +62,11 @@ def cut(n: int, logit_bytes: int, grad_bytes: int, budget: int) -> tuple[int, in
     if grad_bytes == 0 or n * (logit_bytes + grad_bytes) <= budget:
         rows = rows_per_chunk(n, logit_bytes + grad_bytes, budget)
         return rows, rows
-    waiting = min(n, _BATCH_ROWS, max(1, budget // 2 // grad_bytes))
+    waiting = min(n, _LARGE_BATCH_ROWS if budget >= _LARGE else _BATCH_ROWS, max(1, budget // 2 // grad_bytes))
     rows = min(waiting, rows_per_chunk(n, logit_bytes, budget - waiting * grad_bytes))
+    even = waiting // -(-waiting // rows)  # as many chunks as it takes, of one size
+    if even >= _ROW_MULTIPLE:
+        rows = even // _ROW_MULTIPLE * _ROW_MULTIPLE
     return rows, waiting // rows * rows
 
 
@@ -156,7 +168,7 @@ class _Room:
         grad_dtype = gemms.grad_dtype(student, dtype)
         waits = need_grad and grad_dtype != dtype
         vocabs = [side.vocab for side in (student, *teachers)]
-        budget = workspace_bytes(chunking.workspace_mb, device.type)
+        budget = workspace_bytes(chunking.workspace_mb, device)
         grad_bytes = student.vocab * grad_dtype.itemsize if waits else 0
         self.rows, self.batch = cut(n, sum(vocabs) * dtype.itemsize, grad_bytes, budget)
         self.logits = [memory.empty((self.rows, vocab), dtype=dtype, device=device) for vocab in vocabs]
@@ -238,7 +250,7 @@ def logit_chunks(
         product: of the `linear` kernel on this device.
     """
     n, device = side.hidden.shape[0], side.hidden.device
-    rows = rows_per_chunk(n, side.vocab * dtype.itemsize, workspace_bytes(workspace_mb, device.type))
+    rows = rows_per_chunk(n, side.vocab * dtype.itemsize, workspace_bytes(workspace_mb, device))
     room = memory.empty((rows, side.vocab), dtype=dtype, device=device)
     for begin in range(0, n, rows):
         some = slice(begin, min(begin + rows, n))

@@ -192,10 +192,11 @@ def test_rows_per_chunk(n: int, bytes_per_row: int, workspace_mb: float, expecte
     [
         (1000, 1000, 64, (1000, 1000)),  # everything fits: one chunk, one product
         (8192, 128256, 1024, (512, 2048)),  # four chunks of gradient wait for one product
+        (8192, 128256, 4096, (2048, 4096)),  # a workspace large enough for products of twice as many rows
         (8192, 151936, 256, (110, 440)),  # not even 256 rows fit: waiting gradients take half
         (10, 1 << 28, 1, (1, 1)),
     ],
-    ids=["all", "batches", "narrow", "one-row"],
+    ids=["all", "batches", "large", "narrow", "one-row"],
 )
 def test_gradients_of_several_chunks_wait(n: int, vocab: int, budget_mb: int, expected: tuple[int, int]) -> None:
     rows, waiting = cut(n, 8 * vocab, 2 * vocab, budget_mb << 20)

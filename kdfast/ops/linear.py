@@ -165,7 +165,8 @@ def linear_kd_loss(
         student_bias, teacher_bias: `[Vs]`, `[Vt]`.
         logits_dtype: float32, or bfloat16, which halves the workspace and, where only half products are fast, the time;
             it costs 4-23% of the gradient's accuracy once the student is close to the teacher.
-        workspace_mb: MiB for the logits of one chunk; None: 256 on a CPU, 1024 on a GPU.
+        workspace_mb: MiB for the logits of one chunk; None: 256 on a CPU, on a GPU a twentieth of
+            its memory, from 1024 to 4096.
         row_index: `[M]` int64 ascending positions (in the flattened leading dimensions) that hold every row that counts;
             the other rows cost no GEMM. On a CPU such rows are found without it; on a GPU that would wait for the device.
         tp_group: the heads hold a slice of the vocabulary on each rank of this process group, as in `kd_loss`; hidden

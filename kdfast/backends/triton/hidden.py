@@ -1,7 +1,6 @@
 """Losses between hidden states in Triton. Contract: `kdfast.backends`.
 
-With a projection the difference, the mask, the loss and its gradient are formed in the epilogue of the product: the
-projected states themselves never reach memory.
+A projection is the vendor's product, in float32 and for some rows at a time, so that the row kernel finds what it reads in L2.
 """
 
 from __future__ import annotations
@@ -11,21 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.backends.triton.precision import tf32_allowed
+from kdfast.backends.triton.linear import mm
 from kdfast.backends.triton.tiles import grid, on
-from kdfast.chunks import Needs, grad_hidden_dtype, without_ignored
+from kdfast.chunks import Needs, grad_hidden_dtype, rows_per_chunk, without_ignored
 
 #: Columns of a row in flight; wider rows are walked.
 BLOCK, WARPS = 4096, 8
-#: Tile of a projection: rows, outputs, inputs.
-PROJECT_TILE, PROJECT_WARPS = (64, 128, 32), 8
+#: Bytes of projected states in flight: about half of an H100's L2, and still a product that fills the device.
+PROJECTED_BYTES = 32 << 20
 
 
 @triton.jit
 def mse_kernel(
-    student_ptr, teacher_ptr, grad_ptr, scale_ptr, loss_ptr, rows, width, student_stride, teacher_stride,
-    BLOCK: tl.constexpr, GRAD: tl.constexpr,
+    student_ptr, bias_ptr, teacher_ptr, grad_ptr, scale_ptr, loss_ptr, rows, width, student_stride, teacher_stride,
+    BLOCK: tl.constexpr, BIAS: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
+    """student [rows, width] (+ bias [width]) against teacher [rows, width]: loss [rows], contiguous grad [rows, width]."""
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         scale = tl.load(scale_ptr + row)
@@ -37,6 +37,8 @@ def mse_kernel(
             keep = at < counted
             s = tl.load(student_ptr + row * student_stride + at, mask=keep, other=0.0).to(tl.float32)
             t = tl.load(teacher_ptr + row * teacher_stride + at, mask=keep, other=0.0).to(tl.float32)
+            if BIAS:
+                s += tl.load(bias_ptr + at, mask=keep, other=0.0).to(tl.float32)
             d = s - t
             total += d * d
             if GRAD:
@@ -109,92 +111,64 @@ def cosine_kernel(
         tl.store(loss_ptr + row, tl.where(scale == 0, 0.0, scale * (loss + (sums - sums))))
 
 
-@triton.jit
-def project_kernel(
-    student_ptr, projection_ptr, bias_ptr, teacher_ptr, grad_ptr, scale_ptr, loss_ptr,
-    rows, width, inputs, student_stride, projection_stride, teacher_stride, tiles,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """grad = 2 * scale / width * (student @ projection.T + bias - teacher); loss_ptr [rows, tiles] gets each tile's share."""
-    m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    scale = tl.load(scale_ptr + m, mask=m < rows, other=0.0)
-    counts = (m < rows) & (scale != 0)
-    total = tl.zeros([BM, BN], tl.float32)
-    for begin in range(0, inputs, BK):
-        k = begin + tl.arange(0, BK)
-        h_keep = counts[:, None] & (k < inputs)[None, :]
-        w_keep = (n < width)[None, :] & (k < inputs)[:, None]
-        h = tl.load(student_ptr + m[:, None] * student_stride + k[None, :], mask=h_keep, other=0.0)
-        w = tl.load(projection_ptr + n.to(tl.int64)[None, :] * projection_stride + k[:, None], mask=w_keep, other=0.0)
-        if WIDEN:
-            h, w = h.to(tl.float32), w.to(tl.float32)
-        total = tl.dot(h, w, total, input_precision=PRECISION)
-    if BIAS:
-        total += tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
-    keep = counts[:, None] & (n < width)[None, :]
-    t = tl.load(teacher_ptr + m[:, None] * teacher_stride + n[None, :], mask=keep, other=0.0).to(tl.float32)
-    d = tl.where(keep, total - t, 0.0)
-    inside = (m < rows)[:, None] & (n < width)[None, :]
-    g = 2.0 / width * scale[:, None] * d
-    tl.store(grad_ptr + m[:, None] * width + n[None, :], g.to(grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(loss_ptr + m * tiles + tl.program_id(1), scale * (tl.sum(d * d, 1) / width), mask=m < rows)
+def _options(width: int) -> dict[str, int | bool]:
+    return {"BLOCK": min(BLOCK, triton.next_power_of_2(width)), "num_warps": WARPS, "enable_fp_fusion": True}
 
 
-def _row_loss(kernel, student: Tensor, teacher: Tensor, scale: Tensor, need_hidden: bool) -> tuple[Tensor, Tensor]:
+def cosine(student: Tensor, teacher: Tensor, scale: Tensor, need_hidden: bool) -> tuple[Tensor, Tensor]:
     n, width = student.shape
     loss = torch.empty(n, device=student.device)
     grad = torch.empty(student.shape if need_hidden else (0,), dtype=student.dtype, device=student.device)
     if n:
         with on(student):
-            kernel[grid(n, student.device, WARPS)](
-                student, teacher, grad, scale, loss, n, width, student.stride(0), teacher.stride(0),
-                BLOCK=min(BLOCK, triton.next_power_of_2(width)), GRAD=need_hidden, num_warps=WARPS, enable_fp_fusion=True,
+            cosine_kernel[grid(n, student.device, WARPS)](
+                student, teacher, grad, scale, loss, n, width, student.stride(0), teacher.stride(0), GRAD=need_hidden,
+                **_options(width),
             )  # fmt: skip
     return loss, grad
 
 
-def cosine(student: Tensor, teacher: Tensor, scale: Tensor, need_hidden: bool) -> tuple[Tensor, Tensor]:
-    return _row_loss(cosine_kernel, student, teacher, scale, need_hidden)
+def _mse_rows(
+    student: Tensor, bias: Tensor | None, teacher: Tensor, scale: Tensor, loss: Tensor, grad: Tensor, need_grad: bool
+) -> None:
+    """Writes the loss of every row, and the gradient with respect to what is compared with the teacher."""
+    n, width = student.shape
+    if n:
+        with on(student):
+            mse_kernel[grid(n, student.device, WARPS)](
+                student, scale if bias is None else bias, teacher, grad, scale, loss, n, width, student.stride(0),
+                teacher.stride(0), BIAS=bias is not None, GRAD=need_grad, **_options(width),
+            )  # fmt: skip
 
 
 def mse(
     student: Tensor, projection: Tensor | None, bias: Tensor | None, teacher: Tensor, scale: Tensor, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_hidden, grad_weight, grad_bias = (torch.empty(0, device=student.device) for _ in range(3))
+    n = student.shape[0]
+    loss = torch.empty(n, device=student.device)
     if projection is None:
-        return *_row_loss(mse_kernel, student, teacher, scale, needs.hidden), grad_weight, grad_bias
-    n, width = student.shape[0], projection.shape[0]
+        if needs.hidden:
+            grad_hidden = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        _mse_rows(student, None, teacher, scale, loss, grad_hidden, needs.hidden)
+        return loss, grad_hidden, grad_weight, grad_bias
+    width = projection.shape[0]
     # float16 would lose 1/N to underflow.
-    grad = torch.empty(n, width, dtype=grad_hidden_dtype(student), device=student.device)
-    tiles = triton.cdiv(width, PROJECT_TILE[1])
-    shares = torch.empty(n, tiles, device=student.device)
-    weight = projection if projection.stride(-1) == 1 else projection.contiguous()
-    if n:
-        _project(student, weight, bias, teacher, grad, scale, shares)
+    grad = torch.empty((n, width) if needs.any else (0, width), dtype=grad_hidden_dtype(student), device=student.device)
+    some = rows_per_chunk(n, 4 * width, PROJECTED_BYTES)
+    projected = torch.empty(some, width, device=student.device)
+    for begin in range(0, n, some):
+        rows = slice(begin, min(begin + some, n))
+        out = projected[: rows.stop - begin]
+        mm(student[rows], projection.t(), out)
+        _mse_rows(out, bias, teacher[rows], scale[rows], loss[rows], grad[rows], needs.any)
     if needs.hidden:
-        grad_hidden = _product(grad, weight)
+        grad_hidden = _product(grad, projection)
     if needs.weight:
         grad_weight = _product(grad.t(), without_ignored(student, scale)).float()
     if needs.bias:
         grad_bias = grad.sum(0, dtype=torch.float32)
-    return shares.sum(1), grad_hidden.to(grad_hidden_dtype(student)), grad_weight, grad_bias
-
-
-def _project(
-    student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, grad: Tensor, scale: Tensor, shares: Tensor
-) -> None:
-    bm, bn, bk = PROJECT_TILE
-    n, width = grad.shape
-    precision = "tf32" if student.is_cuda and tf32_allowed() else "ieee"
-    with on(student):
-        project_kernel[(triton.cdiv(n, bm), shares.shape[1])](
-            student, weight, scale if bias is None else bias, teacher, grad, scale, shares,
-            n, width, weight.shape[1], student.stride(0), weight.stride(0), teacher.stride(0), shares.shape[1],
-            # The interpreter would multiply the bits of bfloat16 as integers.
-            BIAS=bias is not None, PRECISION=precision, WIDEN=not student.is_cuda, BM=bm, BN=bn, BK=bk,
-            num_warps=PROJECT_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    return loss, grad_hidden.to(grad_hidden_dtype(student)), grad_weight, grad_bias
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

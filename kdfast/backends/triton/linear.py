@@ -36,7 +36,7 @@ def _leaves_in_float32(device: torch.device, accumulate: bool) -> bool:
     return True
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b with float32 accumulation; `out` is float32."""
     if a.dtype != b.dtype or a.dtype == torch.float32:
         torch.mm(a.float(), b.float(), out=out)
@@ -56,7 +56,7 @@ def _add_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
         room = out.new_empty(min(_SLAB, out.shape[0]), out.shape[1])
         for begin in range(0, out.shape[0], _SLAB):
             slab = a[begin : begin + _SLAB]
-            _mm(slab, b, room[: slab.shape[0]])
+            mm(slab, b, room[: slab.shape[0]])
             out[begin : begin + _SLAB] += room[: slab.shape[0]]
 
 
@@ -68,12 +68,12 @@ class _Gemms:
         if out.dtype == hidden.dtype:
             torch.mm(hidden, weight.t(), out=out)
         elif out.dtype == torch.float32:
-            _mm(hidden, weight.t(), out)
+            mm(hidden, weight.t(), out)
         else:
             for begin in range(0, weight.shape[0], _SLAB):
                 slab = weight[begin : begin + _SLAB]
                 room = out.new_empty(out.shape[0], slab.shape[0], dtype=torch.float32)
-                _mm(hidden, slab.t(), room)
+                mm(hidden, slab.t(), room)
                 out[:, begin : begin + _SLAB] = room
         if bias is not None:
             out.add_(bias)
@@ -89,7 +89,7 @@ class _Gemms:
         out.copy_(total)
 
     def grad_weight(self, grad: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-        product = _add_mm if accumulate else _mm
+        product = _add_mm if accumulate else mm
         product(grad.t(), hidden, out)
 
 

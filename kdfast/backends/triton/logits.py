@@ -52,7 +52,7 @@ class Flags:
         teachers: how many.
         mixed: several teachers, by their probabilities.
         student_head, teacher_head: NO_HEAD, SCALED or CAPPED of `tiles`.
-        unit_t: the temperature is 1, so that its sums serve T = 1 too.
+        unit_t: the temperature is 1, so that its sums serve T = 1 too. squared: it is 2, so that squares of its terms do.
         soft: the divergence has a weight.
         labels: there are labels. hard: the hard loss has a weight. smooth: and smoothed labels. z: there is a z-loss.
         parts: metrics are wanted. grad: the gradient is.
@@ -73,6 +73,7 @@ class Flags:
     parts: bool = False
     grad: bool = True
     extra: bool = False
+    squared: bool = False
 
     @classmethod
     def of(cls, options: RowOptions, labels: bool, parts: bool, grad: bool, extra: bool) -> Flags:
@@ -83,7 +84,7 @@ class Flags:
             _head(options.student_softcap, options.student_scale), _head(options.teacher_softcap, options.teacher_scale),
             options.temperature == 1, options.soft_scale != 0, labels, hard, hard and options.label_smoothing != 0,
             options.z_loss != 0,
-            parts, grad, extra,
+            parts, grad, extra, options.temperature == 2,
         )  # fmt: skip
 
     @property
@@ -136,6 +137,16 @@ class Flags:
         return self.grad and self.kind != divergence.FORWARD_KL.value
 
     @property
+    def plain_rows(self) -> bool:
+        """One teacher, and nothing between stored logits and softmax."""
+        return self.teachers == 1 and self.student_head == self.teacher_head == 0
+
+    @property
+    def ahead(self) -> bool:
+        """Tiles are loaded one ahead: there are registers for them."""
+        return self.teachers == 1 and self.heavy == 0
+
+    @property
     def heavy(self) -> int:
         """How much it holds a column (see `tiles.launch`)."""
         if self.mixed and (self.teachers > 2 or self.parts):
@@ -177,7 +188,7 @@ def forward(
         return loss, stats, parts
     out = student if grad is None else grad
     flags = Flags.of(options, labels is not None, need_parts, grad is not None, width > common)
-    size = tiles.launch_for(common, student, *teachers, out, heavy=flags.heavy)
+    size = tiles.launch_for(common, student, *teachers, out, heavy=flags.heavy, phased=True)
     with tiles.on(student):
         forward_kernel[tiles.grid(rows, student.device, size.warps)](
             *_inputs(student, teachers, out, labels, scale), loss, stats, parts, *_sizes(student, teachers, out, common),
@@ -200,7 +211,7 @@ def backward(
     if rows == 0:
         return
     flags = Flags.of(options, labels is not None, False, True, width > common)
-    size = tiles.launch_for(common, student, *teachers, grad, heavy=flags.heavy)
+    size = tiles.launch_for(common, student, *teachers, grad, heavy=flags.heavy, phased=True)
     with tiles.on(student):
         backward_kernel[tiles.grid(rows, student.device, size.warps)](
             *_inputs(student, teachers, grad, labels, scale), stats, *_sizes(student, teachers, grad, common),

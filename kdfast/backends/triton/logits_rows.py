@@ -2,8 +2,8 @@
 
 Forward: a pass for maxima and sums, then one backwards over the row (what was read last is still in L2) for the value
 and, with forward KL, the gradient. The gradient of the other divergences needs the row's sum of h first, so it takes a
-pass of its own, the same that the backward kernel makes. `F` are the constants of `logits.Flags`, `o` the numbers of
-`logits.Scalars`.
+pass of its own, the same that the backward kernel makes. While a tile is worked on the next one is on its way. `F` are
+the constants of `logits.Flags`, `o` the numbers of `logits.Scalars`, `lead` the columns before a row's body (see `tiles`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.backends.triton.divergence import FORWARD_KL, divergence, forward_kl
+from kdfast.backends.triton.logits_tiles import NO_COLUMN, at_1_weights, gradient_tile, halves, load_student, value_tile
 from kdfast.backends.triton.teachers import (
     appended,
+    as_one_tile,
     at_row,
+    bodies,
     has_distribution,
     label_nll,
-    log_pair,
     mixed_sums,
     teacher_tiles,
 )
@@ -27,27 +28,25 @@ from kdfast.backends.triton.tiles import (
     LOG2E,
     LOWEST,
     N_PARTS,
-    add_exp2,
-    back_through_head,
+    PHASED,
+    SCATTERED,
+    body_ptr,
+    body_width,
     closed,
+    edge_columns,
     extra_grad,
-    grad_at_1,
+    from_words,
     joined,
-    load_head,
-    raised,
+    lead_of,
+    load_words,
     split,
+    summed,
+    through_head,
     tile_columns,
     with_extra,
     zero_outputs,
     zero_row,
 )
-
-NO_COLUMN = tl.constexpr(2147483647)
-
-
-@triton.jit
-def load_student(s_ptr, columns, width, o, F: tl.constexpr, policy: tl.constexpr):
-    return load_head(s_ptr, columns, width, o.student_cap, o.student_scale, tl.constexpr(F.student_head), policy)
 
 
 @triton.jit
@@ -61,34 +60,47 @@ def load_label(label_ptr, width, F: tl.constexpr):
 
 
 @triton.jit
-def _sums(s_ptr, t_ptrs, common, o, weights, F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+def _sums(
+    s_ptr, t_ptrs, lead, common, o, weights, F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
     """(maximum, log2 sum at T, log2 sum at 1, plain sum) of the student over the common columns, then the teachers'."""
     c = o.inv_t * LOG2E
     m_s = tl.full([LANES], LOWEST, tl.float32)
-    m_t = tl.full([LANES], LOWEST, tl.float32)
+    m_t = m_s
     a_s = tl.zeros([LANES], tl.float32)
-    a_t = tl.zeros([LANES], tl.float32)
-    b_s = tl.zeros([LANES], tl.float32)
-    b_t = tl.zeros([LANES], tl.float32)
-    plain = tl.zeros([LANES], tl.float32)
-    for start in range(0, common, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC, RAGGED)
-        s = load_student(s_ptr, columns, common, o, F, "evict_last")
+    b_s, a_t, b_t, plain = a_s, a_s, a_s, a_s
+    body = body_width(lead, common, VEC, RAGGED)
+    s_body = body_ptr(s_ptr, lead, VEC, RAGGED)
+    t_body = bodies(t_ptrs, lead, F, VEC, RAGGED)
+    if F.ahead:
+        s_next = load_words(s_body, 0, body, "evict_last", LANES, VEC, RAGGED)
+        t_next = load_words(t_body[0], 0, body, "evict_last", LANES, VEC, RAGGED)
+    for start in range(0, body, LANES * VEC):
+        columns = tile_columns(start, LANES, VEC, RAGGED == SCATTERED)
+        if F.ahead:
+            s_now, t_now = from_words(s_next, LANES, VEC), from_words(t_next, LANES, VEC)
+            s = through_head(s_now, columns, body, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
+            t = as_one_tile(t_now, columns, body, o, F)[0]
+            s_next = load_words(s_body, start + LANES * VEC, body, "evict_last", LANES, VEC, RAGGED)
+            t_next = load_words(t_body[0], start + LANES * VEC, body, "evict_last", LANES, VEC, RAGGED)
+        else:
+            s = load_student(s_body, columns, body, o, F, "evict_last")
+            if not F.mixed:
+                t = teacher_tiles(t_body, columns, body, o, weights, F, "evict_last")[0]
+        if F.smooth:
+            plain += tl.sum(tl.where(columns < body, s, 0.0), 1)
+        m_s, a_s, b_s = summed(m_s, a_s, b_s, s, c, tl.constexpr(F.student_at_1), tl.constexpr(F.squared))
         if not F.mixed:
-            t = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_last")[0]
-        m = raised(m_s, s)
-        a_s = add_exp2(a_s, m_s, m, s, c)
-        if F.student_at_1:
-            b_s = add_exp2(b_s, m_s, m, s, LOG2E)
+            m_t, a_t, b_t = summed(m_t, a_t, b_t, t, c, tl.constexpr(F.teacher_at_1), tl.constexpr(F.squared))
+    if RAGGED == PHASED:
+        columns = edge_columns(lead, body, LANES)
+        s = load_student(s_ptr, columns, common, o, F, "evict_last")
         if F.smooth:
             plain += tl.sum(tl.where(columns < common, s, 0.0), 1)
-        m_s = m
+        m_s, a_s, b_s = summed(m_s, a_s, b_s, s, c, tl.constexpr(F.student_at_1), tl.constexpr(F.squared))
         if not F.mixed:
-            m = raised(m_t, t)
-            a_t = add_exp2(a_t, m_t, m, t, c)
-            if F.teacher_at_1:
-                b_t = add_exp2(b_t, m_t, m, t, LOG2E)
-            m_t = m
+            t = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_last")[0]
+            m_t, a_t, b_t = summed(m_t, a_t, b_t, t, c, tl.constexpr(F.teacher_at_1), tl.constexpr(F.squared))
     top_s = tl.max(m_s, 0)
     l_s = closed(m_s, a_s, top_s, c)
     l_s1 = l_s
@@ -131,36 +143,33 @@ def weighted_soft(soft, o, F: tl.constexpr):
 
 
 @triton.jit
-def _store_grad(g_ptr, s, q, h, h_sum, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F: tl.constexpr):
-    """The gradient of a tile, from h and the row's sum of h."""
-    g = tl.zeros_like(s)
-    if F.soft:
-        if F.kind != FORWARD_KL:
-            h -= q * h_sum
-        g = soft_weight * h
-    if F.grad_at_1:
-        if F.own_q_at_1:
-            q = tl.exp2((s - m_h) * LOG2E - l_h)
-        g += grad_at_1(q, columns, label, weights_1, tl.constexpr(F.smooth))
-    g = back_through_head(g, s, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
-    tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < common, eviction_policy="evict_first")
-
-
-@triton.jit
 def _gradient_row(
-    s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, m_h, l_h, h_sum, m_t, l_t,
-    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+    s_ptr, t_ptrs, g_ptr, label, scale, lead, width, common, o, weights, m_s, l_s, m_h, l_h, h_sum, m_t, l_t,
+    F: tl.constexpr, EXACT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     soft_weight = scale * o.soft_scale * o.inv_t
     weights_1 = weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
-    for start in range(0, common, LANES * VEC):
-        columns = tile_columns(start, LANES, VEC, RAGGED)
+    at_1 = at_1_weights(weights_1, m_s, l_s, m_h, l_h, F)
+    body = body_width(lead, common, VEC, RAGGED)
+    s_body = body_ptr(s_ptr, lead, VEC, RAGGED)
+    t_body = bodies(t_ptrs, lead, F, VEC, RAGGED)
+    g_body = body_ptr(g_ptr, lead, VEC, RAGGED)
+    for start in range(0, body, LANES * VEC):
+        columns = tile_columns(start, LANES, VEC, RAGGED == SCATTERED)
+        s = load_student(s_body, columns, body, o, F, "evict_first")
+        tiles = teacher_tiles(t_body, columns, body, o, weights, F, "evict_first")
+        gradient_tile(
+            g_body, s, tiles, start, columns, body, label - lead, m_s, l_s, m_h, l_h, h_sum, m_t, l_t, soft_weight, at_1, o,
+            weights, F, EXACT, LANES * VEC,
+        )  # fmt: skip
+    if RAGGED == PHASED:
+        columns = edge_columns(lead, body, LANES)
         s = load_student(s_ptr, columns, common, o, F, "evict_first")
         tiles = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_first")
-        log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, o.inv_t, F)
-        q = tl.exp2(log2_q)
-        _, h = divergence(tl.exp2(log2_p), q, log2_p, log2_q, d, o.a, o.b, tl.constexpr(F.kind))
-        _store_grad(g_ptr, s, q, h, h_sum, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F)
+        gradient_tile(
+            g_ptr, s, tiles, 0, columns, common, label, m_s, l_s, m_h, l_h, h_sum, m_t, l_t, soft_weight, at_1, o,
+            weights, F, EXACT, 0,
+        )  # fmt: skip
     if F.extra:
         grad_beyond(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
 
@@ -192,22 +201,23 @@ def forward_kernel(
                 zero_row(grad_ptr + at * grad_stride, width, LANES, VEC, RAGGED)
         else:
             _forward_row(
-                student_ptr + at * student_stride, at_row(teacher_ptrs, teacher_strides, at, F),
-                grad_ptr + at * grad_stride, labels_ptr + at, loss_ptr + at, stats_at, parts_ptr + at * N_PARTS,
-                scale, width, common, o, weights, F, LANES, VEC, RAGGED,
+                student_ptr + at * student_stride, at_row(teacher_ptrs, teacher_strides, at, F), grad_ptr + at * grad_stride,
+                lead_of(at * student_stride, common, VEC, RAGGED), labels_ptr + at, loss_ptr + at, stats_at,
+                parts_ptr + at * N_PARTS, scale, width, common, o, weights, F, LANES, VEC, RAGGED,
             )  # fmt: skip
 
 
 @triton.jit
 def _forward_row(
-    s_ptr, t_ptrs, g_ptr, label_ptr, loss_ptr, stats_ptr, parts_ptr, scale, width, common, o, weights,
+    s_ptr, t_ptrs, g_ptr, lead, label_ptr, loss_ptr, stats_ptr, parts_ptr, scale, width, common, o, weights,
     F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
+    EXACT: tl.constexpr = halves(s_ptr, t_ptrs[0], F)
     label = load_label(label_ptr, width, F)
     inside = label >= 0
     # Read before the second pass, whose gradient may take the place of the student.
     s_label = load_student(s_ptr, tl.maximum(label, 0), tl.where(inside, width, 0), o, F, "")
-    m_s, l_s, l_s1, plain, m_t, l_t, l_t1 = _sums(s_ptr, t_ptrs, common, o, weights, F, LANES, VEC, RAGGED)
+    m_s, l_s, l_s1, plain, m_t, l_t, l_t1 = _sums(s_ptr, t_ptrs, lead, common, o, weights, F, LANES, VEC, RAGGED)
     m_h = m_s
     l_h = l_s1
     if F.extra_at_1:
@@ -218,13 +228,13 @@ def _forward_row(
     lse = m_h + LN2 * l_h
 
     soft, h_sum, kl_1, entropy, student_entropy, agree = _value_pass(
-        s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
-        F, LANES, VEC, RAGGED,
+        s_ptr, t_ptrs, g_ptr, label, scale, lead, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
+        F, EXACT, LANES, VEC, RAGGED,
     )  # fmt: skip
     if F.own_gradient_pass:
         _gradient_row(
-            s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, m_h, l_h, h_sum, m_t, l_t,
-            F, LANES, VEC, RAGGED,
+            s_ptr, t_ptrs, g_ptr, label, scale, lead, width, common, o, weights, m_s, l_s, m_h, l_h, h_sum, m_t, l_t,
+            F, EXACT, LANES, VEC, RAGGED,
         )  # fmt: skip
     _store_stats(stats_ptr, m_s, l_s, m_h, l_h, h_sum, m_t, l_t, o, F)
 
@@ -258,58 +268,60 @@ def _forward_row(
 
 @triton.jit
 def _value_pass(
-    s_ptr, t_ptrs, g_ptr, label, scale, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
-    F: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
+    s_ptr, t_ptrs, g_ptr, label, scale, lead, width, common, o, weights, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
+    F: tl.constexpr, EXACT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """(divergence, sum of h, KL at 1, teacher's and student's entropy, whether the argmaxes agree); writes the gradient of
     forward KL."""
     soft_weight = scale * o.soft_scale * o.inv_t
     weights_1 = weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
-    soft = tl.zeros([LANES], tl.float32)
-    h_sum = tl.zeros([LANES], tl.float32)
-    kl_1 = tl.zeros([LANES], tl.float32)
-    entropy = tl.zeros([LANES], tl.float32)
-    student_entropy = tl.zeros([LANES], tl.float32)
-    best_s = tl.full([LANES], NO_COLUMN, tl.int32)
-    best_t = tl.full([LANES], NO_COLUMN, tl.int32)
-    top_t = tl.full([LANES], -INF, tl.float32)
-    tiles_in_row = tl.cdiv(common, LANES * VEC)
-    for i in range(0, tiles_in_row):
-        columns = tile_columns((tiles_in_row - 1 - i) * (LANES * VEC), LANES, VEC, RAGGED)
-        s = load_student(s_ptr, columns, common, o, F, "evict_first")
-        tiles = teacher_tiles(t_ptrs, columns, common, o, weights, F, "evict_first")
-        log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, o.inv_t, F)
-        p = tl.exp2(log2_p)
-        q = tl.exp2(log2_q)
-        term, h = divergence(p, q, log2_p, log2_q, d, o.a, o.b, tl.constexpr(F.kind))
-        soft += tl.sum(term, 1)
-        if F.kind != FORWARD_KL:
-            h_sum += tl.sum(h, 1)
-        if F.grad_in_value_pass:
-            _store_grad(g_ptr, s, q, h, 0.0, columns, common, label, m_h, l_h, soft_weight, weights_1, o, F)
-        if F.parts:
-            if F.own_kl_at_1:
-                log2_p, log2_q, d = log_pair(s, tiles, m_s, l_s1, m_t, l_t1, weights, 1.0, F)
-                p = tl.exp2(log2_p)
-                q = tl.exp2(log2_q)
-                term, _ = forward_kl(p, q, d)
-                kl_1 += tl.sum(term, 1)
-            entropy -= LN2 * tl.sum(tl.where(p == 0, 0.0, p * log2_p), 1)
-            student_entropy -= LN2 * tl.sum(tl.where(q == 0, 0.0, q * log2_q), 1)
-            best_s = tl.minimum(best_s, tl.min(tl.where(s == m_s, columns, NO_COLUMN), 1))
-            if F.teachers == 1:
-                best_t = tl.minimum(best_t, tl.min(tl.where(tiles[0] == m_t[0], columns, NO_COLUMN), 1))
-            else:
-                here = tl.max(log2_p, 1)
-                first = tl.min(tl.where(log2_p == here[:, None], columns, NO_COLUMN), 1)
-                best_t = tl.where(here >= top_t, first, best_t)  # tiles come last to first
-                top_t = tl.maximum(top_t, here)
+    at_1 = at_1_weights(weights_1, m_s, l_s, m_h, l_h, F)
+    zeros = tl.zeros([LANES], tl.float32)
+    none = tl.full([LANES], NO_COLUMN, tl.int32)
+    # Divergence, sum of h, KL at 1, both entropies; first columns of the maxima, the teachers' largest log2 p.
+    sums = (zeros, zeros, zeros, zeros, zeros)
+    best = (none, none, tl.full([LANES], -INF, tl.float32))
+    body = body_width(lead, common, VEC, RAGGED)
+    s_body = body_ptr(s_ptr, lead, VEC, RAGGED)
+    t_body = bodies(t_ptrs, lead, F, VEC, RAGGED)
+    g_body = body_ptr(g_ptr, lead, VEC, RAGGED)
+    if RAGGED == PHASED:
+        edge = edge_columns(lead, body, LANES)
+        s_edge = load_student(s_ptr, edge, common, o, F, "evict_first")
+        t_edge = teacher_tiles(t_ptrs, edge, common, o, weights, F, "evict_first")
+        sums, best = value_tile(
+            sums, best, g_ptr, s_edge, t_edge, 0, edge, common, 0, label, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
+            soft_weight, at_1, o, weights, F, EXACT, 0,
+        )  # fmt: skip
+    last = tl.maximum(tl.cdiv(body, LANES * VEC) - 1, 0) * (LANES * VEC)
+    if F.ahead:
+        s_next = load_words(s_body, last, body, "evict_first", LANES, VEC, RAGGED)
+        t_next = load_words(t_body[0], last, body, "evict_first", LANES, VEC, RAGGED)
+    for before in range(0, body, LANES * VEC):
+        start = last - before
+        columns = tile_columns(start, LANES, VEC, RAGGED == SCATTERED)
+        if F.ahead:
+            s_now, t_now = from_words(s_next, LANES, VEC), from_words(t_next, LANES, VEC)
+            s = through_head(s_now, columns, body, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
+            tiles = as_one_tile(t_now, columns, body, o, F)
+            end = tl.where(start > 0, body, 0)  # before the first tile there is nothing
+            following = tl.maximum(start - LANES * VEC, 0)
+            s_next = load_words(s_body, following, end, "evict_first", LANES, VEC, RAGGED)
+            t_next = load_words(t_body[0], following, end, "evict_first", LANES, VEC, RAGGED)
+        else:
+            s = load_student(s_body, columns, body, o, F, "evict_first")
+            tiles = teacher_tiles(t_body, columns, body, o, weights, F, "evict_first")
+        sums, best = value_tile(
+            sums, best, g_body, s, tiles, start, columns, body, lead, label - lead, m_s, l_s, l_s1, m_h, l_h, m_t, l_t, l_t1,
+            soft_weight, at_1, o, weights, F, EXACT, LANES * VEC,
+        )  # fmt: skip
+    best_s, best_t, top_t = best
     if F.teachers > 1:
         best_t = tl.where(top_t == tl.max(top_t, 0), best_t, NO_COLUMN)
     agree = tl.where(tl.min(best_s, 0) == tl.min(best_t, 0), 1.0, 0.0)
     if F.extra_in_value_pass:
         grad_beyond(s_ptr, g_ptr, common, width, label, m_h, l_h, weights_1, o, F, LANES, VEC, RAGGED)
-    return tl.sum(soft, 0), tl.sum(h_sum, 0), tl.sum(kl_1, 0), tl.sum(entropy, 0), tl.sum(student_entropy, 0), agree
+    return tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0), tl.sum(sums[3], 0), tl.sum(sums[4], 0), agree
 
 
 @triton.jit
@@ -354,6 +366,7 @@ def backward_kernel(
                     l_t = appended(l_t, l)
             _gradient_row(
                 student_ptr + at * student_stride, at_row(teacher_ptrs, teacher_strides, at, F), g_ptr,
-                load_label(labels_ptr + at, width, F), scale, width, common, o, weights,
-                m_s, l_s, m_h, l_h, tl.load(stats_at + 2).to(tl.float32), m_t, l_t, F, LANES, VEC, RAGGED,
+                load_label(labels_ptr + at, width, F), scale, lead_of(at * student_stride, common, VEC, RAGGED),
+                width, common, o, weights, m_s, l_s, m_h, l_h, tl.load(stats_at + 2).to(tl.float32), m_t, l_t,
+                F, halves(student_ptr, teacher_ptrs[0], F), LANES, VEC, RAGGED,
             )  # fmt: skip

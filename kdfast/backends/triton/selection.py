@@ -1,23 +1,31 @@
 """Capture of a row: its k most likely ids, exact, ties to the lower id; and ids drawn from the others.
 
-A row is read 2 (bfloat16), 3 (float16) or 4 (float32, or behind a head) times to select by radix, once to collect, once for
-every temperature; draws take two reads, and one more for every temperature. torch sorts the N x k values that are left.
+Bytes a row of V columns: V, and about k of the lanes' columns once more (`capture_rows`). Rows that it leaves, those of long
+ties or of a k near V, are selected by radix (`selection_rows`): 2 to 4 reads, one to collect, one for every temperature; a
+launch of those kernels costs a row that is done one load. Draws take two reads, and one more for every temperature.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from kdfast.backends.triton import drawing, tiles
+from kdfast.backends.triton.capture_rows import capture_kernel, order_kernel
 from kdfast.backends.triton.selection_rows import select_kernel, sums_kernel
+from kdfast.backends.triton.tiles import LOG2E
 from kdfast.options import Head
 
 #: 8-bit digits that tell the values of a dtype apart once they are float32.
 DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 SELECT_BLOCK, SELECT_WARPS = 2048, 8
+ORDER_BLOCK, ORDER_WARPS = 256, 4
+#: The largest k of the pass that ranks its survivors by comparing them with each other.
+MOST = 1024
 
 
 def capture(
@@ -28,31 +36,131 @@ def capture(
     sample_temperature: float = 1.0,
     head: Head = Head(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ids, values, kept, tops = _select(logits, k, head)
-    at = dict.fromkeys((1.0, *temperatures))
-    log_sums, log_tails = _sums(logits, kept, tops, tuple(at), head)
-    # The kernel leaves id order, so a stable sort by value gives ties to the lower id.
-    order = values.sort(dim=-1, descending=True, stable=True).indices
-    base = tops[:, :1] + log_sums[1.0][:, None]
-    logprobs = (values - tops[:, :1] - log_sums[1.0][:, None]).gather(1, order)
-    log_z = torch.stack([log_sums[t] - log_sums[1.0] / t for t in temperatures], -1)
-    ids = ids.gather(1, order)
+    # Descending, so that a temperature that is half of the one before takes its terms squared.
+    at = tuple(sorted({1.0, *temperatures}, reverse=True))
+    found = _Captured.empty(logits, k, len(at))
+    if logits.shape[0]:
+        with tiles.on(logits):
+            _in_one_pass(logits, k, at, head, found)
+            _the_others(logits, k, at, head, found)
+    ids, logprobs, log_sums = found.ids, found.logprobs, found.log_sums
+    log_sum_1 = log_sums[:, at.index(1.0)]
+    wanted = [at.index(t) for t in temperatures]
+    log_z = torch.stack([log_sums[:, j] - log_sum_1 / t for j, t in zip(wanted, temperatures, strict=True)], -1)
     if draws is None:
-        return ids, logprobs, log_z, torch.stack([log_tails[t] for t in temperatures], -1), base.new_empty(0)
-    drawn, log_left = drawing.draw(logits, kept, tops, draws, sample_temperature, head, _digits(logits, head))
+        log_tail = torch.stack([found.log_tails[:, j] for j in wanted], -1)
+        return ids, logprobs, log_z, log_tail, logprobs.new_empty(0)
+    tops = found.tops
+    base = tops[:, :1] + log_sum_1[:, None]
+    drawn, log_left = drawing.draw(logits, found.kept, tops, draws, sample_temperature, head, _digits(logits, head))
     drawn, counts = _distinct(drawn)
     z = _through(logits.gather(1, drawn.clamp(min=0).long()).float(), head)
-    found = drawn >= 0
-    logp = torch.where(found, z - tops[:, :1] - log_sums[1.0][:, None], -torch.inf)
+    there = drawn >= 0
+    logp = torch.where(there, z - tops[:, :1] - log_sum_1[:, None], -torch.inf)
     log_r = (z - tops[:, 1:]).double() / sample_temperature - log_left[:, None]
     log_weight = (counts / draws.shape[1]).log() + logp - log_r
-    weights = torch.cat([logprobs.exp(), torch.where(found, log_weight.exp(), 0).float()], 1)
+    weights = torch.cat([logprobs.exp(), torch.where(there, log_weight.exp(), 0).float()], 1)
     ids, logprobs = torch.cat([ids, drawn], 1), torch.cat([logprobs, logp], 1)
     logprobs = torch.where(base.isfinite(), logprobs, torch.nan)  # a bad row, also where it has no entries
+    unlisted = [drawing.unlisted(logits, ids, t, head) for t in temperatures]
     log_tail = torch.stack(
-        [(drawing.unlisted(logits, ids, t, head) - tops[:, 0].double() / t - log_sums[t]).float() for t in temperatures], -1
+        [
+            (u - tops[:, 0].double() / t - log_sums[:, j]).float()
+            for u, j, t in zip(unlisted, wanted, temperatures, strict=True)
+        ],
+        -1,
     )
     return ids, logprobs, log_z, log_tail, weights
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """What the kernels write of each row.
+
+    ids, logprobs [N, k] largest first; log_sums, log_tails [N, T]; kept [N, 2]: the last key and id that are selected; tops
+    [N, 2]: maxima of all and of the rest; done [N]: whether the pass over the row sufficed.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_sums: Tensor
+    log_tails: Tensor
+    kept: Tensor
+    tops: Tensor
+    done: Tensor
+
+    @classmethod
+    def empty(cls, logits: Tensor, k: int, n_temperatures: int) -> _Captured:
+        n = logits.shape[0]
+        new = functools.partial(torch.empty, device=logits.device)
+        return cls(
+            new(n, k, dtype=torch.int32), new(n, k), new(n, n_temperatures), new(n, n_temperatures),
+            new(n, 2, dtype=torch.int32), new(n, 2), torch.zeros(n, dtype=torch.int32, device=logits.device),
+        )  # fmt: skip
+
+
+def rank_block(room: int, warps: int) -> int:
+    """How many values `room` of them are compared with at a time: 16 a thread."""
+    return max(1, min(32, 512 * warps // room))
+
+
+def room_of(k: int) -> int:
+    """Survivors there is room for: k, those of its last value's ties, and of lanes that hold several."""
+    return max(256, 2 * triton.next_power_of_2(k))
+
+
+def squares(at: tuple[float, ...]) -> int:
+    """Bit j: at[j] is half of at[j - 1]."""
+    return sum(1 << j for j in range(1, len(at)) if at[j - 1] == 2 * at[j])
+
+
+def options_of(size: tiles.Launch) -> dict[str, int | bool]:
+    """Two programs of 16 warps a multiprocessor: while one ranks, the other reads."""
+    return size.options if torch.version.hip else {**size.options, "maxnreg": 64}
+
+
+def _in_one_pass(logits: Tensor, k: int, at: tuple[float, ...], head: Head, out: _Captured) -> None:
+    rows, width = logits.shape
+    if not 0 < k <= MOST:
+        return
+    size = tiles.launch_for(width, logits)
+    grid = (min(rows, 2 * tiles.grid(rows, logits.device, size.warps)[0]),)
+    room = room_of(k)
+    lanes = torch.empty(grid[0], size.lanes, dtype=torch.int32, device=logits.device)
+    keys = torch.empty(grid[0], room, dtype=torch.int64, device=logits.device)
+    capture_kernel[grid](
+        logits, out.ids, out.logprobs, out.log_sums, out.log_tails, out.kept, out.tops, out.done, lanes, keys,
+        rows, width, logits.stride(0), k, head.softcap or 0.0, head.scale, tuple(LOG2E.value / t for t in at),
+        T=len(at), ONE=at.index(1.0), SQUARED=squares(at), HEAD=drawing.head_flag(head), DIGITS=_digits(logits, head),
+        ROOM=room, RANK=rank_block(room, size.warps), BLOCK=32 * size.warps, **size.shape, **options_of(size),
+    )  # fmt: skip
+
+
+def _the_others(logits: Tensor, k: int, at: tuple[float, ...], head: Head, out: _Captured) -> None:
+    """The rows that are not done; each of the others costs a launched program one load."""
+    rows, width = logits.shape
+    flag, cap = drawing.head_flag(head), head.softcap or 0.0
+    ids, values = torch.empty_like(out.ids), torch.empty_like(out.logprobs)
+    if k == 0:  # no key is above all bits set
+        top = _through(logits.amax(-1).float(), head).clamp(min=torch.finfo(torch.float32).min)
+        out.kept.fill_(-1)
+        out.tops.copy_(torch.stack([top, top], -1))
+    else:
+        select_kernel[(rows,)](
+            logits, ids, values, out.kept, out.tops, out.done, width, logits.stride(0), k, cap, head.scale,
+            HEAD=flag, DIGITS=_digits(logits, head), BLOCK=SELECT_BLOCK, num_warps=SELECT_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    size = tiles.launch_for(width, logits)
+    for j, t in enumerate(at):
+        sums_kernel[(rows,)](
+            logits, out.kept, out.tops, out.done, out.log_sums, out.log_tails, width, logits.stride(0), 1 / t, cap, head.scale,
+            T=len(at), NUMBER=j, HEAD=flag, DIGITS=_digits(logits, head), **size.shape, **size.options,
+        )  # fmt: skip
+    if k:
+        order_kernel[(rows,)](
+            ids, values, out.tops, out.log_sums, out.done, out.ids, out.logprobs, k, T=len(at), ONE=at.index(1.0),
+            BLOCK=ORDER_BLOCK, RANK=rank_block(ORDER_BLOCK, ORDER_WARPS), num_warps=ORDER_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _through(z: Tensor, head: Head) -> Tensor:
@@ -62,41 +170,6 @@ def _through(z: Tensor, head: Head) -> Tensor:
 
 def _digits(logits: Tensor, head: Head) -> int:
     return DIGITS[logits.dtype] if drawing.head_flag(head) == 0 else DIGITS[torch.float32]
-
-
-def _select(logits: Tensor, k: int, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids and values of the k largest in id order; what tells them apart (key, last tie); maxima of all and of the rest."""
-    rows, width = logits.shape
-    new = functools.partial(torch.empty, device=logits.device)
-    ids, values = new(rows, k, dtype=torch.int32), new(rows, k, dtype=torch.float32)
-    if k == 0:  # no key is above all bits set
-        top = _through(logits.amax(-1).float(), head).clamp(min=torch.finfo(torch.float32).min)
-        return ids, values, new(rows, 2, dtype=torch.int32).fill_(-1), torch.stack([top, top], -1)
-    kept, tops = new(rows, 2, dtype=torch.int32), new(rows, 2, dtype=torch.float32)
-    if rows:
-        with tiles.on(logits):
-            select_kernel[(rows,)](
-                logits, ids, values, kept, tops, width, logits.stride(0), k, head.softcap or 0.0, head.scale,
-                HEAD=drawing.head_flag(head), DIGITS=_digits(logits, head), BLOCK=SELECT_BLOCK,
-                num_warps=SELECT_WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
-    return ids, values, kept, tops
-
-
-def _sums(
-    logits: Tensor, kept: Tensor, tops: Tensor, temperatures: tuple[float, ...], head: Head
-) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
-    """At each T: log of sum exp((x - max) / T), and the log mass of what is not selected."""
-    rows, width = logits.shape
-    size = tiles.launch_for(width, logits)
-    log_sums, log_tails = ({t: torch.empty(rows, device=logits.device) for t in temperatures} for _ in range(2))
-    for t in temperatures if rows else ():
-        with tiles.on(logits):
-            sums_kernel[(rows,)](
-                logits, kept, tops, log_sums[t], log_tails[t], width, logits.stride(0), 1 / t, head.softcap or 0.0, head.scale,
-                HEAD=drawing.head_flag(head), DIGITS=_digits(logits, head), **size.shape, **size.options,
-            )  # fmt: skip
-    return log_sums, log_tails
 
 
 def _distinct(drawn: Tensor) -> tuple[Tensor, Tensor]:

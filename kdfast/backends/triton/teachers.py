@@ -14,10 +14,11 @@ from kdfast.backends.triton.tiles import (
     LN2,
     LOG2E,
     LOWEST,
-    add_exp2,
+    body_ptr,
     closed,
     load_head,
-    raised,
+    summed,
+    through_head,
     tile_columns,
 )
 
@@ -34,6 +35,21 @@ def at_row(ptrs, strides, row, F: tl.constexpr):
     for k in tl.static_range(1, tl.constexpr(F.teachers)):
         rows = appended(rows, ptrs[k] + row * strides[k])
     return rows
+
+
+@triton.jit
+def as_one_tile(t, columns, common, o, F: tl.constexpr):
+    """`teacher_tiles` of a single teacher's tile that is loaded already."""
+    return (through_head(t, columns, common, o.teacher_cap, o.teacher_scale, tl.constexpr(F.teacher_head)),)
+
+
+@triton.jit
+def bodies(rows, lead, F: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """`tiles.body_ptr` of every teacher's row."""
+    found = (body_ptr(rows[0], lead, VEC, RAGGED),)
+    for k in tl.static_range(1, tl.constexpr(F.teachers)):
+        found = appended(found, body_ptr(rows[k], lead, VEC, RAGGED))
+    return found
 
 
 @triton.jit
@@ -69,11 +85,7 @@ def _one_teacher(
     for start in range(0, common, LANES * VEC):
         columns = tile_columns(start, LANES, VEC, RAGGED)
         t = _load(t_ptr, columns, common, o, F, "evict_last")
-        m_new = raised(m, t)
-        a = add_exp2(a, m, m_new, t, c)
-        if F.teacher_at_1:
-            b = add_exp2(b, m, m_new, t, LOG2E)
-        m = m_new
+        m, a, b = summed(m, a, b, t, c, tl.constexpr(F.teacher_at_1), tl.constexpr(F.squared))
     top = tl.max(m, 0)
     l = closed(m, a, top, c)
     l_1 = l
@@ -98,10 +110,14 @@ def mixed_sums(t_ptrs, common, o, F: tl.constexpr, LANES: tl.constexpr, VEC: tl.
 
 
 @triton.jit
-def log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, inv_t, F: tl.constexpr):
-    """(log2 p, log2 q, log p - log q) of a tile or of one column, from maxima and log2 sums."""
+def log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, inv_t, F: tl.constexpr, EXACT: tl.constexpr):
+    """(log2 p, log2 q, log p - log q) of a tile or of one column, from maxima and log2 sums.
+
+    EXACT: logits less their maximum are exact wherever that is not far above them, as those of halves are.
+    """
     c = inv_t * LOG2E
-    log2_q = (s - m_s) * c - l_s
+    of_s = s - m_s
+    log2_q = of_s * c - l_s
     # t - s first: near agreement it is exact, so d keeps its relative precision.
     if F.mixed:
         # Against an id that the student excludes the teachers are summed as against its best one.
@@ -109,6 +125,10 @@ def log_pair(s, tiles, m_s, l_s, m_t, l_t, weights, inv_t, F: tl.constexpr):
         d = _log_mean_exp(base, tiles, m_s, l_s, m_t, l_t, weights, inv_t, F)
         log2_p = d * LOG2E + ((base - m_s) * c - l_s)
         d = tl.where(s == -INF, INF, d)
+    elif EXACT:
+        of_t = tiles[0] - m_t[0]
+        log2_p = of_t * c - l_t[0]
+        d = (of_t - of_s) * inv_t - LN2 * (l_t[0] - l_s)
     else:
         log2_p = (tiles[0] - m_t[0]) * c - l_t[0]
         d = ((tiles[0] - s) - (m_t[0] - m_s)) * inv_t - LN2 * (l_t[0] - l_s)

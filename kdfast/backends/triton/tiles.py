@@ -25,68 +25,78 @@ INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 N_PARTS = tl.constexpr(len(PARTS))
+TWO_MINUS_INF = tl.constexpr(0xFF80FF80 - (1 << 32))  # as bfloat16 in a word
 #: What lies between the stored logits and the softmax (`kdfast.options.Head`).
 NO_HEAD = tl.constexpr(0)
 SCALED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
+#: How rows lie: every one on 16 bytes; anywhere; anywhere, but all tensors of a row alike.
+ALIGNED = tl.constexpr(0)
+SCATTERED = tl.constexpr(1)
+PHASED = tl.constexpr(2)
 
 
 @dataclass(frozen=True)
 class Launch:
     """Size of one program: `lanes` x `vec` columns a tile, on `warps` warps.
 
-    `ragged` rows start anywhere, so that nothing wider than one value can be loaded; there a lane takes every
-    `lanes`-th column, which keeps the loads of a warp next to each other.
+    `ragged` says how rows lie. Where they are SCATTERED nothing wider than one value can be loaded, and a lane takes every
+    `lanes`-th column, which keeps the loads of a warp next to each other. PHASED rows are loaded like aligned ones from the
+    first column on that lies on 16 bytes; the few columns before and behind make a tile of their own.
     """
 
     lanes: int
     vec: int
     warps: int
-    ragged: bool
+    ragged: int
 
     @property
-    def shape(self) -> dict[str, int | bool]:
+    def shape(self) -> dict[str, int]:
         """The arguments of a kernel that say how it tiles a row."""
         return {"LANES": self.lanes, "VEC": self.vec, "RAGGED": self.ragged}
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Compiler options. The register limit is what 16 warps can have (32 warps: half): left to itself, ptxas spills
-        row constants to reach an occupancy that a persistent grid does not use."""
-        limit = {} if torch.version.hip else {"maxnreg": 64 if self.warps == 32 else 128}
+        """Compiler options. The register limit is what 16 warps can have: left to itself, ptxas spills row constants to
+        reach an occupancy that a persistent grid does not use."""
+        limit = {} if torch.version.hip else {"maxnreg": 128}
         return {"num_warps": self.warps, "enable_fp_fusion": True, **limit}
 
 
 #: (largest vocabulary, warps, 16-byte loads a thread and tensor). Wide rows want few programs in flight, so that a row
-#: read in the first pass is still in L2 in the second.
-_SIZES = ((1024, 4, 1), (16384, 8, 2), (65536, 16, 2), (1 << 31, 32, 1))
+#: read in the first pass is still in L2 in the second; narrow ones several, whose reductions hide behind each other.
+_SIZES = ((1024, 4, 1), (65536, 8, 2), (1 << 31, 16, 2))
 
 
-def launch(vocab: int, *dtypes: torch.dtype, heavy: int = 0, ragged: bool = False) -> Launch:
+def launch(vocab: int, *dtypes: torch.dtype, heavy: int = 0, ragged: int = ALIGNED.value) -> Launch:
     """Size of the programs that walk rows of `vocab` columns of these dtypes; a pure function of its arguments.
 
-    `heavy` kernels hold more statistics a column: at 1 they get half the columns, and twice the registers of 32 warps;
-    at 2 a quarter of the columns.
+    `heavy` kernels hold more statistics a column: at 1 they get half the columns, at 2 a quarter.
     """
     vec = 16 // max(d.itemsize for d in dtypes)
     _, warps, loads = next(size for size in _SIZES if vocab <= size[0])
     if vec == 4:
         loads = 2
     if heavy:
-        warps, loads = min(warps, 16), 8 // vec
-    if ragged:
-        warps, vec, loads = min(warps, 16), 8, 1
+        loads = 8 // vec
+    if ragged == SCATTERED.value:
+        vec, loads = 8, 1
     if heavy == 2:
         vec, loads = 4, 1
-    if torch.version.hip:
-        warps = min(warps, 16)
     return Launch(warps * 32 * loads, vec, warps, ragged)
 
 
-def launch_for(vocab: int, *rows: Tensor, heavy: int = 0) -> Launch:
-    """`launch` for these `[N, V]` tensors; rows are ragged unless 16 divides every width, stride and address."""
-    numbers = (vocab, *(x for r in rows for x in (r.shape[1], r.stride(0), r.data_ptr())))
-    return launch(vocab, *(r.dtype for r in rows), heavy=heavy, ragged=any(x % 16 for x in numbers))
+def launch_for(vocab: int, *rows: Tensor, heavy: int = 0, phased: bool = False) -> Launch:
+    """`launch` for these `[N, V]` tensors; `phased`: the kernel knows rows that begin off 16 bytes."""
+    starts = [r.data_ptr() % 16 for r in rows]
+    strides = [r.stride(0) % 16 for r in rows]
+    if not any((vocab % 16, *(r.shape[1] % 16 for r in rows), *strides, *starts)):
+        ragged = ALIGNED
+    elif phased and not any(starts) and len(set(strides)) == 1:
+        ragged = PHASED
+    else:
+        ragged = SCATTERED
+    return launch(vocab, *(r.dtype for r in rows), heavy=heavy, ragged=int(ragged.value))
 
 
 @functools.cache
@@ -95,9 +105,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def grid(rows: int, device: torch.device, warps: int) -> tuple[int]:
-    """Programs for `rows` rows: as many as fill the device once; each walks rows with that stride."""
+    """Programs for `rows` rows: 16 warps a multiprocessor, which is what 128 registers allow; each walks rows with that
+    stride."""
     # The interpreter runs programs one after the other: two suffice to walk the loop.
-    programs = _multiprocessors(device) * (32 // warps) if device.type == "cuda" else 2
+    programs = _multiprocessors(device) * max(1, 16 // warps) if device.type == "cuda" else 2
     return (min(rows, programs),)
 
 
@@ -118,8 +129,40 @@ def tile_columns(start, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.const
 
 
 @triton.jit
+def lead_of(offset, width, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """How many columns of a row, `offset` values behind a multiple of 16 bytes, come before the first that lies on one."""
+    lead = 0
+    if RAGGED == PHASED:
+        lead = tl.minimum((-offset) & (VEC - 1), width).to(tl.int32)
+    return lead
+
+
+@triton.jit
+def body_width(lead, width, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """Columns of a row's body: all, or from the lead on as many as fill whole loads."""
+    if RAGGED == PHASED:
+        width = (width - lead) // VEC * VEC
+    return width
+
+
+@triton.jit
+def body_ptr(row_ptr, lead, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    if RAGGED == PHASED:
+        row_ptr = tl.multiple_of(row_ptr + lead, VEC * (row_ptr.dtype.element_ty.primitive_bitwidth // 8))
+    return row_ptr
+
+
+@triton.jit
+def edge_columns(lead, body, LANES: tl.constexpr):
+    """[LANES, 1] columns of a phased row before and behind its body, then such as are in no row."""
+    lane = tl.arange(0, LANES)[:, None]
+    return tl.where(lane < lead, lane, lane + body)
+
+
+@triton.jit
 def load_tile(row_ptr, columns, width, policy: tl.constexpr):
-    return tl.load(row_ptr + columns, mask=columns < width, other=-INF, eviction_policy=policy).to(tl.float32)
+    """A tile as it is stored, -inf beyond the row: what is loaded ahead of its turn waits in the row's own dtype."""
+    return tl.load(row_ptr + columns, mask=columns < width, other=-INF, eviction_policy=policy)
 
 
 @triton.jit
@@ -133,15 +176,45 @@ def _tanh(x):
 
 
 @triton.jit
-def load_head(row_ptr, columns, width, cap, scale, HEAD: tl.constexpr, policy: tl.constexpr):
-    """A tile as the softmax sees it: cap * tanh(scale * x / cap) of what is stored; +inf is as bad a value as NaN."""
-    x = load_tile(row_ptr, columns, width, policy)
+def load_words(row_ptr, start, width, policy: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, RAGGED: tl.constexpr):
+    """A tile from `start` on as it waits for its turn: bfloat16 two to a word, which takes half the registers and one
+    instruction a value to widen."""
+    if RAGGED == SCATTERED or row_ptr.dtype.element_ty != tl.bfloat16:
+        tile = load_tile(row_ptr, tile_columns(start, LANES, VEC, RAGGED == SCATTERED), width, policy)
+    else:
+        words = start // 2 + tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
+        pairs = row_ptr.to(tl.pointer_type(tl.int32))
+        tile = tl.load(pairs + words, mask=words < width // 2, other=TWO_MINUS_INF, eviction_policy=policy)
+    return tile
+
+
+@triton.jit
+def from_words(words, LANES: tl.constexpr, VEC: tl.constexpr):
+    """The [LANES, VEC] values that `load_words` loaded, not yet through a head."""
+    if words.dtype == tl.int32:
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+        values = tl.reshape(tl.join(low, high), (LANES, VEC))
+    else:
+        values = words
+    return values
+
+
+@triton.jit
+def through_head(x, columns, width, cap, scale, HEAD: tl.constexpr):
+    """A loaded tile as the softmax sees it: cap * tanh(scale * x / cap); +inf is as bad a value as NaN."""
+    x = x.to(tl.float32)
     if HEAD == SCALED:
         x = x * scale
     if HEAD == CAPPED:
         capped = cap * _tanh(x * (scale / cap))
         x = tl.where(columns < width, tl.where(x == INF, float("nan"), capped), -INF)
     return x
+
+
+@triton.jit
+def load_head(row_ptr, columns, width, cap, scale, HEAD: tl.constexpr, policy: tl.constexpr):
+    return through_head(load_tile(row_ptr, columns, width, policy), columns, width, cap, scale, HEAD)
 
 
 @triton.jit
@@ -165,15 +238,22 @@ def grad_at_1(q, columns, label, weights, FLAT: tl.constexpr):
 
 
 @triton.jit
-def raised(m, x):
-    """Each lane's running maximum [LANES] after a tile [LANES, VEC]."""
-    return tl.maximum(m, tl.max(x, 1))
-
-
-@triton.jit
 def add_exp2(total, m, m_new, x, c):
     """sum of exp2((x - m) * c) per lane, moved from maximum m to m_new, with a tile x added."""
     return total * tl.exp2((m - m_new) * c) + tl.sum(tl.exp2((x - m_new[:, None]) * c), 1)
+
+
+@triton.jit
+def summed(m, a, b, x, c, AT_1: tl.constexpr, SQUARED: tl.constexpr):
+    """(maximum, sum at T, sum at 1) of each lane [LANES] with a tile x more; at T = 2 the terms at 1 are squares."""
+    # x - m first: the largest term is exactly 1, so that a saturated row stays one.
+    m_new = tl.maximum(m, tl.max(x, 1))
+    e = tl.exp2((x - m_new[:, None]) * c)
+    moved = tl.exp2((m - m_new) * c)
+    a = a * moved + tl.sum(e, 1)
+    if AT_1:
+        b = b * (moved * moved) + tl.sum(e * e, 1) if SQUARED else add_exp2(b, m, m_new, x, LOG2E)
+    return m_new, a, b
 
 
 @triton.jit
@@ -231,14 +311,12 @@ def with_extra(
         columns = tile_columns(start, LANES, VEC, RAGGED)
         s = load_head(s_ptr, columns, width, cap, scale, HEAD, "evict_last")
         plain += tl.sum(tl.where(columns < width, s, 0.0), 1)
-        m_new = raised(m, s)
-        total = add_exp2(total, m, m_new, s, LOG2E)
-        m = m_new
+        m, total, _ = summed(m, total, total, s, LOG2E, False, False)
     top_x = tl.max(m, 0)
     both = tl.maximum(top, top_x)
     # Each side moves to the common maximum by itself: the smaller one may vanish, the larger one must not.
     here = tl.exp2((top - both) * LOG2E + l1)
-    there = tl.sum(total * tl.exp2((m - top_x) * LOG2E), 0) * tl.exp2((top_x - both) * LOG2E)
+    there = tl.exp2((top_x - both) * LOG2E + closed(m, total, top_x, LOG2E))
     return both, tl.log2(here + there), tl.sum(plain, 0)
 
 

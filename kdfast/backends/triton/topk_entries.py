@@ -11,9 +11,20 @@ import triton.language as tl
 
 from kdfast import options
 from kdfast.backends.triton.divergence import divergence
-from kdfast.backends.triton.logits_rows import NO_COLUMN, load_student
+from kdfast.backends.triton.logits_tiles import NO_COLUMN
 from kdfast.backends.triton.teachers import appended
-from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST, add_exp2, closed, raised, tile_columns
+from kdfast.backends.triton.tiles import (
+    INF,
+    LN2,
+    LOG2E,
+    LOWEST,
+    closed,
+    from_words,
+    load_words,
+    summed,
+    through_head,
+    tile_columns,
+)
 
 MASS_ERROR = tl.constexpr(options.MASS_ERROR)
 
@@ -23,10 +34,12 @@ def marked(bits_ptr, start, columns, width, LANES: tl.constexpr, VEC: tl.constex
     """Which columns of a tile are marked; `.cg` reads from L2, where the atomics that set the bits took place."""
     if RAGGED:
         words = tl.load(bits_ptr + columns // 32, mask=columns < width, other=0, cache_modifier=".cg")
+        bits = (words >> (columns % 32)) & 1
     else:
         first = start + tl.arange(0, LANES) * VEC  # VEC neighbours share a word
-        words = tl.load(bits_ptr + first // 32, mask=first < width, other=0, cache_modifier=".cg")[:, None]
-    return ((words >> (columns % 32)) & 1) == 1
+        words = tl.load(bits_ptr + first // 32, mask=first < width, other=0, cache_modifier=".cg") >> (first % 32)
+        bits = words[:, None] & (1 << tl.arange(0, VEC))[None, :]
+    return bits != 0
 
 
 @triton.jit
@@ -66,25 +79,24 @@ def rest_sums(
     above = tl.zeros([LANES], tl.float32)
     plain = tl.zeros([LANES], tl.float32)
     best = tl.full([LANES], NO_COLUMN, tl.int32)
+    following = load_words(s_ptr, 0, vocab, "evict_last", LANES, VEC, RAGGED)
     for start in range(0, vocab, LANES * VEC):
         columns = tile_columns(start, LANES, VEC, RAGGED)
-        x = load_student(s_ptr, columns, vocab, o, F, "evict_last")
+        x = from_words(following, LANES, VEC)
+        x = through_head(x, columns, vocab, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
+        following = load_words(s_ptr, start + LANES * VEC, vocab, "evict_last", LANES, VEC, RAGGED)
         if F.smooth:
             plain += tl.sum(tl.where(columns < vocab, x, 0.0), 1)
         x = tl.where(marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED), -INF, x)
-        m_new = raised(m, x)
         if F.parts:
+            m_new = tl.maximum(m, tl.max(x, 1))
             before = b if F.student_at_1 else a
             far = x - m_new[:, None]
             above = tl.exp2((m - m_new) * LOG2E) * (above + tl.where(before == 0, 0.0, m - m_new) * before)
             above += tl.sum(tl.where(far == -INF, 0.0, tl.exp2(far * LOG2E) * far), 1)
-        a = add_exp2(a, m, m_new, x, c)
-        if F.student_at_1:
-            b = add_exp2(b, m, m_new, x, LOG2E)
-        if F.parts:
             here = tl.min(tl.where(x == m_new[:, None], columns, NO_COLUMN), 1)
             best = tl.where(m_new > m, here, best)
-        m = m_new
+        m, a, b = summed(m, a, b, x, c, tl.constexpr(F.student_at_1), tl.constexpr(F.squared))
     top = tl.max(m, 0)
     l = closed(m, a, top, c)
     l_1 = l

@@ -11,16 +11,20 @@ import triton
 import triton.language as tl
 
 from kdfast.backends.triton.divergence import FORWARD_KL, divergence
-from kdfast.backends.triton.logits_rows import NO_COLUMN, grad_beyond, load_label, load_student, weighted_soft, weights_at_1
+from kdfast.backends.triton.logits_rows import grad_beyond, load_label, weighted_soft, weights_at_1
+from kdfast.backends.triton.logits_tiles import NO_COLUMN, load_student
 from kdfast.backends.triton.tiles import (
     INF,
     LN2,
     LOG2E,
     N_PARTS,
     back_through_head,
+    from_words,
     grad_at_1,
     joined,
+    load_words,
     split,
+    through_head,
     tile_columns,
     with_extra,
     zero_outputs,
@@ -75,17 +79,24 @@ def _write_grad(
     q = told[4]
     soft_weight = scale * o.soft_scale * o.inv_t
     weights_1 = weights_at_1(scale, m_h + LN2 * l_h, width, o, F)
+    TILE: tl.constexpr = LANES * VEC
     c = o.inv_t * LOG2E
     if F.kind == FORWARD_KL:
         h_sum = h_sum * 0.0
     share = tl.where(l_u == -INF, 0.0, tl.exp2((m_u - top) * c + (l_u - l)))  # of the unmarked columns in the softmax
     rest = soft_weight * (rest - share * h_sum) if F.soft else 0.0
     l_u = tl.where(l_u == -INF, 0.0, l_u)  # nothing is unmarked, or it is -inf throughout
-    in_row = tl.cdiv(vocab, LANES * VEC)
-    for i in range(0, in_row):
-        start = (in_row - 1 - i) * (LANES * VEC)
+    # At T = 2 the softmax at 1 is the square of e below, times this.
+    of_square = weights_1[0] * tl.exp2((m_u - m_h) * LOG2E + (2 * l_u - l_h))
+    last = (tl.cdiv(vocab, TILE) - 1) * TILE
+    following = load_words(s_ptr, last, vocab, "evict_first", LANES, VEC, RAGGED)
+    for before in range(0, vocab, TILE):
+        start = last - before
         columns = tile_columns(start, LANES, VEC, RAGGED)
-        x = load_student(s_ptr, columns, vocab, o, F, "evict_first")
+        x = from_words(following, LANES, VEC)
+        x = through_head(x, columns, vocab, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
+        end = tl.where(start > 0, vocab, 0)  # before the first tile there is nothing
+        following = load_words(s_ptr, tl.maximum(start - TILE, 0), end, "evict_first", LANES, VEC, RAGGED)
         taken = marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED)
         if F.spread and F.soft:
             even = _even_tile(x, (columns < vocab) & (taken == 0), top, l, told[5], told[6], o, F)
@@ -93,9 +104,17 @@ def _write_grad(
         elif F.soft == 0:
             g = tl.zeros_like(x)
         else:
-            g = tl.where(taken, 0.0, rest * tl.exp2((x - m_u) * c - l_u))
+            e = tl.exp2((x - m_u) * c - l_u)
+            g = tl.where(taken, 0.0, rest * e)
         if F.grad_at_1:
-            g += grad_at_1(tl.exp2((x - m_h) * LOG2E - l_h), columns, label, weights_1, tl.constexpr(F.smooth))
+            if F.squared and F.soft and not F.spread:
+                g += of_square * (e * e)
+            else:
+                g += weights_1[0] * tl.exp2((x - m_h) * LOG2E - l_h)
+            if F.smooth:
+                g -= weights_1[2]
+            if (label >= start) & (label < start + TILE):
+                g -= tl.where(columns == label, weights_1[1], 0.0)
         g = back_through_head(g, x, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
         tl.store(g_ptr + columns, g.to(g_ptr.dtype.element_ty), mask=columns < vocab, eviction_policy="evict_first")
     if F.extra:
