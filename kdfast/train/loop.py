@@ -36,6 +36,7 @@ from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.teachers import LiveTeacher, Teacher
+from kdfast.train.unused import unreached, varies
 
 #: Makes a progress bar: `bar(description, total, unit)` is a context manager yielding an object with `.update(done)`.
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
@@ -104,7 +105,7 @@ def _distill(
         mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
         log_with=None if recipe.tracker == "none" or recipe.check else recipe.tracker,
         project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(recipe.phases))],
+        kwargs_handlers=[DistributedDataParallelKwargs()],
     )
     with accelerator.main_process_first():
         inputs = open_inputs(recipe, kept / "data", train_data, validation_data)
@@ -142,13 +143,15 @@ class _Run:
         #: Of each phase: the rows it trains on, and the teachers it hears.
         self.rows = [inputs.train if found.train is None else found.train for found in prepared]
         self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
+        self.orders = self._orders()
+        self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
+        self.first_step = 1
+        if accelerator.num_processes > 1 and recipe.shard == "none":
+            accelerator.ddp_handler.find_unused_parameters = self._leaves_out()
         if recipe.student.compile:
             self.student.compile()
         self.module, self.optimizer = self._wrapped()
-        self.orders = self._orders()
         self.anybody = Anybody()
-        self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
-        self.first_step = 1
         set_seed(recipe.seed, device_specific=True)
 
     def _prepare(self, objective: Objective, folder: Path) -> Prepared:
@@ -169,6 +172,28 @@ class _Run:
                 raise ValueError(
                     f"teacher.cache: method {self.recipe.method.name} needs more than a cache holds; use teacher.path"
                 )
+
+    def _leaves_out(self) -> bool:
+        """Whether a step may leave parameters without a gradient, by the graph of the first batch's loss, on any process.
+
+        Asked once: looking for them in every step, as DDP can, costs a walk through that step's graph.
+        """
+        if self.recipe.phases or varies(self.student):
+            return True
+        device = self.accelerator.device
+        modes = [(module, module.training) for module in self.step.modules()]
+        self.step.to(device).eval()  # nothing is drawn, no running mean moves
+        batch = self._read(1).batches[0].to(device)
+        with self.accelerator.autocast():
+            loss, _ = self.step(batch, self._views(batch, self.step.objective.needs_of_teacher()))
+        for module, training in modes:
+            module.training = training
+        names = unreached(self.step, loss)
+        if names:
+            self.say(
+                f"{len(names)} parameters get no gradient, {', '.join(names[:3])}{', ...' if names[3:] else ''}; they stay"
+            )
+        return bool(self.accelerator.reduce(torch.tensor(len(names), device=device), "sum") > 0)
 
     def _wrapped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         accelerator = self.accelerator
