@@ -23,6 +23,7 @@ from kdfast.cache import build
 from kdfast.models.view import View
 from kdfast.text import TextData
 from kdfast.train import Batch, Recipe, capture_classes, distill
+from kdfast.train.inputs import open_inputs
 from kdfast.train.kd import distillation
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import class_scores, class_summary
@@ -515,9 +516,9 @@ def test_an_encoder_decoder_from_a_live_teacher_and_from_its_cache(tokenizer: Pa
     with it 1.
     """
     blind = 6**0.5
-    rows = [{"source": f"{(*GOOD, *BAD)[i % 6]} film", "target": (*GOOD, *BAD)[i % 6]} for i in range(48)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    pairs = [{"source": f"{(*GOOD, *BAD)[i % 6]} film", "target": (*GOOD, *BAD)[i % 6]} for i in range(48)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[:6]))
     pair = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
     config = {**pair, "d_model": 32, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2,
@@ -530,8 +531,11 @@ def test_an_encoder_decoder_from_a_live_teacher_and_from_its_cache(tokenizer: Pa
     data = {"train": str(tmp_path / "pairs.jsonl"), "validation": str(tmp_path / "dev.jsonl"), "sequence_length": 16}
     changes = {"student": {"path": str(first)}, "steps": 130, "optimizer": {"lr": 4e-3, "schedule": "constant"}}
     teacher = run(values(first, tmp_path / "teacher", data, "seq2seq", **changes))
-    splits = opened(first / "tokenizer.json", "seq2seq", data)[1]
-    counted = splits.validation.batch(range(6)).labels != -100
+    recipe = Recipe.build(values(first, tmp_path / "opened", data, "seq2seq"))
+    rows = open_inputs(recipe, tmp_path / "opened").validation
+    assert rows is not None
+    batch = rows.batch(range(6))
+    counted = batch.labels != -100
     assert counted.sum(1).tolist() == [2] * 6, "the word and its end, nothing that is sure beside"
     assert teacher.evaluation["ppl"] < 1.3 < blind
     kd = {**changes, "method": WORD_KD, "teacher": {"path": str(teacher.model)}}
@@ -544,7 +548,6 @@ def test_an_encoder_decoder_from_a_live_teacher_and_from_its_cache(tokenizer: Pa
     assert cached.evaluation["ppl"] < 1.3
     # The same model with every source made one word cannot say which.
     model = AutoModelForSeq2SeqLM.from_pretrained(teacher.model).eval()
-    batch = splits.validation.batch(range(6))
     same = batch.by_name["input_ids"][:1].expand(6, -1)
     logits = model(input_ids=same, decoder_input_ids=batch.by_name["decoder_input_ids"]).logits
     nll = F.cross_entropy(logits.flatten(0, 1).detach(), batch.labels.flatten(), ignore_index=-100)

@@ -184,8 +184,9 @@ class _Run:
         modes = [(module, module.training) for module in self.step.modules()]
         self.step.to(device).eval()  # nothing is drawn, no running mean moves
         batch = self._read(1).batches[0].to(device)
+        needs = self.step.objective.needs_of_teacher()
         with self.accelerator.autocast():
-            loss, _ = self.step(batch, self._views(batch, self.step.objective.needs_of_teacher()))
+            loss, _ = self.step(batch, [] if needs is None else self._views(batch, needs))
         for module, training in modes:
             module.training = training
         names = unreached(self.step, loss)
