@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdfast.models.view import View
+from kdfast.train.batch import Batch
+from kdfast.train.step import DistillStep
+
 #: Fields of a config that say that a batch may leave out what another one uses: experts, layers dropped by chance.
 _SOME = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _BY_CHANCE = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+def leaves_out(step: DistillStep, batch: Batch, teachers: Sequence[View], say: Callable[[str], None]) -> bool:
+    """Whether a training step may leave parameters without a gradient, by the graph of one batch's loss.
+
+    Asked once: to look for them in every step, as DDP can, costs a walk through that step's graph.
+    """
+    if varies(step.student):
+        return True
+    modes = [(module, module.training) for module in step.modules()]
+    step.eval()  # nothing is drawn, no running mean moves
+    loss, _ = step(batch, teachers)
+    for module, training in modes:
+        module.training = training
+    names = unreached(step, loss)
+    if names:
+        more = ", ..." if len(names) > 3 else ""
+        say(f"{len(names)} parameters get no gradient, {', '.join(names[:3])}{more}; they stay as they are")
+    return bool(names)
 
 
 def unreached(module: nn.Module, loss: Tensor) -> list[str]:
