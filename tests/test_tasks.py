@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForSequenceClassification, MarianConfig, MarianMTModel
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, MarianConfig, MarianMTModel
 
 from kdfast.cache import build
 from kdfast.models.view import View
 from kdfast.text import TextData
-from kdfast.train import Batch, Recipe, distill
+from kdfast.train import Batch, Recipe, capture_classes, distill
+from kdfast.train.inputs import open_inputs
 from kdfast.train.kd import distillation
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import class_scores, class_summary
@@ -379,6 +380,114 @@ def test_faults_in_images_are_said_in_one_line(tmp_path: Path) -> None:
         run(recipe)
 
 
+# From caches
+
+
+def cached(tmp_path: Path, recipe: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the teacher's cache in the place of the teacher."""
+    from kdfast.train.recipe import Teacher
+
+    taught = {**recipe, "teacher": {"cache": str(tmp_path / "cache")}, "out": str(tmp_path / "from-cache")}
+    info = capture_classes(Recipe.build(taught), Teacher(**teacher), tmp_path / "cache", temperatures=(1.0, 2.0), batch_size=8)
+    assert info.kl_max < 1e-12
+    assert (info.k, info.alignment) == (info.vocab_size, "same")
+    return taught
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k in ("loss", "kl_at_T", "hard", "grad_norm")} for row in rows if "loss" in row]
+
+
+def make_tables(task: str, tmp_path: Path) -> dict[str, Any]:
+    if task == "token_classification":
+        train, dev = write_conll(tmp_path / "train.conll", 24), write_conll(tmp_path / "dev.conll", 3)
+        train.write_text(train.read_text().replace("who\tO", "who", 5))  # without a tag
+        return {"train": str(train), "validation": str(dev)}
+    train = write_table(tmp_path / "train.tsv", True, unlabelled=10 if task.endswith("unlabelled") else 0)
+    return {"train": str(train), "validation": str(write_table(tmp_path / "dev.tsv", True, rows=12))}
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "sequence_classification, unlabelled", "token_classification"])
+def test_a_student_from_a_cache_of_classes_is_the_one_from_the_live_teacher(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    task, data = name.split(",")[0], make_tables(name, tmp_path)
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, task, steps=10))
+    live = {
+        **values(tokenizer, tmp_path / "live", data, task, steps=6, method=WORD_KD),
+        "teacher": {"path": str(teacher.model)},
+    }
+    want = run(live)
+    taught = cached(tmp_path, live, live["teacher"])
+    got = run(taught)
+    for a, b in zip(losses(want.out), losses(got.out), strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+    assert got.evaluation == pytest.approx(want.evaluation, rel=1e-4)
+    # Two caches are an ensemble; of one teacher twice it is that teacher.
+    both = {**taught, "teachers": [taught["teacher"]] * 2, "teacher": None, "out": str(tmp_path / "both")}
+    assert run(both).evaluation == pytest.approx(want.evaluation, rel=1e-4)
+
+
+def test_images_from_a_cache_and_what_does_not_belong_to_it(tokenizer: Path, tmp_path: Path) -> None:
+    images, labels = pictures(90)
+    write_idx(tmp_path / "images-idx3-ubyte", images)
+    write_idx(tmp_path / "labels-idx1-ubyte", labels)
+    data = {"train": str(tmp_path), "validation_share": 0.3, "exclude_labels": [2], "excluded": "hide"}
+    teacher = run(values(None, tmp_path / "teacher", {**data, "exclude_labels": []}, "image_classification", **IMAGES))
+    spec = {"function": f"{__name__}:load_classifier", "arguments": {"folder": str(teacher.model)}}
+    method = {**WORD_KD, "temperature": 2.0}
+    live = {**values(None, tmp_path / "live", data, "image_classification", **IMAGES), "method": method, "teacher": spec}
+    live["steps"] = 10
+    want = run(live)
+    taught = cached(tmp_path, live, spec)
+    got = run(taught)
+    for a, b in zip(losses(want.out), losses(got.out), strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+
+    def fails(recipe: dict[str, Any], match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            run({**recipe, "out": str(tmp_path / "fails")})
+
+    other = {**data, "validation_share": 0.2}
+    fails({**taught, "data": other}, r"teacher\.cache: expected a cache of these \d+ training rows, got \d+ of others")
+    named = {"name": "image_classification", "labels": [2, 1, 0]}
+    fails({**taught, "task": named}, r"teacher\.cache: expected the classes 2, 1, 0, got 0, 1, 2")
+    fails({**taught, "method": {**method, "temperature": 3.0}}, r"method\.temperature: 3 is not in the cache")
+    text = {**values(tokenizer, tmp_path / "text", {"train": "unused"}, "causal_lm")}
+    from kdfast.train.recipe import Teacher
+
+    with pytest.raises(ValueError, match="expected a task with classes, got causal_lm"):
+        capture_classes(Recipe.build(text), Teacher(**spec), tmp_path / "none")
+
+
+def test_a_killed_capture_of_classes_goes_on(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdfast.cache import CacheReader, CacheWriter
+    from kdfast.train.recipe import Teacher
+
+    data = make_tables("sequence_classification", tmp_path)
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, "sequence_classification", steps=2))
+    recipe, spec = Recipe.build(values(tokenizer, tmp_path / "run", data, "sequence_classification")), str(teacher.model)
+    made = CacheWriter.__init__
+
+    def small(self: CacheWriter, path: Any, **settings: Any) -> None:
+        made(self, path, **settings, records_per_shard=8)
+
+    monkeypatch.setattr(CacheWriter, "__init__", small)
+
+    def killed(done: int, total: int) -> None:
+        if done == 24:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_classes(recipe, Teacher(path=spec), tmp_path / "cache", batch_size=8, progress=killed)
+    again: list[int] = []
+    capture_classes(recipe, Teacher(path=spec), tmp_path / "cache", batch_size=8, progress=lambda d, _: again.append(d))
+    assert again == [32, 40]
+    capture_classes(recipe, Teacher(path=spec), tmp_path / "whole", batch_size=8)
+    a, b = (CacheReader(tmp_path / name).batch(range(40)) for name in ("cache", "whole"))
+    assert torch.equal(a.targets.logprobs, b.targets.logprobs)
+    assert torch.equal(a.labels, b.labels)
+
+
 # Masked models and encoder-decoders
 
 
@@ -401,10 +510,15 @@ def test_a_masked_model_from_a_live_teacher_and_from_its_cache(tokenizer: Path, 
 
 
 def test_an_encoder_decoder_from_a_live_teacher_and_from_its_cache(tokenizer: Path, tmp_path: Path) -> None:
-    """The target is the source's last word."""
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(json.dumps({"source": sentence(i)[0], "target": sentence(i)[0].split()[-1]}) + "\n" for i in range(48))
-    )
+    """The target is one of six words, told by the source alone and each as often: blind to it, the word costs 6 at best.
+
+    Of two labels a row, the word and the end, the second is sure: the best perplexity without the source is sqrt(6) = 2.45,
+    with it 1.
+    """
+    blind = 6**0.5
+    pairs = [{"source": f"{(*GOOD, *BAD)[i % 6]} film", "target": (*GOOD, *BAD)[i % 6]} for i in range(48)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[:6]))
     pair = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
     config = {**pair, "d_model": 32, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2,
@@ -414,15 +528,27 @@ def test_an_encoder_decoder_from_a_live_teacher_and_from_its_cache(tokenizer: Pa
     first = tmp_path / "first"
     MarianMTModel(MarianConfig(vocab_size=size, **config)).save_pretrained(first)
     (first / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    data = {"train": str(tmp_path / "pairs.jsonl"), "sequence_length": 16, "validation_share": 0.2}
-    changes = {"student": {"path": str(first)}, "steps": 150, "optimizer": {"lr": 3e-3}}
+    data = {"train": str(tmp_path / "pairs.jsonl"), "validation": str(tmp_path / "dev.jsonl"), "sequence_length": 16}
+    changes = {"student": {"path": str(first)}, "steps": 130, "optimizer": {"lr": 4e-3, "schedule": "constant"}}
     teacher = run(values(first, tmp_path / "teacher", data, "seq2seq", **changes))
-    assert teacher.evaluation["ppl"] < 3.5  # of 26 tokens; the six words at random and a sure end are 2.5
+    recipe = Recipe.build(values(first, tmp_path / "opened", data, "seq2seq"))
+    rows = open_inputs(recipe, tmp_path / "opened").validation
+    assert rows is not None
+    batch = rows.batch(range(6))
+    counted = batch.labels != -100
+    assert counted.sum(1).tolist() == [2] * 6, "the word and its end, nothing that is sure beside"
+    assert teacher.evaluation["ppl"] < 1.3 < blind
     kd = {**changes, "method": WORD_KD, "teacher": {"path": str(teacher.model)}}
     live = run(values(first, tmp_path / "live", data, "seq2seq", **kd))
-    assert live.evaluation["ppl"] < 3.5  # of 26 tokens; the six words at random and a sure end are 2.5
+    assert live.evaluation["ppl"] < 1.3
     corpus = TextData(paths=(str(tmp_path / "pairs.jsonl"),), sequence_length=16)
     build(teacher.model, corpus, tmp_path / "cache", k=20, temperatures=(1.0, 2.0), say=lambda line: None)
     kd["teacher"] = {"cache": str(tmp_path / "cache")}
-    cached = run(values(first, tmp_path / "cached", {"validation_share": 0.2}, "seq2seq", **kd))
-    assert cached.evaluation["ppl"] < 3.5  # of 26 tokens; the six words at random and a sure end are 2.5
+    cached = run(values(first, tmp_path / "cached", {"validation": data["validation"]}, "seq2seq", **kd))
+    assert cached.evaluation["ppl"] < 1.3
+    # The same model with every source made one word cannot say which.
+    model = AutoModelForSeq2SeqLM.from_pretrained(teacher.model).eval()
+    same = batch.by_name["input_ids"][:1].expand(6, -1)
+    logits = model(input_ids=same, decoder_input_ids=batch.by_name["decoder_input_ids"]).logits
+    nll = F.cross_entropy(logits.flatten(0, 1).detach(), batch.labels.flatten(), ignore_index=-100)
+    assert float(nll.exp()) >= blind * (1 - 1e-5)

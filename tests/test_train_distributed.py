@@ -177,6 +177,28 @@ def _is_sharded(ranks: list[dict[str, Any]]) -> None:
         assert local[0] < shape[0], name
 
 
+def test_two_processes_leave_alone_what_one_leaves_alone(values: dict[str, Any], tmp_path: Path) -> None:
+    """Parameters without a gradient, a pooler's, neither stop DDP nor decay."""
+    changes = {"student": {"function": "my_student:make_pooled"}, "method": {"name": "supervised"}, "teacher": None}
+    values = {**values, **changes}
+    one = distill(Recipe.build({**values, "out": str(tmp_path / "one"), "batch_size": 8}), say=lambda line: None)
+    two = tmp_path / "two"
+    assert "2 parameters get no gradient, student.bert.pooler.dense.weight" in launch(two, values)
+    _equal_to_float_error(one.out, two)
+    torch.manual_seed(1)
+    ends = [load_file(folder / "model" / "model.safetensors") for folder in (one.out, two)]
+    starts = load_file(one.out / "checkpoints" / "step-00000001" / "training.safetensors")
+    for name in ("bert.pooler.dense.weight", "bert.pooler.dense.bias"):
+        assert torch.equal(ends[0][name], ends[1][name])
+        assert torch.equal(ends[0][name], starts[f"module.student.{name}"])
+
+
+def test_a_student_in_several_processes_is_asked_once_what_it_uses(values: dict[str, Any], tmp_path: Path) -> None:
+    said = launch(tmp_path / "all", {**values, "steps": 1, "method": {"name": "supervised"}, "teacher": None})
+    assert "get no gradient" not in said
+    assert "find_unused_parameters" not in said, "DDP warns where it looks in vain"
+
+
 @pytest.mark.parametrize(
     ("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)], ids=["ctrl-c", "term", "torchrun"]
 )

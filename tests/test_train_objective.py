@@ -100,6 +100,9 @@ def test_schedules_step_through_what_a_cache_holds(tokenizer: Path, cache: Path,
         "name": "word_kd", "temperature": {"start": 4.0, "end": 1.0},
         "soft_weight": {"start": 1.0, "end": 0.0, "shape": "cosine"}, "hard_weight": 0.25,
     }  # fmt: skip
+    beyond = {**method, "temperature": {"start": 8.0, "end": 1.0}}
+    with pytest.raises(ValueError, match=r"^method\.temperature: 8 is not in the cache, which holds 1, 2, 4; capture it too"):
+        distill(cached(tokenizer, tmp_path / "beyond", cache, method=beyond), say=quiet)
     distill(cached(tokenizer, tmp_path / "run", cache, method=method, steps=7, log_every=1), say=quiet)
     rows = rows_of(tmp_path / "run")
     assert [row["temperature"] for row in rows] == [4.0, 4.0, 2.0, 2.0, 2.0, 1.0, 1.0]

@@ -127,6 +127,8 @@ def _compare(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
     from kdfast.cache import compare_with_teacher, load_teacher, read_capture
     from kdfast.models.load import weights_hash
 
+    if "rows" in read_capture(args.path):
+        raise ValueError("--teacher: expected a cache of text, got one of rows with classes; leave --teacher out")
     folder = Path(args.teacher)
     seq2seq = len(reader) and reader[0].context_ids is not None
     task = "seq2seq" if seq2seq else "masked" if reader.info.alignment == "same" else "causal"

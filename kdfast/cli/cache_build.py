@@ -13,6 +13,7 @@ EXAMPLES = f"""examples:
   kdfast cache build models/teacher --data chats.jsonl --drop-masked --out cache        (conversations)
   kdfast cache build models/teacher --dataset saved/ --split train --out cache          (of the package datasets)
   kdfast cache build models/teacher --data part-0.parquet part-1.parquet --field content --out cache
+  kdfast cache build models/classifier --recipe student.yaml --out cache                 (classes: its task and data)
   torchrun --nproc-per-node 4 -m kdfast.cli cache build models/teacher --data corpus/ --out cache
 """
 
@@ -32,6 +33,10 @@ def add_arguments(build: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset-config", help="configuration of the dataset")
     data.add_argument("--split", help="of the dataset (default train)")
     data.add_argument("--streaming", action="store_true", help="read the dataset as it is downloaded, keep none of it")
+    data.add_argument(
+        "--recipe", metavar="FILE", help="instead: the training rows of a recipe whose task has classes (texts, words, images),"
+        " their whole distributions; the teacher may be module:function",
+    )  # fmt: skip
     rows = build.add_argument_group("rows", "a row is read by the first it has: conversation, prompt and completion, text;"
                                     " naming a field leaves out the others")  # fmt: skip
     rows.add_argument("--field", help="field of a row that is the text (default text)")
@@ -99,6 +104,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from kdfast.cli.progress import bar
     from kdfast.text import TextData
 
+    if args.recipe:
+        return _classes(args)
     data = TextData(**{**_given(args, TextData), "paths": tuple(args.data or ()), "exclude": tuple(args.exclude)})
     options = {**_given(args, BuildOptions), "temperatures": tuple(args.temperatures)}
     if args.dry_run:
@@ -113,6 +120,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             name=flag, **options,
         )  # fmt: skip
     return {"path": str(built.path), "stopped_at_max_gb": built.stopped, **described(built.capture), **built.info.as_json()}
+
+
+#: What `--recipe` goes together with.
+_WITH_RECIPE = ("out", "recipe", "temperatures", "dtype", "batch_size", "device")
+
+
+def _classes(args: argparse.Namespace) -> dict[str, Any]:
+    from kdfast.cli.progress import bar
+    from kdfast.train import Recipe, capture_classes
+    from kdfast.train.recipe import Teacher
+
+    given = argparse.ArgumentParser()
+    add_arguments(given)
+    for option in _options(given):
+        if option.dest not in _WITH_RECIPE and getattr(args, option.dest) != option.default:
+            raise ValueError(
+                f"{option.option_strings[0]}: --recipe says what is captured; leave {option.option_strings[0]} out"
+            )
+    named = {"function": args.teacher} if ":" in args.teacher else {"path": args.teacher}
+    with bar("capture", None, "rows") as shown:
+        info = capture_classes(
+            Recipe.load(args.recipe), Teacher(**named, dtype=args.dtype), args.out, temperatures=args.temperatures,
+            batch_size=args.batch_size, device=args.device, progress=shown.update,
+        )  # fmt: skip
+    return {"path": args.out, **info.as_json()}
+
+
+def _options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if action.option_strings and action.dest != "help"]
 
 
 def flag(option: str) -> str:

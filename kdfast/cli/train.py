@@ -10,7 +10,14 @@ from typing import Any
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train", help="train a student (or a teacher) from a recipe",
-        epilog="examples:\n"
+        epilog="a recipe, a student with half the layers of its teacher (docs/training.md says what goes together):\n"
+        "  teacher: {path: models/teacher}                 or {cache: teacher.cache}, as kdfast cache build wrote it\n"
+        "  student: {from_teacher: {layers: [0, 2, 4]}}    or {path: ...}, {model_type: llama, config: {...}}\n"
+        "  method: {name: word_kd, temperature: 2, hard_weight: 0.1}\n"
+        "  data: {train: corpus/}                          *.txt in it; leave it out with a cache\n"
+        "  steps: 1000\n"
+        "  out: runs/student\n\n"
+        "examples:\n"
         "  kdfast train student.yaml steps=2000 optimizer.lr=5e-4 method.temperature=2\n"
         "  kdfast train student.yaml check=true            two steps: memory, alignment, time left\n"
         "  kdfast train --keys                             every key of a recipe: type, default, meaning\n"

@@ -58,6 +58,16 @@ def sections(name: str) -> list[tuple[str, str, list[Key]]]:
     return [(name, _first_line(inspect.getmodule(method)), keys_of(method.Options, "method."))]
 
 
+def markdown(name: str) -> str:
+    """The keys of a method or a task as a table, for the documentation."""
+    [(_, _, keys)] = sections(name)
+    lines = ["| Key | Takes | Default | Meaning |", "|---|---|---|---|"]
+    for key in keys:
+        cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def keys_of(cls: Any, prefix: str = "", skip: tuple[str, ...] = ()) -> list[Key]:
     """The fields that a mapping may set, those of nested dataclasses behind a dot."""
     hints = typing.get_type_hints(cls)

@@ -64,14 +64,14 @@ def start_from(
     shapes = _shapes(path, key)
     own = {name: tuple(value.shape) for name, value in student.state_dict().items()}
     fits = all(own.get(name) == shape for name, shape in shapes.items())
-    config = getattr(student, "config", None)
+    config: Any = getattr(student, "config", None)
     deeper = config is not None and any(_depth(shapes, stack) != len(layers) for stack, layers in _stacks(student).items())
     if fits and not deeper:
         load_weights(student, path, key)
         return None
     if config is None or not (Path(path) / "config.json").is_file():
         return _grow_module(student, path, shapes, key)
-    small = load_folder(path, key, kind=kind)
+    small: Any = load_folder(path, key, kind=kind)
     if small.config.model_type != config.model_type:
         raise ValueError(f"{key}: expected a model of type {config.model_type} as the student, got {small.config.model_type}")
     if config.model_type not in (*_ANY_WIDTH, *_PRE_NORM, *_POST_NORM):
@@ -303,7 +303,7 @@ def _depth(names: Mapping[str, Any], stack: str) -> int:
 
 
 def _shapes(path: str | Path, key: str) -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path, key):
         with safe_open(str(file), "pt") as opened:
             found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118

@@ -47,6 +47,12 @@ def torch_dtype(name: str, folder: str | Path | None = None) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a folder's `config.json` says."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
 def resolve_folder(name: str | Path, key: str) -> Path:
     """A local folder as it is; otherwise the hub's copy of that name, from local files when offline.
 

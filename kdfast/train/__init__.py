@@ -14,18 +14,32 @@ from kdfast.train.evaluate import Evaluation, evaluate
 from kdfast.train.objective import Metric, Objective
 
 if TYPE_CHECKING:
+    from kdfast.train.class_cache import capture_classes
     from kdfast.train.loop import Result, distill
     from kdfast.train.recipe import Recipe
 
 #: What a run needs, a model's scores alone do not.
 _NEEDS = ("accelerate", "rich", "safetensors", "tensorboard", "tokenizers", "transformers", "yaml")
-_RUNS = {"Recipe": "kdfast.train.recipe", "Result": "kdfast.train.loop", "distill": "kdfast.train.loop"}
+_RUNS = {"Recipe": "kdfast.train.recipe", "Result": "kdfast.train.loop", "distill": "kdfast.train.loop",
+         "capture_classes": "kdfast.train.class_cache"}  # fmt: skip
 
-__all__ = ["Batch", "Evaluation", "Metric", "Needs", "Objective", "Recipe", "Result", "View", "distill", "evaluate"]
+__all__ = [
+    "Batch",
+    "Evaluation",
+    "Metric",
+    "Needs",
+    "Objective",
+    "Recipe",
+    "Result",
+    "View",
+    "capture_classes",
+    "distill",
+    "evaluate",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`Recipe`, `Result` and `distill`, imported when they are used."""
+    """What a run needs, imported when it is used."""
     if name not in _RUNS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]

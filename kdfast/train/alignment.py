@@ -1,14 +1,21 @@
-"""Whether teachers' rows and labels belong to one another, looked at before the first step."""
+"""Whether student, teachers, rows and labels belong to one another, looked at before the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from kdfast import linear_topk_targets, topk_targets
 from kdfast.cache import check_alignment
+from kdfast.models.load import vocab_of
 from kdfast.models.view import View
 from kdfast.train.batch import Batch
+from kdfast.train.tasks.language import LanguageTask
+
+if TYPE_CHECKING:
+    from kdfast.train.inputs import Inputs
 
 #: Entries a live teacher is looked at with.
 _K = 64
@@ -34,3 +41,24 @@ def targets_in(view: View) -> Any:
         return topk_targets(view.logits, min(_K, view.logits.shape[-1]))
     k = min(_K, view.head.weight.shape[0])
     return linear_topk_targets(view.hidden, view.head.weight, k, bias=view.head.bias, head=view.head.form)
+
+
+def check_vocabulary(student_model: nn.Module, inputs: Inputs) -> None:
+    """Raises where student, teachers and data do not share one vocabulary."""
+    student, wanted = vocab_of(student_model), inputs.vocab_size
+    if student is None or wanted is None or not isinstance(inputs.task, LanguageTask):
+        return
+    if student < wanted:
+        raise ValueError(
+            f"student: its vocabulary has {student} ids, expected at least the data's {wanted}; set student.config.vocab_size"
+        )
+    for teacher in inputs.teachers:
+        its = teacher.info.vocab_size if teacher.info is not None else vocab_of(teacher.model)
+        if its is not None and its < wanted:
+            raise ValueError(f"teacher: its vocabulary has {its} ids, expected at least the data's {wanted}")
+        # Heads padded to another size are one vocabulary only when the tokenizers are known to be one.
+        if teacher.info is not None and inputs.tokenizer is None and student != its:
+            raise ValueError(
+                f"student: its vocabulary has {student} ids, the cache {its}; set tokenizer: PATH in the recipe so"
+                " that both can be seen to use the same one"
+            )

@@ -12,9 +12,11 @@ import torch
 from kdfast.models.load import resolve_folder
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
+from kdfast.train.class_cache import TaughtRows, digest_of
 from kdfast.train.data import Source, Subset
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks import task_class
+from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Task
 from kdfast.train.teachers import CachedTeacher, Teacher, open_teacher
@@ -54,9 +56,10 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         recipe.task.options, _kept_whole(recipe.data) if validation is not None else recipe.data
     )
     cached = [spec for spec in recipe.all_teachers if spec.cache]
-    _check_sources(recipe, train, bool(cached))
-    needs_train = train is None and not cached
-    held_out_of_text = bool(cached) and validation is None and _holds_out(recipe.data)
+    cache_is_data = bool(cached) and task.cache_is_data
+    _check_sources(recipe, train, cache_is_data)
+    needs_train = train is None and not cache_is_data
+    held_out_of_text = cache_is_data and validation is None and _holds_out(recipe.data)
     reads = needs_train or held_out_of_text or (validation is None and bool(getattr(recipe.data, "validation", None)))
     tokenizer, tokenizer_file = None, None
     if task.needs_tokenizer and (recipe.tokenizer or reads):
@@ -74,19 +77,21 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         open_teacher(spec, f"teachers[{i}]" if many else "teacher", task.kind, identity, pack)
         for i, spec in enumerate(recipe.all_teachers)
     ]
-    if cached:
+    if cache_is_data:
         train, held_out = _cached(recipe, [t for t in teachers if isinstance(t, CachedTeacher)])
         validation = held_out if validation is None else validation
     if reads:
         splits = task.open(tokenizer, tokenizer_file, folder, needs_train)
         train = splits.train if train is None else train
         validation = splits.validation if validation is None else validation
+    if cached and not cache_is_data and train is not None and isinstance(task, ClassTask):
+        train = TaughtRows(train, [t for t in teachers if isinstance(t, CachedTeacher)], task)
     if train is None or len(train) == 0:
         raise ValueError("data.train: expected training rows, got none")
     if validation is not None:
         _check_validation(validation, recipe)
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size()
-    if vocab_size is None and cached:
+    if vocab_size is None and cache_is_data:
         vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))
     _check_labels(train, vocab_size, task)
     homes = () if tokenizer_file is None else _homes(recipe, tokenizer_file)
@@ -203,9 +208,3 @@ def _check_labels(train: Source, vocab_size: int | None, task: Task[Any]) -> Non
     outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))]
     if outside.numel():
         raise ValueError(f"data: label {int(outside[0])} lies outside the vocabulary of {vocab_size} ids; check the tokenizer")
-
-
-def digest_of(data: Source) -> str:
-    """A hash of the training data, as far as it can be had without reading everything."""
-    digest: str = getattr(data, "digest", f"{type(data).__name__} of {len(data)} rows")
-    return digest

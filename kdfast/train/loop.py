@@ -16,11 +16,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from kdfast.models.load import vocab_of
 from kdfast.models.view import Needs, View
 from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
-from kdfast.train.alignment import align
+from kdfast.train.alignment import align, check_vocabulary
 from kdfast.train.batch import Batch
 from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.evaluate import Evaluation, evaluate
@@ -36,6 +35,7 @@ from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.teachers import LiveTeacher, Teacher
+from kdfast.train.unused import leaves_out
 
 #: Makes a progress bar: `bar(description, total, unit)` is a context manager yielding an object with `.update(done)`.
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
@@ -104,7 +104,7 @@ def _distill(
         mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
         log_with=None if recipe.tracker == "none" or recipe.check else recipe.tracker,
         project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(recipe.phases))],
+        kwargs_handlers=[DistributedDataParallelKwargs()],
     )
     with accelerator.main_process_first():
         inputs = open_inputs(recipe, kept / "data", train_data, validation_data)
@@ -130,7 +130,7 @@ class _Run:
         self.bar = bar
         set_seed(recipe.seed)
         self.student = build_student(recipe, inputs.task, inputs.vocab_size, self.say)
-        self._check_vocabulary()
+        check_vocabulary(self.student, inputs)
         setting = Setting(self.student, inputs.teachers, inputs.task, recipe, bar)
         objectives = [objective_class(p.method.name)(p.method.options, setting) for p in recipe.parts]
         self.step = DistillStep(self.student, objectives, inputs.task).name_head()
@@ -142,13 +142,15 @@ class _Run:
         #: Of each phase: the rows it trains on, and the teachers it hears.
         self.rows = [inputs.train if found.train is None else found.train for found in prepared]
         self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
+        self.orders = self._orders()
+        self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
+        self.first_step = 1
+        if accelerator.num_processes > 1 and recipe.shard == "none":
+            accelerator.ddp_handler.find_unused_parameters = bool(recipe.phases) or self._leaves_out()
         if recipe.student.compile:
             self.student.compile()
         self.module, self.optimizer = self._wrapped()
-        self.orders = self._orders()
         self.anybody = Anybody()
-        self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
-        self.first_step = 1
         set_seed(recipe.seed, device_specific=True)
 
     def _prepare(self, objective: Objective, folder: Path) -> Prepared:
@@ -169,6 +171,15 @@ class _Run:
                 raise ValueError(
                     f"teacher.cache: method {self.recipe.method.name} needs more than a cache holds; use teacher.path"
                 )
+
+    def _leaves_out(self) -> bool:
+        """Whether a step may leave parameters without a gradient, on any process."""
+        accelerator = self.accelerator
+        batch = self._read(1).batches[0].to(accelerator.device)
+        self.step.to(accelerator.device)
+        with accelerator.autocast():
+            found = leaves_out(self.step, batch, self._views(batch, self.step.objective.needs_of_teacher()), self.say)
+        return bool(accelerator.reduce(torch.tensor(float(found), device=accelerator.device), "sum") > 0)
 
     def _wrapped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         accelerator = self.accelerator
@@ -271,12 +282,9 @@ class _Run:
         assert self.inputs.validation is not None
         with self.accelerator.autocast():
             evaluation = evaluate(
-                self.module,
-                self.inputs.validation,
-                batch_size=self.recipe.batch_size,
-                limit=self.recipe.eval_sequences,
+                self.module, self.inputs.validation, batch_size=self.recipe.batch_size, limit=self.recipe.eval_sequences,
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
-            )
+            )  # fmt: skip
         if log is not None:
             log.evaluation(step, {f"validation_{k}": v for k, v in evaluation.items()})
         return evaluation
@@ -303,7 +311,7 @@ class _Run:
         metrics = []
         needs = objective.needs_of_teacher()
         for i, batch in enumerate(read.batches):
-            views = [] if needs is None else self._views(batch, needs)
+            views = self._views(batch, needs)
             with self._synchronised(last=i + 1 == len(read.batches)):
                 with accelerator.autocast():
                     loss, found = self.module(batch, views, num_items)
@@ -317,7 +325,9 @@ class _Run:
         log.add(step, lr, total, norm, metrics, tokens, {**known, "data_wait_s": round(waited, 5)})
         return total
 
-    def _views(self, batch: Batch, needs: Needs) -> list[View]:
+    def _views(self, batch: Batch, needs: Needs | None) -> list[View]:
+        if needs is None:
+            return []
         if isinstance(batch.targets, tuple):
             return [View(targets=targets) for targets in batch.targets]
         return [teacher(batch, needs) for teacher in self.teachers[self.step.phase]]
@@ -366,26 +376,6 @@ class _Run:
         batch = self._read(self.first_step).batches[0].to(self.accelerator.device)
         align(self._views(batch, Needs()), batch, self.say)
 
-    def _check_vocabulary(self) -> None:
-        student, wanted = vocab_of(self.student), self.inputs.vocab_size
-        if student is None or wanted is None or not isinstance(self.inputs.task, LanguageTask):
-            return
-        if student < wanted:
-            raise ValueError(
-                f"student: its vocabulary has {student} ids, expected at least the data's {wanted};"
-                " set student.config.vocab_size"
-            )
-        for teacher in self.inputs.teachers:
-            its = teacher.info.vocab_size if teacher.info is not None else vocab_of(teacher.model)
-            if its is not None and its < wanted:
-                raise ValueError(f"teacher: its vocabulary has {its} ids, expected at least the data's {wanted}")
-            # Heads padded to another size are one vocabulary only when the tokenizers are known to be one.
-            if teacher.info is not None and self.inputs.tokenizer is None and student != its:
-                raise ValueError(
-                    f"student: its vocabulary has {student} ids, the cache {its}; set tokenizer: PATH in the recipe so"
-                    " that both can be seen to use the same one"
-                )
-
     def check(self) -> Result:
         """Two steps, then memory, alignment and time left; leaves nothing behind."""
         if self.recipe.alignment:
@@ -399,7 +389,9 @@ class _Run:
         seconds = time.perf_counter() - began
         self.say(f"peak memory {run_folder.peak_memory_gb():.2f} GB on {device}")
         steps = self.recipe.total_steps
-        self.say(f"loss {loss:.4f}, {seconds:.3f} s a step, {steps * seconds / 60:.1f} minutes for {steps} steps")
+        read = steps * (self._rows_before(2) - self._rows_before(1)) / len(self.rows[0])
+        often = "" if isinstance(self.orders[0], PackedOrder) else f", which read the {len(self.rows[0])} rows {read:.2g} times"
+        self.say(f"loss {loss:.4f}, {seconds:.3f} s a step, {steps * seconds / 60:.1f} minutes for {steps} steps{often}")
         return Result(self.folder, self.folder / "model", 2, seconds, None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.models.grow import start_from
-from kdfast.models.load import from_config, from_function, load_folder, quiet, resolve_folder
+from kdfast.models.load import from_config, from_function, load_folder, quiet, read_config, resolve_folder
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
@@ -48,7 +47,7 @@ def build_student(
         if not hasattr(student, "gradient_checkpointing_enable"):
             raise ValueError(f"student.gradient_checkpointing: expected a transformers model, got {type(student).__name__}")
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return student
+    return student.train()  # a model from a folder comes without its dropout
 
 
 def resolved(path: str, key: str) -> str | Path:
@@ -77,19 +76,14 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None)
 
 
 def _check_teachers(recipe: Recipe, task: Task[Any]) -> None:
-    """Raises where a teacher cannot be one for the task: classes that are not the student's, or a cache of token rows."""
+    """Raises where a live teacher has other classes than the task."""
     if not isinstance(task, ClassTask):
         return
     many = len(recipe.all_teachers) > 1
     for i, teacher in enumerate(recipe.all_teachers):
         key = f"teachers[{i}]" if many else "teacher"
-        if teacher.cache:
-            raise ValueError(
-                f"{key}.cache: a cache holds rows of tokens; task {recipe.task.name} expects {key}.path or function"
-            )
         if teacher.path:
-            config = resolve_folder(teacher.path, f"{key}.path") / "config.json"
-            task.check_config(json.loads(config.read_text(encoding="utf-8")), f"{key}.path")
+            task.check_config(read_config(resolve_folder(teacher.path, f"{key}.path")), f"{key}.path")
 
 
 def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:

@@ -77,10 +77,11 @@ class WordKD(Objective):
                 raise ValueError(f"teacher: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
 
     def _check_cached(self, options: WordKDOptions) -> None:
-        t = options.temperature
-        if not isinstance(t, Schedule) and not any(abs(c - t) <= 1e-6 * c for c in self.captured):
-            listed = ", ".join(f"{c:g}" for c in self.captured)
-            raise ValueError(f"method.temperature: {t:g} is not in the cache, which holds {listed}; capture it too")
+        given = options.temperature
+        for t in (given.start, given.end) if isinstance(given, Schedule) else (given,):
+            if not any(abs(c - t) <= 1e-6 * c for c in self.captured):
+                listed = ", ".join(f"{c:g}" for c in self.captured)
+                raise ValueError(f"method.temperature: {t:g} is not in the cache, which holds {listed}; capture it too")
         if options.divergence not in CACHED_DIVERGENCES:
             raise ValueError(
                 f"method.divergence: a cached teacher takes {', '.join(CACHED_DIVERGENCES)}, got {options.divergence!r};"

@@ -42,6 +42,7 @@ class ClassTask(Task[D]):
     """A task whose labels have names. `names` is known once the data are open."""
 
     Options = ClassOptions
+    cache_is_data = False
 
     def __init__(self, options: Any, data: D) -> None:
         super().__init__(ClassOptions() if options is None else options, data)

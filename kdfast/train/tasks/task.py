@@ -35,6 +35,8 @@ class Task(Generic[D]):
     #: Whether losses go through a head that is named: worth it where the last dimension is a vocabulary.
     through_head: ClassVar[bool] = False
     needs_tokenizer: ClassVar[bool] = True
+    #: Whether a teacher's cache is the training data; otherwise it says something about each row of `data.train`.
+    cache_is_data: ClassVar[bool] = True
 
     def __init__(self, options: Any, data: D) -> None:
         self.options, self.data = options, data
