@@ -74,6 +74,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         open_teacher(spec, f"teachers[{i}]" if many else "teacher", task.kind, identity, pack)
         for i, spec in enumerate(recipe.all_teachers)
     ]
+    if tokenizer is not None:
+        _check_tokenizers(recipe, tokenizer, identity)
     if cached:
         train, held_out = _cached(recipe, [t for t in teachers if isinstance(t, CachedTeacher)])
         validation = held_out if validation is None else validation
@@ -138,6 +140,24 @@ def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
     return tuple(folder for folder, file in held if file.is_file() and file_hash(file) == same)
 
 
+def _check_tokenizers(recipe: Recipe, tokenizer: Any, identity: str | None) -> None:
+    """Raises where a live teacher's folder has a tokenizer with other tokens than the data's; a cache knows its own."""
+    many = len(recipe.all_teachers) > 1
+    for i, spec in enumerate(recipe.all_teachers):
+        if not spec.path:
+            continue
+        key = f"teachers[{i}].path" if many else "teacher.path"
+        file = resolve_folder(spec.path, key) / "tokenizer.json"
+        if not file.is_file() or file_hash(file) == identity:
+            continue
+        theirs = load_tokenizer(file)[0].get_vocab()
+        if theirs != tokenizer.get_vocab():
+            raise ValueError(
+                f"{key}: expected the data's tokenizer, got one with other tokens in {file} ({len(theirs)} ids, the data's"
+                f" {tokenizer.get_vocab_size()}); the same ids must mean the same tokens"
+            )
+
+
 def _own_tokenizer(recipe: Recipe) -> Path | None:
     """The tokenizer in the first model folder that has one."""
     return next((f / "tokenizer.json" for f in _model_folders(recipe) if (f / "tokenizer.json").is_file()), None)
@@ -168,6 +188,9 @@ class _SideBySide:
 
     def __len__(self) -> int:
         return len(self.caches[0])
+
+    def lengths(self) -> Any:
+        return self.caches[0].lengths()
 
     def batch(self, indices: Sequence[int]) -> Any:
         first, *others = [cache.batch(indices) for cache in self.caches]

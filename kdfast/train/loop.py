@@ -324,18 +324,8 @@ class _Run:
 
     def _phase(self, step: int) -> tuple[Phase, int]:
         """The phase of a step, and the step's number within it; makes its objective the one that is used."""
-        number, within = self._place(step)
-        self.step.phase = number
-        return self.recipe.parts[number], within
-
-    def _place(self, step: int) -> tuple[int, int]:
-        """Number of the phase of a step, and the step's number within it."""
-        before = 0
-        for number, phase in enumerate(self.recipe.parts):
-            if step <= before + phase.steps:
-                return number, step - before
-            before += phase.steps
-        raise AssertionError(f"step {step} lies in no phase")
+        self.step.phase, within = self.recipe.place(step)
+        return self.recipe.parts[self.step.phase], within
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -356,7 +346,7 @@ class _Run:
         recipe, world, rank = self.recipe, self.accelerator.num_processes, self.accelerator.process_index
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
-        number, _ = self._place(step)
+        number, _ = recipe.place(step)
         return Read.of([self.rows[number].batch(self.orders[number].take(start, size)) for start in starts])
 
     def _align(self) -> None:

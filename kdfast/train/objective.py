@@ -55,6 +55,8 @@ class Objective(nn.Module):
     Options: ClassVar[type]
     #: "required", "none" or "optional".
     teacher: ClassVar[str] = "required"
+    #: Whether `prepare` has the teachers write targets, for rows without one (`data.unlabelled`).
+    writes: ClassVar[bool] = False
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__()

@@ -224,6 +224,15 @@ class Recipe:
     def total_steps(self) -> int:
         return sum(phase.steps for phase in self.parts)
 
+    def place(self, step: int) -> tuple[int, int]:
+        """Number of the phase of a step (1-based), and the step's number within it."""
+        before = 0
+        for number, phase in enumerate(self.parts):
+            if step <= before + phase.steps:
+                return number, step - before
+            before += phase.steps
+        raise AssertionError(f"step {step} lies in no phase")
+
     def __post_init__(self) -> None:
         if not any(getattr(self.student, n) for n in ("model_type", "path", "function", "from_teacher")):
             raise ValueError("student: expected one of model_type, path, function, from_teacher, got none")
@@ -232,6 +241,12 @@ class Recipe:
         names = [phase.method.name for phase in self.parts]
         if self.all_teachers and all(recipes.objective_class(name).teacher == "none" for name in names):
             raise ValueError(f"teacher: method {names[0]} has none; leave it out, or set method: word_kd")
+        silent = [name for name in names if not recipes.objective_class(name).writes]
+        if getattr(self.data, "unlabelled", False) and silent:
+            raise ValueError(
+                f"data.unlabelled: method {silent[0]} learns from targets only; expected one that has a teacher write them"
+                " (sequence_kd)"
+            )
         for phase in self.parts:
             wanted = recipes.objective_class(phase.method.name).teacher
             if wanted == "required" and not self.all_teachers:

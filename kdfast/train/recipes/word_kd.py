@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from kdfast.models.heads import call, logits_in
 from kdfast.models.load import vocab_of
 from kdfast.models.view import View
 from kdfast.ops.tails import DIVERGENCES as CACHED_DIVERGENCES
@@ -70,11 +73,17 @@ class WordKD(Objective):
         self.captured = sorted(set.intersection(*(set(info.temperatures) for info in caches))) if caches else []
         if caches:
             self._check_cached(options)
-        own = vocab_of(setting.student)
-        for teacher in setting.teachers:
-            its = None if teacher.info is not None else vocab_of(teacher.model)
+        self._check_vocabularies(setting)
+
+    @staticmethod
+    def _check_vocabularies(setting: Setting) -> None:
+        live = [teacher.model for teacher in setting.teachers if teacher.info is None]
+        own = _vocabulary(setting.student, setting.task) if live else None
+        for i, model in enumerate(live):
+            its = _vocabulary(model, setting.task)
             if None not in (own, its) and own != its:
-                raise ValueError(f"teacher: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
+                key = f"teachers[{i}]" if len(live) > 1 else "teacher"
+                raise ValueError(f"{key}: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
 
     def _check_cached(self, options: WordKDOptions) -> None:
         t = options.temperature
@@ -94,5 +103,25 @@ class WordKD(Objective):
             self.now["temperature"] = min(self.captured, key=lambda c: abs(c - self.now["temperature"]))
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-        options = {**self.now, "tail": self.tail, "teacher_weights": self.teacher_weights}
+        return self.distilled(student, teachers, batch, num_items, self.now)
+
+    def distilled(
+        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Metrics]:
+        """The loss with `options` (and a `token_weight`, where a method of this kin has one)."""
+        options = {**options, "tail": self.tail, "teacher_weights": self.teacher_weights}
         return distillation(student, teachers, batch.labels, num_items, soft_mask=batch.soft_mask, **options)
+
+
+@torch.no_grad()
+def _vocabulary(model: nn.Module, task: Any) -> int | None:
+    """What the model says, else how many logits it gives for a token of a language task."""
+    size = vocab_of(model)
+    if size is not None or not getattr(task, "through_head", False):
+        return size
+    was_training = model.training
+    model.eval()
+    try:
+        return int(logits_in(call(model, task.example(model))).shape[-1])
+    finally:
+        model.train(was_training)
