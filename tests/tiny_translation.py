@@ -71,7 +71,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-def recipe_values(tokenizer: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def recipe_values(tokenizer: Path, data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     return {
         "task": "seq2seq", "out": str(out), "tokenizer": str(tokenizer),
         "student": {"model_type": "marian", "config": marian_config()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ class Decoding:
 
     Args:
         beams: width of the beam; 1: greedy. count: hypotheses of each source, at most `beams` unless sampled.
-        max_tokens: most tokens of one, its end among them. length_penalty: a beam's score is log P / length ** length_penalty.
+        max_tokens: most tokens of one, its end among them, as far as the model has positions.
+        length_penalty: a beam's score is log P / length ** length_penalty.
         sample: draw them, at `temperature` from the `top_k` likeliest ids (0: all) that hold the mass `top_p`.
     """
 
@@ -93,7 +95,7 @@ def write(
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    config = _settings(lead, decoding, end)
+    config = _settings(lead, decoding, end, min(_room(member, ids.shape[1]) for member in members))
     processors = LogitsProcessorList()
     if len(members) > 1:
         processors.append(_Together(members[1:], weights, ids, mask, config))
@@ -107,14 +109,22 @@ def write(
     return [sorted(group, key=lambda h: -h.score) if decoding.sample else group for group in grouped]
 
 
-def _settings(lead: Any, decoding: Decoding, end: Sequence[int]) -> GenerationConfig:
+def _room(member: Any, prompt: int) -> float:
+    """Tokens for which the model has positions."""
+    most = getattr(member.config, "max_position_embeddings", None)
+    if most is None:
+        return math.inf
+    return int(most) if member.config.is_encoder_decoder else max(int(most) - prompt, 1)
+
+
+def _settings(lead: Any, decoding: Decoding, end: Sequence[int], room: float) -> GenerationConfig:
     config = copy.deepcopy(lead.generation_config)
     pad = config.pad_token_id if config.pad_token_id is not None else lead.config.pad_token_id
     start = config.decoder_start_token_id
     for name, value in _SILENCED.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    config.max_new_tokens, config.use_cache = decoding.max_tokens, True
+    config.max_new_tokens, config.use_cache = int(min(decoding.max_tokens, room)), True
     config.eos_token_id = list(end) or None
     config.pad_token_id = pad if pad is not None else (end[0] if end else 0)
     config.decoder_start_token_id = start if start is not None else getattr(lead.config, "decoder_start_token_id", None)

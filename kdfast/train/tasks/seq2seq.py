@@ -26,11 +26,12 @@ class Seq2SeqOptions:
 
     Args:
         beams: widths of beam that validation sources are decoded with, 1 is greedy; none: no BLEU.
-        max_tokens: most tokens of a hypothesis. length_penalty: a beam's score is log P / length ** length_penalty.
+        max_tokens: most tokens of a hypothesis; null: `data.sequence_length`.
+        length_penalty: a beam's score is log P / length ** length_penalty.
     """
 
     beams: tuple[int, ...] = ()
-    max_tokens: int = ranged(64, low=1)
+    max_tokens: int | None = ranged(None, low=1)
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
@@ -69,9 +70,10 @@ class Seq2Seq(LanguageTask):
         gold = [self._text(batch.labels[i][batch.labels[i] != IGNORE]) for i in rows]
         inputs = {name: batch.by_name[name][rows] for name in ("input_ids", "attention_mask") if name in batch.by_name}
         end = end_ids(model, self.tokenizer.token_to_id(SEPARATOR))
+        most = self.options.max_tokens or self.data.sequence_length
         found = {}
         for beam in self.options.beams:
-            decoding = Decoding(beam, 1, self.options.max_tokens, self.options.length_penalty)
+            decoding = Decoding(beam, 1, most, self.options.length_penalty)
             said = [self._text(group[0].ids) for group in write(model, inputs, decoding, end, scores=False)]
             bleu = _sacrebleu().corpus_bleu(said, [gold])
             sums = [*bleu.counts, *bleu.totals, bleu.sys_len, bleu.ref_len]
