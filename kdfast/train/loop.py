@@ -212,6 +212,8 @@ class _Run:
             evaluation = self._steps(start, log, shown)
         checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs.tokenizer_homes)
         if accelerator.is_main_process:
+            for objective in self.step.objectives:
+                objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
             run_folder.finish(self.folder, recipe.total_steps, log.seconds, evaluation)
         accelerator.end_training()
         model = self.folder / "model"

@@ -78,6 +78,9 @@ class Objective(nn.Module):
         """Work before the first step (decoding, prototypes), kept in `folder` and found there when resumed."""
         return None
 
+    def conclude(self, student: nn.Module, say: Any) -> None:
+        """Work after the last step, in evaluation mode, before the run is marked as finished."""
+
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         """The loss, divided by `num_items` (the rows of the whole optimiser step that count), and metrics."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
