@@ -12,7 +12,7 @@ import torch
 from kdfast.models.load import resolve_folder
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
-from kdfast.train.data import Source, Subset
+from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.language import LanguageTask
@@ -38,6 +38,16 @@ class Inputs:
     vocab_size: int | None
     digest: str
     tokenizer_homes: tuple[Path, ...] = ()
+
+    def walk(self, rows: Source, recipe: Recipe) -> Order | PackedOrder:
+        """The order in which a run visits `rows`."""
+        caches = self.caches
+        if caches and caches[0].pack:
+            lengths = caches[0].reader.lengths()
+            return PackedOrder(lengths[rows.rows] if isinstance(rows, Subset) else lengths, caches[0].pack, recipe.seed)
+        if getattr(recipe.data, "group_by_length", False):
+            return LengthOrder(lengths_of(rows), recipe.batch_size, recipe.seed)
+        return Order(len(rows), recipe.seed)
 
     @property
     def caches(self) -> list[CachedTeacher]:

@@ -22,7 +22,7 @@ from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
 from kdfast.train.alignment import align
 from kdfast.train.batch import Batch
-from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
+from kdfast.train.data import Order, PackedOrder, Source
 from kdfast.train.evaluate import Evaluation, evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
@@ -180,17 +180,8 @@ class _Run:
 
     def _orders(self) -> list[Order | PackedOrder]:
         """The walk of each phase; phases with the same rows go on with the same one."""
-        walks = {id(rows): self._order(rows) for rows in self.rows}
+        walks = {id(rows): self.inputs.walk(rows, self.recipe) for rows in self.rows}
         return [walks[id(rows)] for rows in self.rows]
-
-    def _order(self, rows: Source) -> Order | PackedOrder:
-        caches, recipe = self.inputs.caches, self.recipe
-        if caches and caches[0].pack:
-            lengths = caches[0].reader.lengths()
-            return PackedOrder(lengths[rows.rows] if isinstance(rows, Subset) else lengths, caches[0].pack, recipe.seed)
-        if getattr(recipe.data, "group_by_length", False):
-            return LengthOrder(lengths_of(rows), recipe.batch_size, recipe.seed)
-        return Order(len(rows), recipe.seed)
 
     def train(self) -> Result:
         recipe, accelerator = self.recipe, self.accelerator

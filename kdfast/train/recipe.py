@@ -93,7 +93,7 @@ class Teacher:
 
     Args:
         path: a local folder that `from_pretrained` reads, or a hub name. function, arguments: as for the student.
-        weights: folder or safetensors file with the weights of what `function` makes.
+        weights: of a `function`: the folder `model` of its run, or a safetensors file; null: those the function gives it.
         cache: a folder or URL that `kdfast cache build` wrote, which is the training data too.
         dtype: what its weights are in; `auto`: as they are stored.
         weight: among several teachers.
@@ -112,7 +112,7 @@ class Teacher:
         if len(sources) != 1:
             raise ValueError(f"expected one of path, function, cache, got {' and '.join(sources) or 'none'}")
         if self.weights and not self.function:
-            raise ValueError(f"weights: they belong to function, but {sources[0]} is given; leave them out")
+            raise ValueError(f"weights: they belong to function, but {sources[0]} is given; leave weights out")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class EnsembleKD(WordKD):
 
     def prepare(self, inputs: Any, folder: Path, say: Any) -> Prepared | None:
         options, recipe = self.options, self._setting.recipe
+        if options.generations:
+            self.teacher_weights = None  # those are of the teachers, whom the members take the place of
         live = [teacher for teacher in inputs.teachers if teacher.info is None]
         if recipe.check:
             return Prepared(teachers=stand_ins(self._setting.student, len(options.members))) if options.generations else None
@@ -70,6 +72,4 @@ class EnsembleKD(WordKD):
             before = generations.train(number, options.members, before)
             opened = generations.open(before, device)
             generations.report(f"generation {number}", [teacher.model for teacher in opened])
-        if opened is not None:
-            self.teacher_weights = None
         return Prepared(teachers=opened)

@@ -174,8 +174,7 @@ class SequenceKD(WordKD):
         spread: dict[str, Any] = (
             {} if weight is None else {"token_weight": weight[:, None].expand(batch.labels.shape).contiguous()}
         )
-        known = {f.name for f in dataclasses.fields(WordKDOptions)}
-        options = {name: value for name, value in self.now.items() if name in known}
+        options = self.row_options()
         if self.needs_of_teacher() is None:
             own = {name: options[name] for name in ("hard_weight", "label_smoothing", "z_loss", "workspace_mb")}
             return hard(student, batch.labels, num_items, **own, **spread)

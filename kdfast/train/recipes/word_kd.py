@@ -7,7 +7,7 @@ Sources: Hinton, Vinyals, Dean 2015, arXiv 1503.02531; Kim and Rush 2016, arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class WordKD(Objective):
     def __init__(self, options: WordKDOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         weights = [teacher.weight for teacher in setting.teachers]
-        self.teacher_weights = None if len(set(weights)) == 1 else weights
+        self.teacher_weights = None if len(set(weights)) <= 1 else weights
         caches = [teacher.info for teacher in setting.teachers if teacher.info is not None]
         self.tail = options.tail
         if options.tail == "auto":
@@ -103,7 +103,11 @@ class WordKD(Objective):
             self.now["temperature"] = min(self.captured, key=lambda c: abs(c - self.now["temperature"]))
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-        return self.distilled(student, teachers, batch, num_items, self.now)
+        return self.distilled(student, teachers, batch, num_items, self.row_options())
+
+    def row_options(self) -> dict[str, Any]:
+        """What of `self.now` the row losses take: a method of this kin has options beside."""
+        return {f.name: self.now[f.name] for f in fields(WordKDOptions)}
 
     def distilled(
         self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor, options: dict[str, Any]
