@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from tiny_translation import SIZE, llama, make_tokenizer, marian, pairs, write_rows
+
 from kdfast.models.ensemble import Ensemble, mean_logits
 from kdfast.models.generate import Decoding, write
 from kdfast.text import TextData
@@ -25,7 +27,6 @@ from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.decode import asked_in, decode
 from kdfast.train.documents import Documents
 from kdfast.train.teachers import LiveTeacher
-from tests.tiny_translation import SIZE, llama, make_tokenizer, marian, pairs, write_rows
 
 SOURCES = [[3, 4, 5, 6], [7, 1], [2, 9, 11]]
 

@@ -13,13 +13,13 @@ import torch
 
 pytest.importorskip("transformers")
 
+from tiny_translation import make_tokenizer, marian, marian_config, pairs, recipe_values, save, write_rows
 from transformers import AutoModelForSeq2SeqLM
 
 from kdfast.models.ensemble import Ensemble
 from kdfast.train import Recipe, distill, evaluate
 from kdfast.train.generations import agreement
 from kdfast.train.inputs import open_inputs
-from tests.tiny_translation import make_tokenizer, marian, marian_config, pairs, recipe_values, save, write_rows
 
 SHAPES = [{"model_type": "marian", "config": marian_config(width=width)} for width in (16, 24)]
 

@@ -15,6 +15,18 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
+from tiny_translation import (
+    SIZE,
+    WORDS,
+    llama,
+    make_tokenizer,
+    marian,
+    marian_config,
+    pairs,
+    recipe_values,
+    save,
+    write_rows,
+)  # fmt: skip
 from transformers import AutoModelForSeq2SeqLM
 
 from kdfast.cache import build
@@ -28,18 +40,6 @@ from kdfast.train.objective import Setting
 from kdfast.train.recipes.sequence_kd import SequenceKD, SequenceKDOptions
 from kdfast.train.tasks import task_class
 from kdfast.train.teachers import LiveTeacher
-from tests.tiny_translation import (
-    SIZE,
-    WORDS,
-    llama,
-    make_tokenizer,
-    marian,
-    marian_config,
-    pairs,
-    recipe_values,
-    save,
-    write_rows,
-)  # fmt: skip
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_train_faults import cached, make_cache, quiet, rows_of
 from tiny_runs import STUDENT, make_sequences, make_tokenizer, recipe_values
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdfast import kd_loss
@@ -203,3 +205,31 @@ def test_a_packed_run_visits_every_document_once_an_epoch_and_resumes(tokenizer:
     assert (whole.model / "model.safetensors").read_bytes() == (tmp_path / "cut/model/model.safetensors").read_bytes()
     states = [json.loads((f / "checkpoints/step-00000006/state.json").read_text()) for f in (whole.out, tmp_path / "cut")]
     assert states[0]["rows"] == states[1]["rows"] == 12
+
+
+def make_lstm(vocab_size: int = 300, width: int = 16, layers: int = 1, dropout: float = 0.0) -> nn.Module:
+    """The model of `examples/lstm`."""
+    path = Path(__file__).parent.parent / "examples" / "lstm" / "lstm.py"
+    found = importlib.util.module_from_spec(importlib.util.spec_from_file_location("lstm", path))
+    found.__spec__.loader.exec_module(found)
+    return found.make(vocab_size, width, layers, dropout)
+
+
+def test_an_lstm_learns_from_a_wider_one_through_its_head(tokenizer: Path, tmp_path: Path) -> None:
+    """Teacher and student are made by a function, the teacher's weights are those of its run."""
+    wide = {"function": f"{__name__}:make_lstm", "arguments": {"width": 24, "layers": 2}}
+    teacher = distill(Recipe.build(recipe_values(tokenizer, tmp_path / "teacher", student=wide)), say=lambda line: None)
+    said: list[str] = []
+    method = {"name": "word_kd", "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
+    values = recipe_values(
+        tokenizer, tmp_path / "student", method=method, student={"function": f"{__name__}:make_lstm", "arguments": {"dropout": 0.1}},
+        teacher={**wide, "weights": str(teacher.model)},
+    )  # fmt: skip
+    distill(Recipe.build(values), say=said.append)
+    assert not any("logits are formed whole" in line for line in said)
+    first = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[0])
+    # What the teacher says of the first batch is what its own run ended in, not what fresh weights would say.
+    assert first["teacher_ppl"] == pytest.approx(teacher.evaluation.ppl, rel=0.3)
+    other = {**values, "out": str(tmp_path / "other"), "student": {**wide, "arguments": {"vocab_size": 310}}}
+    with pytest.raises(ValueError, match=r"teacher: its vocabulary has 300 ids, the student's 310"):
+        distill(Recipe.build(other), say=said.append)

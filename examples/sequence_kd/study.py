@@ -50,20 +50,9 @@ class Scale:
 
 
 SMALL = Scale(
-    300,
-    30,
-    12,
-    6,
-    24,
-    (
-        "eval_every=6",
-        "save_every=6",
-        "batch_size=32",
-        "eval_sequences=24",
-        "data.sequence_length=16",
-        "student.config.d_model=64",
-    ),
-)
+    300, 30, 12, 6, 24,
+    ("eval_every=6", "save_every=6", "batch_size=32", "eval_sequences=24", "data.sequence_length=16", "student.config.d_model=64"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
