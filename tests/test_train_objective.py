@@ -221,10 +221,9 @@ def test_an_lstm_learns_from_a_wider_one_through_its_head(tokenizer: Path, tmp_p
     teacher = distill(Recipe.build(recipe_values(tokenizer, tmp_path / "teacher", student=wide)), say=lambda line: None)
     said: list[str] = []
     method = {"name": "word_kd", "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
-    values = recipe_values(
-        tokenizer, tmp_path / "student", method=method, student={"function": f"{__name__}:make_lstm", "arguments": {"dropout": 0.1}},
-        teacher={**wide, "weights": str(teacher.model)},
-    )  # fmt: skip
+    narrow = {"function": f"{__name__}:make_lstm", "arguments": {"dropout": 0.1}}
+    taught = {"method": method, "student": narrow, "teacher": {**wide, "weights": str(teacher.model)}}
+    values = recipe_values(tokenizer, tmp_path / "student", **taught)
     distill(Recipe.build(values), say=said.append)
     assert not any("logits are formed whole" in line for line in said)
     first = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[0])

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from prepare import prepare
-from transformers import AutoModelForSeq2SeqLM
 
 from kdfast import files
 from kdfast.cache import build
 from kdfast.cli.progress import bar
 from kdfast.extras import need
 from kdfast.models.generate import Decoding, write
+from kdfast.models.load import load_folder
 from kdfast.text import TextData
 from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train import Recipe, distill
@@ -51,7 +51,8 @@ class Scale:
 
 SMALL = Scale(
     300, 30, 12, 6, 24,
-    ("eval_every=6", "save_every=6", "batch_size=32", "eval_sequences=24", "data.sequence_length=16", "student.config.d_model=64"),
+    ("eval_every=6", "save_every=6", "batch_size=32", "eval_sequences=24", "data.sequence_length=16",
+     "student.config.d_model=64"),
 )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ class Study:
             for name, beams in (("greedy", 1), ("beam5", 5)) if test else (("greedy", 1),):
                 bleu, seconds, number = translate(model, split, beams, self.scale.scored)
                 found |= {f"{split}_{name}": bleu, f"{split}_{name}_per_s": round(number / seconds, 2)}
-        found["parameters"] = sum(p.numel() for p in AutoModelForSeq2SeqLM.from_pretrained(model).parameters())
+        found["parameters"] = sum(p.numel() for p in load_folder(model, "model", kind="seq2seq").parameters())
         return found
 
     def report(self) -> None:
@@ -215,7 +216,7 @@ def translate(folder: Path, split: str, beams: int, most: int, batch_size: int =
     """(BLEU, seconds, sentences) of a model on the first `most` pairs of a split, sorted by length."""
     sacrebleu = need("sacrebleu", extra="bleu", what="BLEU")
     rows = [json.loads(line) for line in Path(f"corpus/{split}.jsonl").read_text(encoding="utf-8").splitlines()][:most]
-    tokenizer, model = load_tokenizer(folder)[0], AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    tokenizer, model = load_tokenizer(folder)[0], load_folder(folder, "model", kind="seq2seq").eval()
     sources = [torch.tensor(tokenizer.encode(row["source"]).ids) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(sources[i]))
     said: dict[int, str] = {}
