@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from kdfast import files
@@ -52,6 +53,9 @@ class Generations:
         self.recipe, self.options, self.inputs, self.folder = recipe, options, inputs, folder
         self._steps, self._bar, self._say = steps, bar, say
         self._file = folder / "generations.json"
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world > 1:
+            raise ValueError(f"method: expected one process for generations, whose members train one by one, got {world}")
 
     def train(self, number: int, members: Sequence[Model], teachers: Sequence[Teacher]) -> list[Teacher]:
         """Trains a generation from the one before (none: from the labels); its members as teachers of the next."""
@@ -85,15 +89,22 @@ class Generations:
     def report(self, name: str, models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> dict[str, Any]:
         """Scores of the members, of their ensemble, and their agreement, on the validation data; found there when resumed."""
         known = json.loads(self._file.read_text()) if self._file.is_file() else {}
-        if name in known or self.inputs.validation is None:
-            return dict(known.get(name, {}))
+        if self.inputs.validation is None:
+            return {}
+        if known.get(name, {}).get("steps") == self._steps:
+            return dict(known[name])
         size, limit = self.recipe.batch_size, self.recipe.eval_sequences
         scored: dict[str, Any] = {"batch_size": size, "limit": limit, "task": self.inputs.task}
         members = [evaluate(model, self.inputs.validation, **scored) for model in models]
         together = (
             evaluate(Ensemble(models, weights).eval(), self.inputs.validation, **scored) if len(models) > 1 else members[0]
         )
-        row = {"members": members, "ensemble": together, **agreement(models, self.inputs.validation, size, limit)}
+        row = {
+            "steps": self._steps,
+            "members": members,
+            "ensemble": together,
+            **agreement(models, self.inputs.validation, size, limit),
+        }
         files.write_json(self._file, {**known, name: row})
         alike = f", members agree on {row['top1_agreement']:.1%}" if "top1_agreement" in row else ""
         best = min(members, key=lambda scores: scores["nll"])

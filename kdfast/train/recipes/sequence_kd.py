@@ -132,9 +132,10 @@ class SequenceKD(WordKD):
         """The teachers' weights; of one that a function makes its name and arguments."""
         teachers = () if self._recipe is None else self._recipe.all_teachers
         return [
-            weights_hash(resolve_folder(t.path, "teacher.path")) if t.path else f"{t.function} {files.json_text(t.arguments)}"
+            weights_hash(resolve_folder(t.path, "teacher.path")) if t.path
+            else f"{t.function} {files.json_text(t.arguments)} {weights_hash(t.weights) if t.weights else ''}"
             for t in teachers
-        ]
+        ]  # fmt: skip
 
     def _rows(self, whole: Path, inputs: Any, folder: Path, tokenizer: Any, most: int | None) -> Source:
         """The hypotheses that are learned, as `targets.jsonl` and as rows to train on."""
