@@ -6,8 +6,9 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kdfast import kd_loss
 from kdfast.models.load import load_folder
 from kdfast.train import Recipe, distill
-from kdfast.train.data import PackedOrder
+from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.inputs import open_inputs
 from kdfast.train.objective import Setting
 from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
@@ -232,3 +233,50 @@ def test_an_lstm_learns_from_a_wider_one_through_its_head(tokenizer: Path, tmp_p
     other = {**values, "out": str(tmp_path / "other"), "student": {**wide, "arguments": {"vocab_size": 310}}}
     with pytest.raises(ValueError, match=r"teacher: its vocabulary has 300 ids, the student's 310"):
         distill(Recipe.build(other), say=said.append)
+
+
+def test_batches_of_like_length_are_drawn_at_random_and_anywhere_alike() -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 1003)
+    order = LengthOrder(lengths, 8, seed=3)
+    epoch = order.take(0, 1000)
+    assert len(set(epoch)) == 1000
+    assert order.n == 1000
+    assert LengthOrder(lengths, 8, seed=3).take(1504, 24) == order.take(1504, 24) == [*order.take(1000, 1000), *epoch][504:528]
+    assert sorted(order.take(1000, 1000)) != sorted(epoch)  # other rows are left out
+
+    def padded(order: Order) -> int:
+        batches = [lengths[order.take(start, 8)] for start in range(0, 1000, 8)]
+        return sum(8 * int(batch.max()) for batch in batches)
+
+    whole = int(lengths.sum())
+    assert padded(order) < 1.1 * whole
+    assert padded(Order(1003, 3)) > 1.6 * whole
+    means = [lengths[order.take(start, 8)].mean() for start in range(0, 1000, 8)]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3  # neighbours are not of like length
+    assert sorted(LengthOrder(lengths[:3], 8, seed=0).take(0, 3)) == [0, 1, 2]
+
+
+def test_rows_without_lengths_are_not_grouped(tokenizer: Path, tmp_path: Path) -> None:
+    class Bare:
+        def __len__(self) -> int:
+            return 4
+
+    with pytest.raises(ValueError, match=r"data\.group_by_length: expected rows with lengths, got Bare"):
+        lengths_of(cast(Source, Bare()))
+    values = recipe_values(tokenizer, tmp_path / "run")
+    found = open_inputs(Recipe.build(values), tmp_path / "read")
+    some = Subset(found.train, [3, 1])
+    assert lengths_of(some).tolist() == [len(some.batch([i]).input_ids[0]) for i in range(2)]
+
+
+def test_a_run_folder_knows_keys_that_are_newer(tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "run", steps=2)
+    distill(Recipe.build(values), say=lambda line: None)
+    file = tmp_path / "run" / "recipe.yaml"
+    kept = [line for line in file.read_text().splitlines() if "group_by_length" not in line and "unlabelled" not in line]
+    file.write_text("\n".join(kept) + "\n")
+    said: list[str] = []
+    distill(Recipe.build(values), say=said.append)
+    assert said == [f"{tmp_path / 'run'}: finished before; nothing to do"]
+    with pytest.raises(ValueError, match=r"out: .* holds a run that differs in data\.group_by_length"):
+        distill(Recipe.build({**values, "data": {**values["data"], "group_by_length": True}}), say=said.append)
