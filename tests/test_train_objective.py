@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train_faults import cached, make_cache, quiet, rows_of
 from tiny_runs import STUDENT, make_sequences, make_tokenizer, recipe_values
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdfast import kd_loss
 from kdfast.models.load import load_folder
 from kdfast.train import Recipe, distill
-from kdfast.train.data import PackedOrder
+from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.inputs import open_inputs
 from kdfast.train.objective import Setting
 from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
@@ -206,3 +209,77 @@ def test_a_packed_run_visits_every_document_once_an_epoch_and_resumes(tokenizer:
     assert (whole.model / "model.safetensors").read_bytes() == (tmp_path / "cut/model/model.safetensors").read_bytes()
     states = [json.loads((f / "checkpoints/step-00000006/state.json").read_text()) for f in (whole.out, tmp_path / "cut")]
     assert states[0]["rows"] == states[1]["rows"] == 12
+
+
+def make_lstm(vocab_size: int = 300, width: int = 16, layers: int = 1, dropout: float = 0.0) -> nn.Module:
+    """The model of `examples/lstm`."""
+    path = Path(__file__).parent.parent / "examples" / "lstm" / "lstm.py"
+    found = importlib.util.module_from_spec(importlib.util.spec_from_file_location("lstm", path))
+    found.__spec__.loader.exec_module(found)
+    return found.make(vocab_size, width, layers, dropout)
+
+
+def test_an_lstm_learns_from_a_wider_one_through_its_head(tokenizer: Path, tmp_path: Path) -> None:
+    """Teacher and student are made by a function, the teacher's weights are those of its run."""
+    wide = {"function": f"{__name__}:make_lstm", "arguments": {"width": 24, "layers": 2}}
+    teacher = distill(Recipe.build(recipe_values(tokenizer, tmp_path / "teacher", student=wide)), say=lambda line: None)
+    said: list[str] = []
+    method = {"name": "word_kd", "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
+    narrow = {"function": f"{__name__}:make_lstm", "arguments": {"dropout": 0.1}}
+    taught = {"method": method, "student": narrow, "teacher": {**wide, "weights": str(teacher.model)}}
+    values = recipe_values(tokenizer, tmp_path / "student", **taught)
+    distill(Recipe.build(values), say=said.append)
+    assert not any("logits are formed whole" in line for line in said)
+    first = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[0])
+    # What the teacher says of the first batch is what its own run ended in, not what fresh weights would say.
+    assert first["teacher_ppl"] == pytest.approx(teacher.evaluation.ppl, rel=0.3)
+    other = {**values, "out": str(tmp_path / "other"), "student": {**wide, "arguments": {"vocab_size": 310}}}
+    with pytest.raises(ValueError, match=r"teacher: its vocabulary has 300 ids, the student's 310"):
+        distill(Recipe.build(other), say=said.append)
+
+
+def test_batches_of_like_length_are_drawn_at_random_and_anywhere_alike() -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 1003)
+    order = LengthOrder(lengths, 8, seed=3)
+    epoch = order.take(0, 1000)
+    assert len(set(epoch)) == 1000
+    assert order.n == 1000
+    assert LengthOrder(lengths, 8, seed=3).take(1504, 24) == order.take(1504, 24) == [*order.take(1000, 1000), *epoch][504:528]
+    assert sorted(order.take(1000, 1000)) != sorted(epoch)  # other rows are left out
+
+    def padded(order: Order) -> int:
+        batches = [lengths[order.take(start, 8)] for start in range(0, 1000, 8)]
+        return sum(8 * int(batch.max()) for batch in batches)
+
+    whole = int(lengths.sum())
+    assert padded(order) < 1.1 * whole
+    assert padded(Order(1003, 3)) > 1.6 * whole
+    means = [lengths[order.take(start, 8)].mean() for start in range(0, 1000, 8)]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3  # neighbours are not of like length
+    assert sorted(LengthOrder(lengths[:3], 8, seed=0).take(0, 3)) == [0, 1, 2]
+
+
+def test_rows_without_lengths_are_not_grouped(tokenizer: Path, tmp_path: Path) -> None:
+    class Bare:
+        def __len__(self) -> int:
+            return 4
+
+    with pytest.raises(ValueError, match=r"data\.group_by_length: expected rows with lengths, got Bare"):
+        lengths_of(cast(Source, Bare()))
+    values = recipe_values(tokenizer, tmp_path / "run")
+    found = open_inputs(Recipe.build(values), tmp_path / "read")
+    some = Subset(found.train, [3, 1])
+    assert lengths_of(some).tolist() == [len(some.batch([i]).input_ids[0]) for i in range(2)]
+
+
+def test_a_run_folder_knows_keys_that_are_newer(tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "run", steps=2)
+    distill(Recipe.build(values), say=lambda line: None)
+    file = tmp_path / "run" / "recipe.yaml"
+    kept = [line for line in file.read_text().splitlines() if "group_by_length" not in line and "unlabelled" not in line]
+    file.write_text("\n".join(kept) + "\n")
+    said: list[str] = []
+    distill(Recipe.build(values), say=said.append)
+    assert said == [f"{tmp_path / 'run'}: finished before; nothing to do"]
+    with pytest.raises(ValueError, match=r"out: .* holds a run that differs in data\.group_by_length"):
+        distill(Recipe.build({**values, "data": {**values["data"], "group_by_length": True}}), say=said.append)

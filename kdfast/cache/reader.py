@@ -122,6 +122,10 @@ class CacheReader:
         """Tokens of every record, int64 [len(self)]: for samplers that sort or pack by length."""
         return self._jobs[:, _TOKENS].copy()
 
+    def context_lengths(self) -> np.ndarray:
+        """Context ids of every record, int64 [len(self)], 0 where it has none."""
+        return self._jobs[:, _CONTEXTS].copy()
+
     def __getitem__(self, i: int) -> Record:
         """Record i (from the end when negative).
 

@@ -35,8 +35,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--separator", metavar="TOKEN", help="after each text")
     parser.add_argument("--end", metavar="TOKEN", help="after each completion")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the task's data, as under data: in a recipe"
-        " (kdfast train --keys causal_lm)",
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the task's data, as under data: in a"
+        " recipe, or task.KEY of the task (kdfast train --keys seq2seq)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time (default %(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="read so many sequences at most (default: all)")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(_with_flags(str(error))) from None
     if args.json:
         print(json_text(found))
-    elif "ppl" in found:
+    elif set(found) == {"ppl", "nll", "top1", "tokens"}:
         print(f"perplexity {found.ppl:.3f}, {found.nll:.4f} nats a token, top-1 {found.top1:.2%}, {found.tokens:,} tokens")
     else:
         print(headline)
@@ -84,11 +84,14 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
 
     folder = resolve_folder(args.model, "model")
     chosen = named(args.task or kind_of(folder), "task")
-    cls = task_class(chosen.name)
+    cls, rest = task_class(chosen.name), [setting for setting in args.set if not setting.startswith("task.")]
+    # `task.beams=[1, 5]` is the task's, any other key its data's.
+    own = [setting.removeprefix("task.") for setting in args.set if setting.startswith("task.")]
+    chosen = named({"name": chosen.name, **override({}, own)}, "task")
     known = {name: getattr(args, name) for name in ("glob", "exclude", "sequence_length", "special_tokens", "separator", "end")}
     # A task without one of these has no use for its default.
     given = {name: value for name, value in known.items() if name in {f.name for f in fields(cls.Data)}}
-    data = build(cls.Data, override({**given, "validation": args.data}, args.set), "data")
+    data = build(cls.Data, override({**given, "validation": args.data}, rest), "data")
     tokenizer, file = load_tokenizer(args.tokenizer or folder) if cls.needs_tokenizer else (None, None)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     task = cls(chosen.options, data)

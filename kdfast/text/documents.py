@@ -68,6 +68,8 @@ class Corpus:
             if task != "causal" and getattr(data, option):
                 raise ValueError(f"{name(option)}: expected a causal teacher, got a {task} one; leave it out")
         self._forms = data.forms(task)
+        if data.unlabelled and not {"pair", "prompt"} & self._forms.keys():
+            raise ValueError(f"{name('unlabelled')}: expected rows with a source or a prompt, got {', '.join(self._forms)}")
         self._source = open_source(data, [field for fields in self._forms.values() for field in fields], name)
         if task == "seq2seq" and self._source.texts:
             raise ValueError(
@@ -191,6 +193,11 @@ class Corpus:
 
     def _draft(self, row: Row) -> Draft:
         form = next((form for form, fields in self._forms.items() if row.has(fields)), None)
+        if form is None and self.data.unlabelled:
+            asked = [(form, fields) for form, fields in self._forms.items() if form in ("pair", "prompt")]
+            form, fields = next(((form, fields) for form, fields in asked if row.has(fields[:1])), (None, ()))
+            if form is not None:
+                return Draft(row, form, row.texts(fields[:1]))
         if form is None:
             wanted = ", or ".join(" and ".join(fields) for fields in self._forms.values())
             raise ValueError(f"{row.where}: expected an object with {wanted}, got {', '.join(row.values) or 'nothing'}")
@@ -207,11 +214,11 @@ class Corpus:
         if draft.form == "text":
             yield from self._text(first.ids)
         elif draft.form == "pair":
-            yield from self._pair(draft.texts[0], encodings[1].ids)
+            yield from self._pair(draft.texts[0], encodings[1].ids if len(encodings) > 1 else None)
         elif draft.written is not None:
             yield from self._taught(first.ids, learned(first.ids, first.offsets, draft.written, known))
         else:
-            prompt, completion = [*begin, *first.ids], [*encodings[1].ids, *end]
+            prompt, completion = [*begin, *first.ids], [*encodings[1].ids, *end] if len(encodings) > 1 else []
             yield from self._taught(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
     def _text(self, ids: Any) -> Iterator[Example]:
@@ -229,17 +236,18 @@ class Corpus:
         rows = torch.cat([counts[1:], torch.zeros(1, dtype=torch.bool)])
         if len(kept) > 1 and self.data.prompt_loss:
             yield Example(kept)
-        elif len(kept) > 1 and bool(rows.any()):
+        elif len(kept) > 1 and (bool(rows.any()) or (self.data.unlabelled and not any(said))):
             yield Example(kept, loss_mask=rows)
         else:
             self.dropped += 1
 
-    def _pair(self, asked: str, answer: list[int]) -> Iterator[Example]:
-        """A source and a target, each cut to the length; the decoder starts from the model's own start."""
+    def _pair(self, asked: str, answer: list[int] | None) -> Iterator[Example]:
+        """A source and a target, each cut to the length; the decoder starts from the model's own start. Without a target the
+        decoder has its start, and nothing counts."""
         length, special = self.data.sequence_length, self.data.special_tokens == "auto"
         start, end = self._decoder
         context = torch.tensor(self.tokenizer.encode(asked, add_special_tokens=special).ids[:length], dtype=torch.int64)
-        labels = torch.tensor([*answer, *end][:length], dtype=torch.int64)
+        labels = torch.tensor([IGNORE] if answer is None else [*answer, *end][:length], dtype=torch.int64)
         if len(context) and len(labels):
             yield Example(torch.cat([torch.tensor([start]), labels[:-1]]), labels, context)
 

@@ -37,6 +37,7 @@ class TextData:
         source_field, target_field: an encoder's and a decoder's text.
         chat_template: file with a Jinja template to use instead of the model's.
         prompt_loss: prompts count too; otherwise completions and assistant turns only.
+        unlabelled: rows may have a source or a prompt alone; nothing of them counts until a teacher writes what follows.
         sequence_length: most tokens of a document.
         special_tokens: `auto`: what the tokenizer and the model say stands around documents and completions; `none`: nothing
             but a `separator` or `end` that is named.
@@ -60,6 +61,7 @@ class TextData:
     target_field: str = "target"
     chat_template: str | None = None
     prompt_loss: bool = False
+    unlabelled: bool = False
     sequence_length: int = dataclasses.field(default=512, metadata={"low": 2})
     special_tokens: str = dataclasses.field(default="auto", metadata={"choices": ("auto", "none")})
     separator: str | None = None

@@ -13,7 +13,7 @@ from kdfast.models.load import resolve_folder
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
 from kdfast.train.class_cache import TaughtRows, digest_of
-from kdfast.train.data import Source, Subset
+from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import ClassTask
@@ -40,6 +40,16 @@ class Inputs:
     vocab_size: int | None
     digest: str
     tokenizer_homes: tuple[Path, ...] = ()
+
+    def walk(self, rows: Source, recipe: Recipe) -> Order | PackedOrder:
+        """The order in which a run visits `rows`."""
+        caches = self.caches
+        if caches and caches[0].pack:
+            lengths = caches[0].reader.lengths()
+            return PackedOrder(lengths[rows.rows] if isinstance(rows, Subset) else lengths, caches[0].pack, recipe.seed)
+        if getattr(recipe.data, "group_by_length", False):
+            return LengthOrder(lengths_of(rows), recipe.batch_size, recipe.seed)
+        return Order(len(rows), recipe.seed)
 
     @property
     def caches(self) -> list[CachedTeacher]:
@@ -77,6 +87,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         open_teacher(spec, f"teachers[{i}]" if many else "teacher", task.kind, identity, pack)
         for i, spec in enumerate(recipe.all_teachers)
     ]
+    if tokenizer is not None:
+        _check_tokenizers(recipe, tokenizer, identity)
     if cache_is_data:
         train, held_out = _cached(recipe, [t for t in teachers if isinstance(t, CachedTeacher)])
         validation = held_out if validation is None else validation
@@ -143,6 +155,24 @@ def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
     return tuple(folder for folder, file in held if file.is_file() and file_hash(file) == same)
 
 
+def _check_tokenizers(recipe: Recipe, tokenizer: Any, identity: str | None) -> None:
+    """Raises where a live teacher's folder has a tokenizer with other tokens than the data's; a cache knows its own."""
+    many = len(recipe.all_teachers) > 1
+    for i, spec in enumerate(recipe.all_teachers):
+        if not spec.path:
+            continue
+        key = f"teachers[{i}].path" if many else "teacher.path"
+        file = resolve_folder(spec.path, key) / "tokenizer.json"
+        if not file.is_file() or file_hash(file) == identity:
+            continue
+        theirs = load_tokenizer(file)[0].get_vocab()
+        if theirs != tokenizer.get_vocab():
+            raise ValueError(
+                f"{key}: expected the data's tokenizer, got one with other tokens in {file} ({len(theirs)} ids, the data's"
+                f" {tokenizer.get_vocab_size()}); the same ids must mean the same tokens"
+            )
+
+
 def _own_tokenizer(recipe: Recipe) -> Path | None:
     """The tokenizer in the first model folder that has one."""
     return next((f / "tokenizer.json" for f in _model_folders(recipe) if (f / "tokenizer.json").is_file()), None)
@@ -173,6 +203,9 @@ class _SideBySide:
 
     def __len__(self) -> int:
         return len(self.caches[0])
+
+    def lengths(self) -> Any:
+        return self.caches[0].lengths()
 
     def batch(self, indices: Sequence[int]) -> Any:
         first, *others = [cache.batch(indices) for cache in self.caches]

@@ -21,7 +21,7 @@ from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
 from kdfast.train.alignment import align, check_vocabulary
 from kdfast.train.batch import Batch
-from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
+from kdfast.train.data import Order, PackedOrder, Source
 from kdfast.train.evaluate import Evaluation, evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
@@ -191,17 +191,8 @@ class _Run:
 
     def _orders(self) -> list[Order | PackedOrder]:
         """The walk of each phase; phases with the same rows go on with the same one."""
-        walks = {id(rows): self._order(rows) for rows in self.rows}
+        walks = {id(rows): self.inputs.walk(rows, self.recipe) for rows in self.rows}
         return [walks[id(rows)] for rows in self.rows]
-
-    def _order(self, rows: Source) -> Order | PackedOrder:
-        caches, recipe = self.inputs.caches, self.recipe
-        if caches and caches[0].pack:
-            lengths = caches[0].reader.lengths()
-            return PackedOrder(lengths[rows.rows] if isinstance(rows, Subset) else lengths, caches[0].pack, recipe.seed)
-        if getattr(recipe.data, "group_by_length", False):
-            return LengthOrder(lengths_of(rows), recipe.batch_size, recipe.seed)
-        return Order(len(rows), recipe.seed)
 
     def train(self) -> Result:
         recipe, accelerator = self.recipe, self.accelerator
@@ -223,6 +214,8 @@ class _Run:
             evaluation = self._steps(start, log, shown)
         checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs.tokenizer_homes)
         if accelerator.is_main_process:
+            for objective in self.step.objectives:
+                objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
             run_folder.finish(self.folder, recipe.total_steps, log.seconds, evaluation)
         accelerator.end_training()
         model = self.folder / "model"
@@ -334,18 +327,8 @@ class _Run:
 
     def _phase(self, step: int) -> tuple[Phase, int]:
         """The phase of a step, and the step's number within it; makes its objective the one that is used."""
-        number, within = self._place(step)
-        self.step.phase = number
-        return self.recipe.parts[number], within
-
-    def _place(self, step: int) -> tuple[int, int]:
-        """Number of the phase of a step, and the step's number within it."""
-        before = 0
-        for number, phase in enumerate(self.recipe.parts):
-            if step <= before + phase.steps:
-                return number, step - before
-            before += phase.steps
-        raise AssertionError(f"step {step} lies in no phase")
+        self.step.phase, within = self.recipe.place(step)
+        return self.recipe.parts[self.step.phase], within
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -366,7 +349,7 @@ class _Run:
         recipe, world, rank = self.recipe, self.accelerator.num_processes, self.accelerator.process_index
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
-        number, _ = self._place(step)
+        number, _ = recipe.place(step)
         return Read.of([self.rows[number].batch(self.orders[number].take(start, size)) for start in starts])
 
     def _align(self) -> None:

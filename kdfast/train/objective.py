@@ -55,6 +55,8 @@ class Objective(nn.Module):
     Options: ClassVar[type]
     #: "required", "none" or "optional".
     teacher: ClassVar[str] = "required"
+    #: Whether `prepare` has the teachers write targets, for rows without one (`data.unlabelled`).
+    writes: ClassVar[bool] = False
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__()
@@ -75,6 +77,9 @@ class Objective(nn.Module):
     def prepare(self, inputs: Any, folder: Any, say: Any) -> Prepared | None:
         """Work before the first step (decoding, prototypes), kept in `folder` and found there when resumed."""
         return None
+
+    def conclude(self, student: nn.Module, say: Any) -> None:
+        """Work after the last step, in evaluation mode, before the run is marked as finished."""
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         """The loss, divided by `num_items` (the rows of the whole optimiser step that count), and metrics."""

@@ -93,6 +93,7 @@ class Teacher:
 
     Args:
         path: a local folder that `from_pretrained` reads, or a hub name. function, arguments: as for the student.
+        weights: of a `function`: the folder `model` of its run, or a safetensors file; null: those the function gives it.
         cache: a folder or URL that `kdfast cache build` wrote, which is the training data too.
         dtype: what its weights are in; `auto`: as they are stored.
         weight: among several teachers.
@@ -101,6 +102,7 @@ class Teacher:
     path: str | None = None
     function: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     cache: str | None = None
     dtype: str = one_of("auto", "auto", "float32", "bfloat16")
     weight: float = ranged(1.0, above=0.0)
@@ -109,6 +111,8 @@ class Teacher:
         sources = [n for n in ("path", "function", "cache") if getattr(self, n)]
         if len(sources) != 1:
             raise ValueError(f"expected one of path, function, cache, got {' and '.join(sources) or 'none'}")
+        if self.weights and not self.function:
+            raise ValueError(f"weights: they belong to function, but {sources[0]} is given; leave weights out")
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,15 @@ class Recipe:
     def total_steps(self) -> int:
         return sum(phase.steps for phase in self.parts)
 
+    def place(self, step: int) -> tuple[int, int]:
+        """Number of the phase of a step (1-based), and the step's number within it."""
+        before = 0
+        for number, phase in enumerate(self.parts):
+            if step <= before + phase.steps:
+                return number, step - before
+            before += phase.steps
+        raise AssertionError(f"step {step} lies in no phase")
+
     def __post_init__(self) -> None:
         if not any(getattr(self.student, n) for n in ("model_type", "path", "function", "from_teacher")):
             raise ValueError("student: expected one of model_type, path, function, from_teacher, got none")
@@ -232,6 +245,12 @@ class Recipe:
         names = [phase.method.name for phase in self.parts]
         if self.all_teachers and all(recipes.objective_class(name).teacher == "none" for name in names):
             raise ValueError(f"teacher: method {names[0]} has none; leave it out, or set method: word_kd")
+        silent = [name for name in names if not recipes.objective_class(name).writes]
+        if getattr(self.data, "unlabelled", False) and silent:
+            raise ValueError(
+                f"data.unlabelled: method {silent[0]} learns from targets only; expected one that has a teacher write them"
+                " (sequence_kd)"
+            )
         for phase in self.parts:
             wanted = recipes.objective_class(phase.method.name).teacher
             if wanted == "required" and not self.all_teachers:

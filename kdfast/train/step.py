@@ -46,7 +46,8 @@ class DistillStep(nn.Module):
         self, batch: Batch, teachers: Sequence[View] | None = None, num_items: int | Tensor = 1, *, score: bool = False
     ) -> Any:
         if score:
-            return self.task.score(look(self.student, batch.by_name, head=self.head), batch)
+            found = self.task.score(look(self.student, batch.by_name, head=self.head), batch)
+            return {**found, **self.task.score_written(self.student, batch)}
         view = look(self.student, batch.by_name, self.objective.needs_of_student(), self.head)
         loss, metrics = self.objective(view, teachers or (), batch, num_items)
         if view.auxiliary is not None:

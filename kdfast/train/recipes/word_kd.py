@@ -7,10 +7,13 @@ Sources: Hinton, Vinyals, Dean 2015, arXiv 1503.02531; Kim and Rush 2016, arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from kdfast.models.heads import call, logits_in
 from kdfast.models.load import vocab_of
 from kdfast.models.view import View
 from kdfast.ops.tails import DIVERGENCES as CACHED_DIVERGENCES
@@ -62,7 +65,7 @@ class WordKD(Objective):
     def __init__(self, options: WordKDOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         weights = [teacher.weight for teacher in setting.teachers]
-        self.teacher_weights = None if len(set(weights)) == 1 else weights
+        self.teacher_weights = None if len(set(weights)) <= 1 else weights
         caches = [teacher.info for teacher in setting.teachers if teacher.info is not None]
         self.tail = options.tail
         if options.tail == "auto":
@@ -70,11 +73,17 @@ class WordKD(Objective):
         self.captured = sorted(set.intersection(*(set(info.temperatures) for info in caches))) if caches else []
         if caches:
             self._check_cached(options)
-        own = vocab_of(setting.student)
-        for teacher in setting.teachers:
-            its = None if teacher.info is not None else vocab_of(teacher.model)
+        self._check_vocabularies(setting)
+
+    @staticmethod
+    def _check_vocabularies(setting: Setting) -> None:
+        live = [teacher.model for teacher in setting.teachers if teacher.info is None]
+        own = _vocabulary(setting.student, setting.task) if live else None
+        for i, model in enumerate(live):
+            its = _vocabulary(model, setting.task)
             if None not in (own, its) and own != its:
-                raise ValueError(f"teacher: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
+                key = f"teachers[{i}]" if len(live) > 1 else "teacher"
+                raise ValueError(f"{key}: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
 
     def _check_cached(self, options: WordKDOptions) -> None:
         given = options.temperature
@@ -95,5 +104,29 @@ class WordKD(Objective):
             self.now["temperature"] = min(self.captured, key=lambda c: abs(c - self.now["temperature"]))
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-        options = {**self.now, "tail": self.tail, "teacher_weights": self.teacher_weights}
+        return self.distilled(student, teachers, batch, num_items, self.row_options())
+
+    def row_options(self) -> dict[str, Any]:
+        """What of `self.now` the row losses take: a method of this kin has options beside."""
+        return {f.name: self.now[f.name] for f in fields(WordKDOptions)}
+
+    def distilled(
+        self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Metrics]:
+        """The loss with `options` (and a `token_weight`, where a method of this kin has one)."""
+        options = {**options, "tail": self.tail, "teacher_weights": self.teacher_weights}
         return distillation(student, teachers, batch.labels, num_items, soft_mask=batch.soft_mask, **options)
+
+
+@torch.no_grad()
+def _vocabulary(model: nn.Module, task: Any) -> int | None:
+    """What the model says, else how many logits it gives for a token of a language task."""
+    size = vocab_of(model)
+    if size is not None or not getattr(task, "through_head", False):
+        return size
+    was_training = model.training
+    model.eval()
+    try:
+        return int(logits_in(call(model, task.example(model))).shape[-1])
+    finally:
+        model.train(was_training)

@@ -61,6 +61,10 @@ class Task(Generic[D]):
         """Sums over a batch, on the device; runs inside the wrapped module."""
         raise NotImplementedError
 
+    def score_written(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Sums over what the model writes by itself for a batch; none unless a task has such scores."""
+        return {}
+
     def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
         """What the sums of all batches come to."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdfast.cache import CacheReader
@@ -34,6 +35,10 @@ class CachedTeacher:
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each record, its context's among them."""
+        return self.reader.lengths().astype(np.int64) + self.reader.context_lengths().astype(np.int64)
 
     def to(self, device: torch.device) -> None:
         """A cache has no place; its batches are sent."""

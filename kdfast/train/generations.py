@@ -1,0 +1,149 @@
+"""Students that teach the next students: members of a generation trained one after another, and what their ensemble gains.
+
+Every member is an ordinary run of its own, in `generation-1/member-0/` and so on, that is stopped and gone on with like any
+other. `generations.json` has, for each generation, the members' scores, the scores of the mean of their probabilities, and how
+far the members are one: top-1 agreement of pairs, and the Jensen-Shannon divergence, the mean of KL(member || mean).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kdfast import files
+from kdfast.models.ensemble import Ensemble, mean_logits
+from kdfast.models.view import look
+from kdfast.train.batch import IGNORE
+from kdfast.train.data import Source
+from kdfast.train.evaluate import evaluate
+from kdfast.train.recipe import Model, Named, Recipe, Teacher
+from kdfast.train.recipes.supervised import SupervisedOptions
+from kdfast.train.recipes.word_kd import WordKDOptions
+from kdfast.train.teachers import LiveTeacher
+
+
+class Generations:
+    """The generations of one run, kept in `folder`.
+
+    Args:
+        recipe: the run's. steps: of each member. options: the row loss they learn by (`WordKDOptions` or a kin).
+        inputs: the run's (`kdfast.train.inputs.Inputs`). bar, say: as in `kdfast.train.distill`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: WordKDOptions,
+        inputs: Any,
+        folder: Path,
+        *,
+        steps: int,
+        bar: Any,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.options, self.inputs, self.folder = recipe, options, inputs, folder
+        self._steps, self._bar, self._say = steps, bar, say
+        self._file = folder / "generations.json"
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world > 1:
+            raise ValueError(f"method: expected one process for generations, whose members train one by one, got {world}")
+
+    def train(self, number: int, members: Sequence[Model], teachers: Sequence[Teacher]) -> list[Teacher]:
+        """Trains a generation from the one before (none: from the labels); its members as teachers of the next."""
+        from kdfast.train.loop import distill  # which runs the method that asks for this
+
+        found = []
+        for i, student in enumerate(members):
+            out = self.folder / f"generation-{number}" / f"member-{i}"
+            recipe = dataclasses.replace(
+                self.recipe, method=self._method(bool(teachers)), phases=(), steps=self._steps, student=student, teacher=None,
+                teachers=tuple(teachers), out=str(out), seed=self.recipe.seed * 1000 + number * 100 + i, init_from=None,
+            )  # fmt: skip
+            # Data that the caller brought are in no recipe.
+            own = not (getattr(recipe.data, "train", None) or getattr(recipe.data, "dataset", None))
+            data = {"train_data": self.inputs.train, "validation_data": self.inputs.validation} if own else {}
+            distill(recipe, bar=self._bar, say=self._said_by(f"generation {number}, member {i}"), **data)
+            model = str(out / "model")
+            by_name = {"function": student.function, "arguments": student.arguments, "weights": model}
+            found.append(Teacher(**by_name) if student.function else Teacher(path=model))  # type: ignore[arg-type]
+        return found
+
+    def _said_by(self, name: str) -> Callable[[str], None]:
+        return lambda line: self._say(f"{name}: {line}")
+
+    def open(self, teachers: Sequence[Teacher], device: torch.device) -> list[LiveTeacher]:
+        opened = [LiveTeacher.load(spec, "teacher", self.inputs.task.kind) for spec in teachers]
+        for teacher in opened:
+            teacher.to(device)
+        return opened
+
+    def report(self, name: str, models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> dict[str, Any]:
+        """Scores of the members, of their ensemble, and their agreement, on the validation data; found there when resumed."""
+        known = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        if self.inputs.validation is None:
+            return {}
+        if known.get(name, {}).get("steps") == self._steps:
+            return dict(known[name])
+        size, limit = self.recipe.batch_size, self.recipe.eval_sequences
+        scored: dict[str, Any] = {"batch_size": size, "limit": limit, "task": self.inputs.task}
+        members = [evaluate(model, self.inputs.validation, **scored) for model in models]
+        together = (
+            evaluate(Ensemble(models, weights).eval(), self.inputs.validation, **scored) if len(models) > 1 else members[0]
+        )
+        row = {
+            "steps": self._steps,
+            "members": members,
+            "ensemble": together,
+            **agreement(models, self.inputs.validation, size, limit),
+        }
+        files.write_json(self._file, {**known, name: row})
+        alike = f", members agree on {row['top1_agreement']:.1%}" if "top1_agreement" in row else ""
+        best = min(members, key=lambda scores: scores["nll"])
+        self._say(
+            f"{name}: best of {len(members)} {self.inputs.task.headline(best)}; together"
+            f" {self.inputs.task.headline(together)}, {best['nll'] - together['nll']:+.4f} nats gained{alike}"
+        )
+        return row
+
+    def _method(self, taught: bool) -> Named:
+        values = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(WordKDOptions)}
+        if taught:
+            return Named("word_kd", WordKDOptions(**values))
+        return Named("supervised", SupervisedOptions(**{f.name: values[f.name] for f in dataclasses.fields(SupervisedOptions)}))
+
+
+def stand_ins(student: nn.Module, count: int) -> list[LiveTeacher]:
+    """The student as its own teachers, for `check: true`, which trains no members."""
+    return [LiveTeacher(copy.deepcopy(student)) for _ in range(count)]
+
+
+@torch.no_grad()
+def agreement(models: Sequence[nn.Module], data: Source, batch_size: int = 16, limit: int = 0) -> dict[str, float]:
+    """How far models are one, on the labelled rows: `top1_agreement`, the mean over pairs, and `js` in nats."""
+    if len(models) < 2:
+        return {}
+    device = next(models[0].parameters()).device
+    n = min(limit, len(data)) if limit else len(data)
+    pairs = list(itertools.combinations(range(len(models)), 2))
+    same = apart = rows = 0.0
+    for start in range(0, n, batch_size):
+        batch = data.batch(range(start, min(start + batch_size, n))).to(device)
+        if batch.labels is None:
+            return {}
+        counted = batch.labels != IGNORE
+        logs = [look(model, batch.by_name).logits[counted].float().log_softmax(-1) for model in models]
+        best = [z.argmax(-1) for z in logs]
+        mean = mean_logits(logs, [1 / len(models)] * len(models))
+        same += sum(float((best[i] == best[j]).sum()) for i, j in pairs) / len(pairs)
+        apart += sum(float((z.exp() * (z - mean)).sum()) for z in logs) / len(models)
+        rows += float(counted.sum())
+    return {"top1_agreement": same / max(rows, 1.0), "js": apart / max(rows, 1.0)}

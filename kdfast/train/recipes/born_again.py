@@ -1,0 +1,67 @@
+"""Born-again networks: a student of one architecture teaches the next one of the same, and all of them vote at the end.
+
+f_1 learns from the teacher, or from the labels where there is none; f_k from f_(k-1) by the loss of `word_kd`; the last one is
+the run's own student. The mean of the probabilities of all of them is scored at the end.
+Source: Furlanello et al. 2018, arXiv 1805.04770.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdfast.strict import ranged
+from kdfast.train.generations import Generations, stand_ins
+from kdfast.train.objective import Prepared, Setting
+from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
+
+
+@dataclass(frozen=True)
+class BornAgainOptions(WordKDOptions):
+    """The options of `word_kd`, and generations.
+
+    Args:
+        generations: students one after another, the run's own the last.
+        member_steps: steps of those before it; null: as many as the run's.
+    """
+
+    generations: int = ranged(2, low=2)
+    member_steps: int | None = ranged(None, low=1)
+
+
+class BornAgain(WordKD):
+    Options = BornAgainOptions
+    teacher = "optional"
+
+    def __init__(self, options: BornAgainOptions, setting: Setting) -> None:
+        super().__init__(options, setting)
+        if any(teacher.info is not None for teacher in setting.teachers):
+            raise ValueError("teacher.cache: method born_again has students teach on the same rows, expected path or function")
+        self._setting = setting
+        self._generations: Generations | None = None
+        self._before: list[nn.Module] = []
+
+    def prepare(self, inputs: Any, folder: Path, say: Any) -> Prepared | None:
+        options, recipe = self.options, self._setting.recipe
+        if recipe.check:
+            return Prepared(teachers=stand_ins(self._setting.student, 1))
+        generations = Generations(
+            recipe, options, inputs, folder, steps=options.member_steps or recipe.total_steps, bar=self._setting.bar, say=say
+        )
+        device, before = next(self._setting.student.parameters()).device, recipe.all_teachers
+        opened = []
+        for number in range(1, options.generations):
+            before = generations.train(number, [recipe.student], before)
+            opened += generations.open(before, device)
+            generations.report(f"generation {number}", [opened[-1].model])
+        self._generations, self._before = generations, [teacher.model for teacher in opened]
+        self.teacher_weights = None
+        return Prepared(teachers=opened[-1:])
+
+    def conclude(self, student: nn.Module, say: Any) -> None:
+        if self._generations is not None:
+            self._generations.report(f"generation {self.options.generations}", [student])
+            self._generations.report("all together", [*self._before, student])

@@ -1,0 +1,158 @@
+"""Ensembles over generations and born-again networks on tiny data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tiny_translation import make_tokenizer, marian, marian_config, pairs, recipe_values, save, write_rows
+from transformers import AutoModelForSeq2SeqLM
+
+from kdfast.models.ensemble import Ensemble
+from kdfast.train import Recipe, distill, evaluate
+from kdfast.train.generations import agreement
+from kdfast.train.inputs import open_inputs
+
+SHAPES = [{"model_type": "marian", "config": marian_config(width=width)} for width in (16, 24)]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> tuple[Path, Path]:
+    return make_tokenizer(tmp_path / "tokenizer"), write_rows(tmp_path / "pairs.jsonl", pairs())
+
+
+def run(values: dict[str, Any], said: list[str] | None = None) -> Any:
+    return distill(Recipe.build(values), say=(lambda line: None) if said is None else said.append)
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_generations_of_an_ensemble_end_in_the_same_bits_when_killed(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    teachers = [{"path": str(save(marian(seed), tmp_path / f"t{seed}", tokenizer))} for seed in range(3)]
+    method = {"name": "ensemble", "generations": 2, "members": SHAPES, "member_steps": 3, "hard_weight": 0.5}
+    values = recipe_values(tokenizer, data, tmp_path / "whole", method=method, teachers=teachers)
+    said: list[str] = []
+    run(values, said)
+    folder = tmp_path / "whole" / "prepared" / "0"
+    found = json.loads((folder / "generations.json").read_text())
+    assert list(found) == ["teachers", "generation 1", "generation 2"]
+    assert [len(row["members"]) for row in found.values()] == [3, 2, 2]
+    assert all(0 <= row["top1_agreement"] <= 1 and row["js"] >= 0 for row in found.values())
+    assert any(line.startswith("generation 2: best of 2 perplexity") and "nats gained" in line for line in said)
+    # The second generation learns from the first, the student from the second.
+    recipe = Recipe.load(folder / "generation-2" / "member-1" / "recipe.yaml")
+    assert [t.path for t in recipe.teachers] == [str(folder / "generation-1" / f"member-{i}" / "model") for i in range(2)]
+    assert (recipe.method.name, recipe.method.options.hard_weight, recipe.steps) == ("word_kd", 0.5, 3)
+
+    class Stopped:
+        """Stops the run in the second generation."""
+
+        def __init__(self, description: str, total: int, unit: str) -> None:
+            self.here = "member-0" in description and runs == 4
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def update(self, done: int) -> None:
+            if self.here:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    runs = 0
+
+    def bar(*args: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return Stopped(*args)
+
+    cut = {**values, "out": str(tmp_path / "cut"), "log_every": 1}
+    cut["method"] = dict(method)
+    runs = 1
+    with pytest.raises(KeyboardInterrupt):
+        distill(Recipe.build(cut), say=lambda line: None, bar=bar)
+    assert not (tmp_path / "cut" / "run.json").exists()
+    assert (tmp_path / "cut" / "prepared" / "0" / "generation-2" / "member-0" / "checkpoints").is_dir()
+    said.clear()
+    run(cut, said)
+    assert any("generation 1, member 1" in line and "finished before" in line for line in said)
+    assert any("generation 2, member 0: resuming from" in line for line in said)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+    again = json.loads((tmp_path / "cut" / "prepared" / "0" / "generations.json").read_text())
+    assert again == found
+
+
+def test_members_learn_from_labels_where_there_is_no_teacher(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    method = {"name": "ensemble", "generations": 1, "members": SHAPES, "member_steps": 2}
+    values = recipe_values(tokenizer, data, tmp_path / "run", method=method)
+    run({**values, "check": True})
+    run(values)
+    first = tmp_path / "run" / "prepared" / "0" / "generation-1"
+    assert Recipe.load(first / "member-0" / "recipe.yaml").method.name == "supervised"
+    assert AutoModelForSeq2SeqLM.from_pretrained(first / "member-1" / "model").config.d_model == 24
+
+
+def test_born_again_students_vote_at_the_end(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    method = {"name": "born_again", "generations": 3, "hard_weight": 0.5}
+    values = recipe_values(tokenizer, data, tmp_path / "run", method=method)
+    result = run(values)
+    folder = tmp_path / "run" / "prepared" / "0"
+    found = json.loads((folder / "generations.json").read_text())
+    assert list(found) == ["generation 1", "generation 2", "generation 3", "all together"]
+    assert Recipe.load(folder / "generation-1" / "member-0" / "recipe.yaml").method.name == "supervised"
+    second = Recipe.load(folder / "generation-2" / "member-0" / "recipe.yaml")
+    assert second.teachers[0].path == str(folder / "generation-1" / "member-0" / "model")
+    models = [AutoModelForSeq2SeqLM.from_pretrained(path) for path in (
+        folder / "generation-1" / "member-0" / "model", folder / "generation-2" / "member-0" / "model", result.model,
+    )]  # fmt: skip
+    inputs = open_inputs(Recipe.build(values), tmp_path / "read")
+    want = evaluate(Ensemble(models), inputs.validation, task=inputs.task)
+    assert found["all together"]["ensemble"] == pytest.approx(want, rel=1e-5)
+    assert found["generation 3"]["members"][0] == pytest.approx(result.evaluation, rel=1e-5)
+
+
+def test_agreement_by_hand(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    inputs = open_inputs(Recipe.build(recipe_values(tokenizer, data, tmp_path / "run")), tmp_path / "read")
+    models = [marian(seed) for seed in range(3)]
+    same, apart, rows = 0.0, 0.0, 0
+    for i in range(len(inputs.validation)):
+        batch = inputs.validation.batch([i])
+        with torch.no_grad():
+            p = torch.stack([model(**batch.by_name).logits[0].double().softmax(-1) for model in models])
+        best, mean = p.argmax(-1), p.mean(0)
+        same += sum(float((best[a] == best[b]).sum()) for a, b in ((0, 1), (0, 2), (1, 2))) / 3
+        apart += float((p * (p / mean).log()).sum()) / 3
+        rows += p.shape[1]
+    found = agreement(models, inputs.validation, 5)
+    assert found == pytest.approx({"top1_agreement": same / rows, "js": apart / rows}, rel=1e-4)
+
+
+def test_faults_are_said_in_one_line(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    teacher = {"path": str(save(marian(0), tmp_path / "t", tokenizer))}
+
+    def fails(match: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            run(recipe_values(tokenizer, data, tmp_path / "run", **changes))
+
+    fails(r"teachers: method ensemble expects at least two, got 1", method="ensemble", teacher=teacher)
+    fails(r"method\.members: expected at least two students", method={"name": "ensemble", "generations": 1})
+    fails(r"method\.generations: expected a number >= 1", method={"name": "ensemble", "members": SHAPES}, teacher=teacher)
+    fails(r"method\.generations.*>= 2", method={"name": "born_again", "generations": 1})
+    fails(r"weights: they belong to function", method="word_kd", teacher={**teacher, "weights": "x"})
