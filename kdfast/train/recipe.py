@@ -93,6 +93,7 @@ class Teacher:
 
     Args:
         path: a local folder that `from_pretrained` reads, or a hub name. function, arguments: as for the student.
+        weights: of a `function`: the folder `model` of its run, or a safetensors file; null: those the function gives it.
         cache: a folder or URL that `kdfast cache build` wrote, which is the training data too.
         dtype: what its weights are in; `auto`: as they are stored.
         weight: among several teachers.
@@ -101,6 +102,7 @@ class Teacher:
     path: str | None = None
     function: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     cache: str | None = None
     dtype: str = one_of("auto", "auto", "float32", "bfloat16")
     weight: float = ranged(1.0, above=0.0)
@@ -109,6 +111,8 @@ class Teacher:
         sources = [n for n in ("path", "function", "cache") if getattr(self, n)]
         if len(sources) != 1:
             raise ValueError(f"expected one of path, function, cache, got {' and '.join(sources) or 'none'}")
+        if self.weights and not self.function:
+            raise ValueError(f"weights: they belong to function, but {sources[0]} is given; leave weights out")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.heads import LinearHead, find_head
-from kdfast.models.load import from_function, load_folder
+from kdfast.models.load import from_function, load_folder, load_weights
 from kdfast.models.view import NOTHING, Needs, View, look
 from kdfast.train.batch import Batch
 
@@ -28,6 +28,8 @@ class LiveTeacher:
         """From a recipe's `teacher:` (key is what an error calls it)."""
         if spec.function:
             model = from_function(spec.function, spec.arguments, f"{key}.function")
+            if spec.weights:
+                load_weights(model, spec.weights, f"{key}.weights")
         else:
             model = load_folder(spec.path, f"{key}.path", kind=kind, dtype=spec.dtype)
         return cls(model, spec.weight)
