@@ -46,8 +46,7 @@ class SoftTreeOptions:
 class SoftTreeMethod(Objective):
     Options = SoftTreeOptions
     teacher = "optional"
-    decay: Tensor
-    kept: Tensor
+    level: Tensor
     log_sides: Tensor
     batches: Tensor
 
@@ -66,8 +65,7 @@ class SoftTreeMethod(Objective):
         weights = torch.tensor([float(teacher.weight) for teacher in setting.teachers])
         self.teacher_weights = (weights / weights.sum()).tolist() if len(weights) else []
         level = torch.arange(tree.depth).repeat_interleave(2 ** torch.arange(tree.depth)).float()  # of every inner node
-        self.register_buffer("decay", torch.as_tensor(options.penalty_decay) ** level, persistent=False)
-        self.register_buffer("kept", 1 - 1 / (options.window * 2.0**level), persistent=False)
+        self.register_buffer("level", level, persistent=False)
         # The window: logarithms of what went left and right, and how many batches that is. Saved with the run.
         self.register_buffer("log_sides", torch.full((2, len(level)), -math.inf))
         self.register_buffer("batches", torch.zeros(len(level)))
@@ -99,7 +97,7 @@ class SoftTreeMethod(Objective):
             metrics["hard"] = Metric(hard.detach(), known.sum())
             loss = loss + self.now["hard_weight"] * hard
         if teachers and self.now["soft_weight"]:
-            target = self._target(teachers).to(leaves.dtype) * counted[:, None]
+            target = self._target(teachers, leaves.dtype) * counted[:, None]
             soft = expected_cross_entropy(leaves, log_classes, target)
             metrics["soft"] = Metric(soft.detach(), counted.sum())
             agrees = (target.argmax(-1) == tree.logits.argmax(-1)) & counted
@@ -124,9 +122,9 @@ class SoftTreeMethod(Objective):
             batch.labels != IGNORE
         )  # fmt: skip
 
-    def _target(self, teachers: Sequence[View]) -> Tensor:
+    def _target(self, teachers: Sequence[View], dtype: torch.dtype) -> Tensor:
         """`[B, C]`: mean of the teachers' distributions at T."""
-        said = [(view.logits.float() / self.now["temperature"]).softmax(-1) for view in teachers]
+        said = [(view.logits.to(dtype) / self.now["temperature"]).softmax(-1) for view in teachers]
         return torch.stack([w * p for w, p in zip(self.teacher_weights, said, strict=True)]).sum(0)
 
     def penalty(self, tree: TreeOutput) -> Tensor:
@@ -139,14 +137,16 @@ class SoftTreeMethod(Objective):
         sides = [F.logsigmoid(-tree.gates), F.logsigmoid(tree.gates)]
         now = torch.stack([(tree.log_nodes + side).logsumexp(0) for side in sides])  # [2, I]
         with torch.no_grad():
-            sums = torch.logaddexp(self.log_sides + self.kept.log(), now)
-            batches = self.kept * self.batches + 1
+            level = self.level.to(now.dtype)
+            decay, kept = self.options.penalty_decay**level, 1 - 1 / (self.options.window * 2**level)
+            sums = torch.logaddexp(self.log_sides + kept.log(), now)
+            batches = kept * self.batches + 1
             if self.training:
                 self.log_sides.copy_(sums)
                 self.batches.copy_(batches)
             log_left, log_right = sums - sums.logsumexp(0)
-            value = -(self.decay * (log_left + log_right)).sum() / 2
-            slope = self.decay * (log_right.exp() - log_left.exp()) / 2 * batches
+            value = -(decay * (log_left + log_right)).sum() / 2
+            slope = decay * (log_right.exp() - log_left.exp()) / 2 * batches
             weight = (now - sums).exp() * torch.stack([-slope, slope])
         moved = (weight * now).sum()
         return value + (moved - moved.detach())
