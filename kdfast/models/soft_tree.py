@@ -23,8 +23,8 @@ class TreeOutput(NamedTuple):
     """What a tree says of a batch.
 
     logits: `[B, C]` log-probabilities of the classes. gates: `[B, I]`, sigmoid(gates) is the probability of going right at each
-    of I = 2^depth - 1 inner nodes. log_nodes: `[B, I]` and log_leaves: `[B, 2^depth]`, log-probability of coming there.
-    log_classes: `[2^depth, C]` the leaves' distributions.
+    of I = 2^depth - 1 inner nodes. log_nodes: `[B, 2I + 1]` log-probability of coming to each node, the leaves after the inner
+    nodes, and log_leaves: `[B, 2^depth]` to each leaf. log_classes: `[2^depth, C]` the leaves' distributions.
     """
 
     logits: Tensor
@@ -34,29 +34,27 @@ class TreeOutput(NamedTuple):
     log_classes: Tensor
 
 
-def log_paths(gates: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of coming to every inner node and to every leaf of a complete binary tree.
+def log_paths(gates: Tensor) -> list[Tensor]:
+    """Log-probability of coming to every node of a complete binary tree, level by level.
 
-        P[:, 0] = 1; P[:, 2i+1] = P[:, i] * sigmoid(-gates[:, i]); P[:, 2i+2] = P[:, i] * sigmoid(gates[:, i])
+        P[0] = 1; P[2i + 1] = P[i] * sigmoid(-gates[i]); P[2i + 2] = P[i] * sigmoid(gates[i])
 
-    A level at a time, all its nodes at once: one element of work a node, where a product with the matrix of all paths takes
-    one for each pair of nodes. In logarithms, so that no path underflows.
+    All nodes of a level at once: one element of work a node, where a product with the matrix of all paths takes one for each
+    pair of nodes. In logarithms, so that no path underflows.
 
     Args:
         gates: `[B, I]` in the order of levels, I = 2^depth - 1.
 
     Returns:
-        `[B, I]` and `[B, I + 1]`.
+        `[B, 1]`, `[B, 2]`, ..., `[B, 2^depth]`.
     """
-    right, left = F.logsigmoid(gates), F.logsigmoid(-gates)
-    level = gates.new_zeros(len(gates), 1)
-    inner, first = [], 0
-    while first < gates.shape[1]:
-        inner.append(level)
-        last = first + level.shape[1]
-        level = torch.stack([level + left[:, first:last], level + right[:, first:last]], -1).flatten(1)
-        first = last
-    return torch.cat(inner, 1), level
+    depth = (gates.shape[1] + 1).bit_length() - 1
+    # -log sigmoid(-z) = softplus(z); past its threshold z itself, which is exact in float64.
+    costs = F.softplus(torch.stack([gates, -gates], -1), threshold=50)
+    levels = [gates.new_zeros(len(gates), 1)]
+    for cost in costs.split([2**level for level in range(depth)], 1):  # [B, 2^level, 2]
+        levels.append((levels[-1][:, :, None] - cost).flatten(1))
+    return levels
 
 
 class SoftTree(nn.Module):
@@ -103,7 +101,8 @@ class SoftTree(nn.Module):
             return self._from_gates(gates)
 
     def _from_gates(self, gates: Tensor) -> TreeOutput:
-        log_nodes, log_leaves = log_paths(gates)
+        levels = log_paths(gates)
+        log_nodes, log_leaves = torch.cat(levels, 1), levels[-1]
         log_classes = self.leaves.to(gates.dtype).log_softmax(-1)
         if self.predict == "leaf":
             logits = log_classes[log_leaves.argmax(1)]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdfast.models.soft_tree import SoftTree, TreeOutput
 from kdfast.models.view import Needs, View
@@ -62,13 +61,13 @@ class SoftTreeMethod(Objective):
         if cached is not None:
             raise ValueError("teacher.cache: method soft_tree expects a live teacher; set teacher.path or teacher.function")
         self._check_weights(options, bool(setting.teachers))
-        weights = torch.tensor([float(teacher.weight) for teacher in setting.teachers])
-        self.teacher_weights = (weights / weights.sum()).tolist() if len(weights) else []
+        total = sum(teacher.weight for teacher in setting.teachers)
+        self.teacher_weights = [teacher.weight / total for teacher in setting.teachers]
         level = torch.arange(tree.depth).repeat_interleave(2 ** torch.arange(tree.depth)).float()  # of every inner node
         self.register_buffer("level", level, persistent=False)
         # The window: logarithms of what went left and right, and how many batches that is. Saved with the run.
-        self.register_buffer("log_sides", torch.full((2, len(level)), -math.inf))
-        self.register_buffer("batches", torch.zeros(len(level)))
+        self.register_buffer("log_sides", torch.full((len(level), 2), -math.inf))
+        self.register_buffer("batches", torch.zeros(len(level), 1))
 
     @staticmethod
     def _check_weights(options: SoftTreeOptions, taught: bool) -> None:
@@ -87,40 +86,36 @@ class SoftTreeMethod(Objective):
         self, tree: TreeOutput, teachers: Sequence[View], batch: Batch, num_items: int | Tensor
     ) -> tuple[Tensor, Metrics]:
         leaves, log_classes = tree.log_leaves.exp(), tree.log_classes
-        counted = self._counted(batch, tree)
+        known = None if batch.labels is None else batch.labels != IGNORE
+        heard = batch.soft_mask if batch.soft_mask is not None else known  # None: all rows
+        rows = torch.tensor(len(leaves), device=leaves.device) if heard is None else heard.sum()
         metrics: Metrics = {}
-        loss = tree.gates.new_zeros(())
-        if batch.labels is not None and self.now["hard_weight"]:
-            known = batch.labels != IGNORE
-            one_hot = F.one_hot(batch.labels.clamp(min=0), log_classes.shape[-1]).to(leaves.dtype) * known[:, None]
-            hard = expected_cross_entropy(leaves, log_classes, one_hot)
-            metrics["hard"] = Metric(hard.detach(), known.sum())
-            loss = loss + self.now["hard_weight"] * hard
-        if teachers and self.now["soft_weight"]:
-            target = self._target(teachers, leaves.dtype) * counted[:, None]
-            soft = expected_cross_entropy(leaves, log_classes, target)
-            metrics["soft"] = Metric(soft.detach(), counted.sum())
-            agrees = (target.argmax(-1) == tree.logits.argmax(-1)) & counted
-            metrics["top1_agreement"] = Metric(agrees.sum(), counted.sum())
-            loss = loss + self.now["soft_weight"] * soft
-        rows = torch.tensor(len(leaves), device=leaves.device)
-        metrics["likeliest_leaf"] = Metric(leaves.detach().amax(1).sum(), rows)
-        loss = loss / num_items
+        terms: list[tuple[str, Tensor, Tensor]] = []  # name, target [B, C], rows that have one
+        if batch.labels is not None and known is not None:
+            classes = torch.arange(log_classes.shape[-1], device=leaves.device)
+            one_hot = (batch.labels[:, None] == classes).to(leaves.dtype)  # of no class where there is no label
+            terms.append(("hard", one_hot, rows if heard is known else known.sum()))
+        if teachers:
+            target = self._target(teachers, leaves.dtype)
+            agrees = target.argmax(-1) == tree.logits.argmax(-1)
+            if heard is not None:
+                target, agrees = target * heard[:, None], agrees & heard
+            terms.append(("soft", target, rows))
+            metrics["top1_agreement"] = Metric(agrees.sum(), rows)
+        if not terms:
+            raise ValueError("data: method soft_tree without a teacher expects labels, got a batch without")
+        sums = expected_cross_entropy(leaves, log_classes, torch.stack([target for _, target, _ in terms], 1))
+        shown = sums.detach().unbind()
+        metrics |= {name: Metric(total, count) for (name, _, count), total in zip(terms, shown, strict=True)}
+        weights = [self.now[f"{name}_weight"] for name, _, _ in terms]
+        loss = torch.stack([weight * total for weight, total in zip(weights, sums.unbind(), strict=True)]).sum() / num_items
         if self.now["penalty"]:
             penalty = self.now["penalty"] * self.penalty(tree)
-            share = counted.sum() / num_items  # of the optimiser step, where that has several batches
+            share = rows / num_items  # of the optimiser step, where that has several batches
             metrics["penalty"] = Metric(penalty.detach() * share, share)
             loss = loss + share * penalty
+        metrics["likeliest_leaf"] = Metric(leaves.detach().amax(1).sum(), torch.tensor(len(leaves), device=leaves.device))
         return loss, metrics
-
-    @staticmethod
-    def _counted(batch: Batch, tree: TreeOutput) -> Tensor:
-        """The rows that `num_items` counts."""
-        if batch.soft_mask is not None:
-            return batch.soft_mask
-        return torch.ones(len(tree.gates), dtype=torch.bool, device=tree.gates.device) if batch.labels is None else (
-            batch.labels != IGNORE
-        )  # fmt: skip
 
     def _target(self, teachers: Sequence[View], dtype: torch.dtype) -> Tensor:
         """`[B, C]`: mean of the teachers' distributions at T."""
@@ -134,28 +129,32 @@ class SoftTreeMethod(Objective):
         mass that a batch brings to node i on the average of the window. Letting it flow through the batch's part of the
         window instead would divide it by the window's length, most where the penalty is weakest.
         """
-        sides = [F.logsigmoid(-tree.gates), F.logsigmoid(tree.gates)]
-        now = torch.stack([(tree.log_nodes + side).logsumexp(0) for side in sides])  # [2, I]
+        now = tree.log_nodes[:, 1:].logsumexp(0).view(-1, 2)  # [I, 2]: what goes left and right, all nodes but the root
         with torch.no_grad():
-            level = self.level.to(now.dtype)
+            level = self.level.to(now.dtype)[:, None]
             decay, kept = self.options.penalty_decay**level, 1 - 1 / (self.options.window * 2**level)
             sums = torch.logaddexp(self.log_sides + kept.log(), now)
             batches = kept * self.batches + 1
             if self.training:
                 self.log_sides.copy_(sums)
                 self.batches.copy_(batches)
-            log_left, log_right = sums - sums.logsumexp(0)
-            value = -(decay * (log_left + log_right)).sum() / 2
-            slope = decay * (log_right.exp() - log_left.exp()) / 2 * batches
-            weight = (now - sums).exp() * torch.stack([-slope, slope])
+            log_shares = sums.log_softmax(1)
+            value = -(decay * log_shares).sum() / 2
+            shares = log_shares.exp()
+            weight = decay * batches * (shares - shares.flip(1)) / 2 * (now - sums).exp()
         moved = (weight * now).sum()
         return value + (moved - moved.detach())
 
 
-def expected_cross_entropy(leaves: Tensor, log_classes: Tensor, target: Tensor) -> Tensor:
-    """`-(leaves[:, :, None] * target[:, None] * log_classes[None]).sum()` with nothing of that size formed.
+def expected_cross_entropy(leaves: Tensor, log_classes: Tensor, targets: Tensor) -> Tensor:
+    """`-(leaves[:, :, None, None] * targets[:, None] * log_classes[:, None]).sum((0, 1, 3))` with nothing of that size formed.
 
     Args:
-        leaves: `[B, L]` path probabilities. log_classes: `[L, C]`. target: `[B, C]`, zeros where a row does not count.
+        leaves: `[B, L]` path probabilities. log_classes: `[L, C]`. targets: `[B, M, C]`, zeros where a row does not count.
+
+    Returns:
+        `[M]`.
     """
-    return -((leaves.T @ target) * log_classes).sum()
+    _, several, classes = targets.shape
+    mass = (leaves.T @ targets.flatten(1)).view(-1, several, classes)
+    return -(mass * log_classes[:, None]).sum((0, 2))
