@@ -160,6 +160,35 @@ def test_shifted_images_keep_their_pixels(paths: None) -> None:
     assert jitter.eval()(images) is images
 
 
+def test_training_images_are_there_in_every_shift(digits: Path, tmp_path: Path) -> None:
+    from kdfast.train.tasks.image_classification import Data, ImageClassification
+
+    def opened(**options: Any) -> Any:
+        data = Data(train=(str(digits),), validation_share=0.25, **options)
+        return ImageClassification(None, data).open(None, None, tmp_path, True)
+
+    plain, shifted = opened(), opened(shift=2)
+    n = len(plain.train)
+    assert len(shifted.train) == 25 * n
+    assert len(shifted.validation) == len(plain.validation)
+    image = plain.train.batch([7]).by_name["pixel_values"][0, 0]
+    found = shifted.train.batch([7 + k * n for k in range(25)])
+    assert found.labels.tolist() == plain.train.batch([7]).labels.tolist() * 25
+    images = found.by_name["pixel_values"][:, 0]
+    assert torch.equal(images[0], image)
+    want = []
+    for down in range(-2, 3):
+        for right in range(-2, 3):
+            padded = np.pad(image.numpy(), 2, mode="edge")
+            want.append(padded[2 - down : 30 - down, 2 - right : 30 - right].tobytes())
+    assert {x.numpy().tobytes() for x in images} == set(want)
+    assert plain.train.digest != shifted.train.digest != opened(shift=1).train.digest
+    hidden = opened(shift=1, exclude_labels=(3,), excluded="hide").train.batch(range(9 * n - 1, 0, -1))
+    assert (hidden.labels == -100).sum() > 0
+    assert 3 not in hidden.labels.tolist()
+    assert hidden.soft_mask.all()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("KDFAST_DATA" not in os.environ, reason="KDFAST_DATA is not set")
 def test_a_missing_digit_is_learnt_from_soft_targets(paths: None, tmp_path: Path) -> None:
