@@ -17,6 +17,7 @@ COMMANDS = {
     "linear_logit_mse": "logit matching through Gram matrices",
     "train": "tokens a second of a whole training step, from a live teacher and from a cache",
     "tinybert": "a whole TinyBERT step of a real model against its forwards and backward",
+    "soft_tree": "a soft decision tree's training step against a module per node",
     "numerics": "errors against float64 as student and teacher come to agree",
     "sparse_targets": "students from sparse targets beside one from the whole teacher",
     "curves": "time an element against V and N, with a picture",

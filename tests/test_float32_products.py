@@ -9,14 +9,22 @@ import pytest
 import torch
 
 from kdfast import grams
-from kdfast.backends.triton.precision import exact_products, tf32_allowed
+from kdfast.backends.triton.precision import exact_products, setting
+
+
+def tf32_allowed() -> bool:
+    return getattr(torch.backends.cuda.matmul, setting()[0]) in ("tf32", True)
+
 
 #: The ways to tell torch, the older ones first: the newer flag, once used, has the older one raise.
 WAYS = """
 import torch
-from kdfast.backends.triton.precision import exact_products, tf32_allowed
+from kdfast.backends.triton.precision import exact_products, setting
 
 m = torch.backends.cuda.matmul
+
+def tf32_allowed():
+    return getattr(m, setting()[0]) in ("tf32", True)
 
 def check(allowed):
     assert tf32_allowed() is allowed

@@ -22,6 +22,11 @@ def add_parser(subparsers: Any) -> None:
         " the model's configuration say.",
     )  # fmt: skip
     parser.add_argument("model", help="a folder with config.json and safetensors weights, or a hub name")
+    parser.add_argument(
+        "--function", metavar="MODULE:FUNCTION", help="what makes a model that is no transformers model, as student.function of"
+        " its recipe; the folder or file then holds its weights",
+    )  # fmt: skip
+    parser.add_argument("--arguments", nargs="+", default=[], metavar="KEY=VALUE", help="of --function")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILES", help="files or folders")
     parser.add_argument("--glob", default="**/*.txt", help="which files of a folder (default %(default)s)")
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to leave out")
@@ -75,14 +80,18 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     """The scores, and what the task says of them."""
     import torch
 
-    from kdfast.models.load import kind_of, load_folder, resolve_folder
+    from kdfast.models.load import from_function, kind_of, load_folder, load_weights, resolve_folder
     from kdfast.strict import build, override
     from kdfast.text.tokenizers import load_tokenizer
     from kdfast.train.evaluate import evaluate
     from kdfast.train.recipe import named
     from kdfast.train.tasks import task_class
 
-    folder = resolve_folder(args.model, "model")
+    if args.function and not args.task:
+        raise ValueError("task: expected what the data are, which --function does not say, got none; set --task")
+    if args.arguments and not args.function:
+        raise ValueError("--arguments: they belong to --function, got none; set --function")
+    folder = Path(args.model) if args.function else resolve_folder(args.model, "model")
     chosen = named(args.task or kind_of(folder), "task")
     cls, rest = task_class(chosen.name), [setting for setting in args.set if not setting.startswith("task.")]
     # `task.beams=[1, 5]` is the task's, any other key its data's.
@@ -99,7 +108,13 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
         rows = task.open(tokenizer, file, Path(kept), needs_train=False).validation
         if rows is None:
             raise ValueError(f"--data: expected rows for {chosen.name}, got none")
-        model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype).to(device)
+        if args.function:
+            model = from_function(args.function, override({}, args.arguments), "--function")
+            load_weights(model, folder, "model")
+            task.check_model(model, rows, "model")
+        else:
+            model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype)
+        model = model.to(device)
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)
 

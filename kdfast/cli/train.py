@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from kdfast.files import json_text
     from kdfast.train import Recipe, distill
 
+    # A `module:function` or `module:Class` may lie beside the recipe that names it.
+    sys.path.append(str(Path(args.recipe).resolve().parent))
     recipe = Recipe.load(args.recipe, args.overrides)
     result = distill(recipe, bar=bar, say=lambda line: print(line, file=sys.stderr if args.json else sys.stdout))
     if args.json and result.main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,7 +129,7 @@ def from_function(name: str, arguments: dict[str, Any], key: str) -> nn.Module:
     """What `module:function` returns when it is called with `arguments`.
 
     Raises:
-        ValueError: it cannot be imported, or what it returns is no module.
+        ValueError: it cannot be imported, does not take the arguments, or what it returns is no module.
     """
     module_name, colon, function = name.partition(":")
     if not colon:
@@ -137,7 +138,14 @@ def from_function(name: str, arguments: dict[str, Any], key: str) -> nn.Module:
         make = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{key}: {name!r} cannot be imported: {error}") from None
-    model = make(**arguments)
+    try:
+        inspect.signature(make).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{key}: {name} does not take the arguments {arguments}: {error}") from None
+    try:
+        model = make(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{key}: {name}: {error}") from None
     if not isinstance(model, nn.Module):
         raise ValueError(f"{key}: expected {name!r} to return an nn.Module, got {type(model).__name__}")
     return model
@@ -195,7 +203,7 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> 
     for name, tensor in tensors.items():
         if name in own and own[name].shape != tensor.shape:
             raise ValueError(
-                f"{key}: the weights in {path} do not fit the student: {name} is {list(tensor.shape)},"
+                f"{key}: the weights in {path} do not fit the model: {name} is {list(tensor.shape)},"
                 f" expected {list(own[name].shape)}"
             )
     found = model.load_state_dict(tensors, strict=False)
@@ -206,8 +214,8 @@ def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> 
     }
     missing, surplus = set(found.missing_keys) - reached, found.unexpected_keys
     if missing or surplus:
-        what = f"missing {', '.join(sorted(missing)[:4])}" if missing else f"not in the student: {', '.join(surplus[:4])}"
-        raise ValueError(f"{key}: the weights in {path} do not fit the student: {what}")
+        what = f"missing {', '.join(sorted(missing)[:4])}" if missing else f"not in the model: {', '.join(surplus[:4])}"
+        raise ValueError(f"{key}: the weights in {path} do not fit the model: {what}")
 
 
 def tied(module: nn.Module) -> dict[str, str]:

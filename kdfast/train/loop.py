@@ -32,7 +32,7 @@ from kdfast.train.recipes import objective_class
 from kdfast.train.shard import fully_sharded, set_gradient_sync
 from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
-from kdfast.train.students import build_student
+from kdfast.train.students import build_student, check_models
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.teachers import LiveTeacher, Teacher
 from kdfast.train.unused import leaves_out
@@ -131,6 +131,7 @@ class _Run:
         set_seed(recipe.seed)
         self.student = build_student(recipe, inputs.task, inputs.vocab_size, self.say)
         check_vocabulary(self.student, inputs)
+        check_models(self.student, inputs)
         setting = Setting(self.student, inputs.teachers, inputs.task, recipe, bar)
         objectives = [objective_class(p.method.name)(p.method.options, setting) for p in recipe.parts]
         self.step = DistillStep(self.student, objectives, inputs.task).name_head()

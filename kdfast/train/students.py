@@ -16,6 +16,7 @@ from kdfast.extras import need
 from kdfast.models.grow import start_from
 from kdfast.models.load import from_config, from_function, load_folder, quiet, read_config, resolve_folder
 from kdfast.models.shrink import cast_weights, cut_out
+from kdfast.train.inputs import Inputs
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Task
@@ -84,6 +85,15 @@ def _check_teachers(recipe: Recipe, task: Task[Any]) -> None:
         key = f"teachers[{i}]" if many else "teacher"
         if teacher.path:
             task.check_config(read_config(resolve_folder(teacher.path, f"{key}.path")), f"{key}.path")
+
+
+def check_models(student: nn.Module, inputs: Inputs) -> None:
+    """Raises where the student, or a live teacher, does not fit the data as far as the task can see."""
+    live = [getattr(teacher, "model", None) for teacher in inputs.teachers]
+    keys = [f"teachers[{i}]" for i in range(len(live))] if len(live) > 1 else ["teacher"]
+    for key, model in (("student", student), *zip(keys, live, strict=False)):
+        if model is not None:
+            inputs.task.check_model(model, inputs.train, key)
 
 
 def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How torch multiplies float32 on a GPU: asked and set through the one interface that a version of torch has.
+"""How torch multiplies float32 on a GPU: set through the one interface that a version of torch has.
 
 Reading the older flag raises once anybody used the newer one.
 """
@@ -11,21 +11,16 @@ from collections.abc import Iterator
 import torch
 
 
-def _setting() -> tuple[str, str | bool]:
+def setting() -> tuple[str, str | bool]:
     """The attribute of `torch.backends.cuda.matmul`, and its value for products that round nothing."""
     newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
     return ("fp32_precision", "ieee") if newer else ("allow_tf32", False)
 
 
-def tf32_allowed() -> bool:
-    """Whether products of float32 may be taken in TF32, as the user told torch."""
-    return getattr(torch.backends.cuda.matmul, _setting()[0]) in ("tf32", True)
-
-
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Within the block products of float32 are not rounded to TF32, whatever the user allows: for sums whose terms cancel."""
-    settings, (name, exact) = torch.backends.cuda.matmul, _setting()
+    settings, (name, exact) = torch.backends.cuda.matmul, setting()
     before = getattr(settings, name)
     if before == exact:
         yield

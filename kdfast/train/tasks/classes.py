@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast.models.heads import call, logits_in
 from kdfast.models.view import View
 from kdfast.text.files import share_of
 from kdfast.train.batch import IGNORE, Batch
@@ -80,6 +81,27 @@ class ClassTask(Task[D]):
             raise ValueError(
                 f"{key}: expected a model of the classes {_some(self.names)} in this order, got {_some(said)}; if they are the"
                 " same, list them in its order in task.labels"
+            )
+
+    @torch.no_grad()
+    def check_model(self, model: nn.Module, train: Source, key: str) -> None:
+        """A module that no config describes has to take the data and give a logit for each class."""
+        if getattr(model, "config", None) is not None or not self.names:
+            return
+        batch = train.batch([0])
+        first = next(iter(model.parameters()), torch.empty(0))
+        was_training = model.training
+        try:
+            found = logits_in(call(model.eval(), batch.to(first.device).by_name))
+        except (RuntimeError, ValueError, TypeError) as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.by_name.items())
+            raise ValueError(f"{key}: {type(model).__name__} does not take the data ({shapes}): {error}") from None
+        finally:
+            model.train(was_training)
+        if found.shape[-1] != len(self.names):
+            raise ValueError(
+                f"{key}: expected {len(self.names)} logits, one for each of the classes {_some(self.names)}, got"
+                f" {found.shape[-1]}"
             )
 
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ class Data:
         size: height and width that image files are brought to (one number: a square); none: as they are, all the same.
         channels: 1 (grey) or 3, of image files.
         mean, std: of each channel, or one for all; pixels are in [0, 1] before (x - mean) / std.
+        shift: in training each image is there as it is and moved by up to so many pixels each way, (2 * shift + 1)^2 rows in all,
+            its outermost pixels repeated; a teacher sees it shifted too.
         exclude_labels: classes that are not shown in training; they stay classes, and are evaluated.
         excluded: `drop` leaves their rows out of training; `hide` keeps them for the teacher, without label.
     """
@@ -49,6 +51,7 @@ class Data:
     channels: int = 3
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    shift: int = ranged(0, low=0, high=8)
     exclude_labels: tuple[Any, ...] = ()
     excluded: str = one_of("drop", "drop", "hide")
 
@@ -81,7 +84,11 @@ class ImageClassification(ClassTask[Data]):
         if data.validation:
             validation = self._read(data.validation, "data.validation")
         train, validation = split(train, validation, data.validation_share)
-        return Splits(self._excluded(train) if train is not None and data.exclude_labels else train, validation)
+        if train is not None and data.exclude_labels:
+            train = self._excluded(train)
+        if train is not None and data.shift:
+            train = _Shifted(train, data.shift)
+        return Splits(train, validation)
 
     def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
         own = {"image_size": self.shape[1], "num_channels": self.shape[0]} if self.shape else {}
@@ -233,6 +240,32 @@ class _Hidden:
     @property
     def digest(self) -> str:
         return f"{getattr(self.source, 'digest', '')}:without {self.classes.tolist()}"
+
+
+class _Shifted:
+    """Rows n, n + N, n + 2 N ... of N images are the n-th one, shifted another way each time, as it is the first time."""
+
+    def __init__(self, source: Source, pixels: int) -> None:
+        self.source, self.pixels = source, pixels
+        steps = range(-pixels, pixels + 1)
+        self.ways = torch.tensor(sorted(((down, right) for down in steps for right in steps), key=lambda way: way != (0, 0)))
+
+    def __len__(self) -> int:
+        return len(self.source) * len(self.ways)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        rows = torch.as_tensor(indices)
+        batch = self.source.batch((rows % len(self.source)).tolist())
+        images, ways = batch.by_name["pixel_values"], self.ways[rows // len(self.source)]
+        for side, way in ((2, ways[:, 0]), (3, ways[:, 1])):
+            size = images.shape[side]
+            places = (torch.arange(size) - way[:, None]).clamp(0, size - 1)
+            images = images.take_along_dim(places[:, None, :, None] if side == 2 else places[:, None, None, :], side)
+        return replace(batch, inputs={"pixel_values": images})
+
+    @property
+    def digest(self) -> str:
+        return f"{getattr(self.source, 'digest', '')}:shifted by {self.pixels}"
 
 
 def read_idx(file: Path, dimensions: int, key: str) -> np.ndarray:

@@ -57,6 +57,13 @@ class Task(Generic[D]):
         """A tiny batch of a model's inputs, to try its head on."""
         raise NotImplementedError
 
+    def check_model(self, model: nn.Module, train: Source, key: str) -> None:
+        """Tries a model on a row of the data, where nothing else tells whether it fits.
+
+        Raises:
+            ValueError: it does not; one line with `key`, what the recipe calls the model.
+        """
+
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch, on the device; runs inside the wrapped module."""
         raise NotImplementedError
