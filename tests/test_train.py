@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import STUDENT, TEXT, make_sequences, make_tokenizer, recipe_values
 from torch.nn import functional as F
 
@@ -178,6 +179,19 @@ def test_training_from_a_cache_logs_every_metric(tokenizer: Path, cache: Path, t
     assert about["packages"]["torch"] == torch.__version__
     assert not list(result.out.rglob("*.part"))
     assert not list(result.out.rglob("*.bin"))
+
+
+def test_a_finished_run_is_summed_up_and_drawn(tokenizer: Path, tmp_path: Path) -> None:
+    result = distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=4, eval_every=2)), say=lambda line: None)
+    summary = json.loads((result.out / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert [scores["step"] for scores in summary["evaluations"]] == [2, 4]
+    assert result.evaluation is not None
+    assert summary["evaluation"]["ppl"] == summary["evaluations"][-1]["ppl"] == result.evaluation.ppl
+    assert (summary["method"], summary["task"], summary["steps"], summary["rows_per_step"]) == ("supervised", "causal_lm", 4, 4)
+    weights = load_file(result.model / "model.safetensors")
+    assert summary["parameters"] == sum(value.numel() for value in weights.values())
+    assert summary["last_step"]["step"] == 4
+    assert (result.out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_accumulation_equals_a_larger_batch(tokenizer: Path, tmp_path: Path) -> None:

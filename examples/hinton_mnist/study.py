@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from runs import HERE, SEEDS, Study, size
 
 TEMPERATURES = (1, 2, 4, 8, 20)

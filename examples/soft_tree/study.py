@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "hinton_mnist"))
 
 from explain import explained  # noqa: E402
+
 from runs import HERE as NETWORKS  # noqa: E402
 from runs import SEEDS, Study, size  # noqa: E402
 

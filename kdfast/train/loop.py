@@ -33,6 +33,7 @@ from kdfast.train.shard import fully_sharded, set_gradient_sync
 from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student, check_models
+from kdfast.train.summary import write_summary
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.teachers import LiveTeacher, Teacher
 from kdfast.train.unused import leaves_out
@@ -217,6 +218,7 @@ class _Run:
         if accelerator.is_main_process:
             for objective in self.step.objectives:
                 objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
+            write_summary(self.folder, recipe, self.student, log.seconds, evaluation, run_folder.environment())
             run_folder.finish(self.folder, recipe.total_steps, log.seconds, evaluation)
         accelerator.end_training()
         model = self.folder / "model"

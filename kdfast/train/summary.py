@@ -1,0 +1,96 @@
+"""What a finished run comes to, for people: `summary.json`, and its curves as `curves.png`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdfast.extras import need
+from kdfast.files import read_lines, write_json, written
+from kdfast.train.evaluate import Evaluation
+from kdfast.train.recipe import Recipe
+
+#: Settings and clocks of a step, which say nothing of how well it went.
+_UNDRAWN = (
+    "step", "seconds", "lr", "grad_norm", "tokens_per_s", "data_wait_s", "temperature", "soft_weight", "hard_weight",
+    "lse_squared",
+)  # fmt: skip
+_PREFIX = "validation_"
+
+
+def write_summary(
+    folder: Path, recipe: Recipe, student: nn.Module, seconds: float, evaluation: Evaluation | None, about: dict[str, Any]
+) -> None:
+    """Writes `summary.json` and `curves.png` into a run's folder.
+
+    summary.json: method, task, teachers, seed, steps, seconds (of training steps), rows_per_step, parameters and
+    trained_parameters of the student, last_step (its metrics), evaluation (the last), evaluations (all of them, each with its
+    step), and what the run was made with.
+
+    Args:
+        about: versions, commit and machine.
+    """
+    rows = read_lines(folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [
+        {name.removeprefix(_PREFIX): value for name, value in row.items() if name != "seconds"}
+        for row in rows
+        if "loss" not in row
+    ]
+    parameters = list(student.parameters())
+    write_json(folder / "summary.json", {
+        "method": [phase.method.name for phase in recipe.parts] if recipe.phases else recipe.method.name,
+        "task": recipe.task.name, "seed": recipe.seed, "steps": recipe.total_steps, "seconds": round(seconds, 2),
+        "teachers": [teacher.cache or teacher.path or teacher.function for teacher in recipe.all_teachers],
+        "rows_per_step": recipe.batch_size * recipe.accumulation,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "last_step": steps[-1] if steps else None, "evaluation": evaluation, "evaluations": evaluations, **about,
+    })  # fmt: skip
+    draw(steps, evaluations, folder / "curves.png", str(folder))
+
+
+def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: Path, title: str) -> None:
+    """A panel for the terms of the loss, their running mean over a fiftieth of the run, and one for each score."""
+    terms = dict.fromkeys(name for row in steps for name in row if name not in _UNDRAWN and not name.endswith("_ppl"))
+    scores = dict.fromkeys(name for row in evaluations for name in row if name not in ("step", "tokens"))
+    panels = [(terms, steps, "training")] if steps else []
+    panels += [({name: None}, evaluations, _PREFIX.strip("_")) for name in scores]
+    if not panels:
+        return
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = need("matplotlib.figure", extra="train", what="a picture of a run").Figure(
+        figsize=(4.5 * columns, 3.2 * lines), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=9)
+    for number, (names, rows, what) in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            mean = _running_mean(y, len(steps) // 50) if rows is steps else y
+            axes.plot(x, mean, label=name, marker="" if len(x) > 60 or rows is steps else ".", linewidth=1.2)
+        axes.set_xlabel("step")
+        axes.set_title(what if rows is steps else f"{what}: {next(iter(names))}", fontsize=9)
+        axes.grid(alpha=0.3)
+        if rows is steps:
+            axes.legend(fontsize=7)
+            axes.set_ylim(bottom=0)
+    with written(file) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def _running_mean(values: tuple[float, ...], window: int) -> list[float]:
+    """Over `window` values up to each one, fewer at the beginning."""
+    found = torch.tensor(values, dtype=torch.float64)
+    sums = torch.cat([torch.zeros(1, dtype=torch.float64), found.cumsum(0)])
+    ends = torch.arange(1, len(found) + 1)
+    starts = (ends - max(window, 1)).clamp(min=0)
+    means: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+    return means
