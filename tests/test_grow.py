@@ -26,6 +26,7 @@ KINDS = {"llama": AutoModelForCausalLM, "mistral": AutoModelForCausalLM, "qwen2"
          "bert": AutoModelForMaskedLM, "bart": AutoModelForSeq2SeqLM, "marian": AutoModelForSeq2SeqLM}  # fmt: skip
 ROPE = {**LLAMA, "head_dim": 8, "attention_bias": True, "mlp_bias": True}
 NO_BIAS = {**LLAMA, "head_dim": 8}
+T5_GATED = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 WIDE = {"hidden_size": 45, "intermediate_size": 71, "num_hidden_layers": 5, "num_attention_heads": 9, "num_key_value_heads": 3}
 #: (type, the smaller one's configuration, what is other in the larger), all of which say what they said.
 SAME = {
