@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,8 @@ def step(path: str, dtype: str, args: argparse.Namespace) -> None:
     ))  # fmt: skip
     cast_weights(model, getattr(torch, dtype))
     task = CausalLM(None, CausalLM.Data())
-    setting = Setting(model, (), task)
+    cache = SimpleNamespace(kind="topk", temperatures=(1.0,), vocab_size=args.vocab)  # what a recipe's cache says of itself
+    setting = Setting(model, (SimpleNamespace(weight=1.0, info=cache),), task)
     objective = (
         WordKD(WordKDOptions(hard_weight=0.5), setting) if path.endswith("kd") else Supervised(SupervisedOptions(), setting)
     )
@@ -91,7 +93,7 @@ def measure(path: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     sizes = [
         word for name in ("vocab", "batch", "length", "width", "layers") for word in (f"--{name}", str(getattr(args, name)))
     ]
-    words = [sys.executable, "-m", "tests.step_memory", "--path", path, "--dtype", dtype, *sizes]
+    words = [sys.executable, "-m", "tests.step_memory", "--step", "--path", path, "--dtype", dtype, *sizes]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -99,7 +101,8 @@ def measure(path: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", choices=PATHS, help=argparse.SUPPRESS)
+    parser.add_argument("--path", choices=PATHS, action="append", help="may be repeated (default all)")
+    parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="of the weights; may be repeated (default both)")
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--batch", type=int, default=8, help="sequences")
@@ -107,19 +110,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()
-    if args.path:
-        step(args.path, args.dtype[0], args)
+    if args.step:
+        step(args.path[0], args.dtype[0], args)
         return
     rows = args.batch * args.length
     one = rows * args.vocab * 4 / 2**20
     print(f"one tensor of logits in float32: {rows} x {args.vocab} x 4 bytes = {one:.0f} MiB")
     for dtype in args.dtype or DTYPES:
-        for path, about in PATHS.items():
+        for path in args.path or PATHS:
             found = measure(path, dtype, args)
             extra = found["peak"] - found["before"]
             print(
                 f"{dtype:8s}  {path:8s}  peak {found['peak']:7.0f} MiB, {extra:7.0f} above model and optimizer ="
-                f" {extra / one:5.2f} tensors of logits; {found['seconds']:5.1f} s; loss {found['loss']:.4f}  ({about})",
+                f" {extra / one:5.2f} tensors of logits; {found['seconds']:5.1f} s; loss {found['loss']:.4f}  ({PATHS[path]})",
                 flush=True,
             )
 

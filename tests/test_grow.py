@@ -26,6 +26,7 @@ KINDS = {"llama": AutoModelForCausalLM, "mistral": AutoModelForCausalLM, "qwen2"
          "bert": AutoModelForMaskedLM, "bart": AutoModelForSeq2SeqLM, "marian": AutoModelForSeq2SeqLM}  # fmt: skip
 ROPE = {**LLAMA, "head_dim": 8, "attention_bias": True, "mlp_bias": True}
 NO_BIAS = {**LLAMA, "head_dim": 8}
+T5_GATED = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 WIDE = {"hidden_size": 45, "intermediate_size": 71, "num_hidden_layers": 5, "num_attention_heads": 9, "num_key_value_heads": 3}
 #: (type, the smaller one's configuration, what is other in the larger), all of which say what they said.
 SAME = {
@@ -37,7 +38,11 @@ SAME = {
     "qwen2": ("qwen2", {**SMALL, "num_key_value_heads": 2}, {**WIDE, "hidden_size": 72}),
     "qwen3": ("qwen3", NO_BIAS, WIDE),
     "t5": ("t5", T5, {"d_model": 44, "d_ff": 50, "num_layers": 4, "num_decoder_layers": 7, "num_heads": 6}),
-    "t5-gated-untied": ("t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, {"d_model": 40}),
+    "t5-gated-untied": (
+        "t5",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        {"d_model": 40, "d_ff": 60},
+    ),
     "gpt2": ("gpt2", GPT2, {"n_layer": 5, "n_inner": 150, "n_positions": 20}),
     "bert-inner": ("bert", {**SMALL, "pad_token_id": 0}, {"intermediate_size": 60}),
     "bart-inner": ("bart", PAIR, {"encoder_ffn_dim": 60, "decoder_ffn_dim": 50}),
@@ -71,7 +76,7 @@ def test_a_grown_model_says_what_the_smaller_one_said(name: str, tmp_path: Path)
     assert difference(again, small, inputs_of(small)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "t5", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "t5-gated-untied", "gpt2"])
 def test_what_is_new_learns(name: str) -> None:
     """Nothing new stays dead: within three steps every new entry has had a gradient."""
     kind, fields, changes = SAME[name]
@@ -91,7 +96,7 @@ def test_what_is_new_learns(name: str) -> None:
         optimizer.zero_grad()
     for n, total in moved.items():
         if total.ndim == 2 and not any(word in n for word in ("embed", "shared", "wte", "wpe", "lm_head", "relative")):
-            assert (total == 0).float().mean() < 0.05, n  # a neuron behind a ReLU may be off on these few tokens
+            assert (total == 0).float().mean() < 0.01, n
 
 
 @pytest.mark.parametrize("kind", ["bert", "marian"])
