@@ -12,8 +12,9 @@ from kdfast import dispatch
 from kdfast.chunks import logit_chunks
 from kdfast.ops import ranges, rows, tails
 from kdfast.ops.codec import EncodedTargets
-from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side, main_grad_of
+from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side
 from kdfast.ops.linear_op import LinearCall, side_of
+from kdfast.ops.main_grad import main_grad_of
 from kdfast.ops.row_options import head_fields, row_options
 from kdfast.ops.shards import Shards, gathered, is_dtensor
 from kdfast.ops.targets import TopKTargets
@@ -191,8 +192,8 @@ def linear_topk_kd_loss(
         student_head=student_head, teachers=len(several), teacher_weights=teacher_weights,
     )  # fmt: skip
     tails.check(several, tail, options)
-    main_grad = main_grad_of(student_weight)
     shards = Shards(tp_group, student_hidden)
+    main_grad = main_grad_of(student_weight, shards)
     student_weight = shards.head("student_weight", student_weight)
     student_bias = None if student_bias is None else shards.head("student_bias", student_bias)
     summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
