@@ -11,9 +11,9 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import ranges, rows
 from kdfast.ops.linear_op import LinearCall
-from kdfast.ops.main_grad import main_grad_of
+from kdfast.ops.main_grad import apart, main_grad_of
 from kdfast.ops.row_options import row_options
-from kdfast.ops.shards import Shards, is_dtensor
+from kdfast.ops.shards import Shards
 from kdfast.options import Head
 
 if TYPE_CHECKING:
@@ -186,13 +186,13 @@ def linear_kd_loss(
     )  # fmt: skip
     shards = Shards(tp_group, student_hidden)
     main_grad = main_grad_of(student_weight, shards)
-    student_weight = shards.head("student_weight", student_weight)
+    student_weight = apart(shards.head("student_weight", student_weight), main_grad)
     student_bias = None if student_bias is None else shards.head("student_bias", student_bias)
     for i in range(len(weights)):
         weights[i] = shards.head(rows.member("teacher_weight", i, len(weights)), weights[i])
         biases[i] = None if biases[i] is None else shards.head(rows.member("teacher_bias", i, len(weights)), biases[i])
         hiddens[i] = shards.whole("teacher_hidden", hiddens[i])
-    summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
+    summed_by_dtensor = rows.is_dtensor(student_hidden) and shards.from_dtensors
     student_hidden = shards.whole("student_hidden", student_hidden, partial_grad=summed_by_dtensor)
     labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)
     check_side("student_", student_hidden, student_weight, student_bias, student_hidden)

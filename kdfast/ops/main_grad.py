@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.shards import Shards, is_dtensor
+from kdfast.ops.rows import is_dtensor
+from kdfast.ops.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ def main_grad_of(weight: Tensor, shards: Shards) -> MainGrad | None:
             " dtype=torch.float32)"
         )
     return ShardedMainGrad(own, weight, shards.grad_placements("student_weight", weight)) if sharded else own
+
+
+def apart(weight: Tensor, main_grad: MainGrad | None) -> Tensor:
+    """This rank's part of a head, cut off from the DTensor it is of where no gradient goes back to that."""
+    if not isinstance(main_grad, ShardedMainGrad):
+        return weight
+    return weight.detach().requires_grad_(weight.requires_grad)
 
 
 def add_to(main_grad: MainGrad, grad: Tensor, upstream: Tensor | None) -> None:

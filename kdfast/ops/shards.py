@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import parallel
+from kdfast.ops.rows import is_dtensor
 
 _TENSOR_PARALLEL = re.compile(r"(^|_)tp($|_)|tensor", re.IGNORECASE)
-
-
-def is_dtensor(x: Any) -> bool:
-    """Without importing torch.distributed.tensor, which most processes never need."""
-    return isinstance(x, Tensor) and hasattr(x, "to_local") and hasattr(x, "placements")
 
 
 class _ScaledGrad(torch.autograd.Function):
