@@ -63,9 +63,7 @@ def assert_agrees(loss: Callable[[Tensor], Tensor], x: Tensor, backend: str, dev
         value, grad = differentiated(loss, x.to(device))
     torch.testing.assert_close(value.cpu().double(), truth, rtol=1e-5, atol=1e-6)
     assert torch.equal(grad.cpu().isfinite(), truth_grad.isfinite())
-    torch.testing.assert_close(
-        grad.cpu().double().nan_to_num(0, 0, 0), truth_grad.nan_to_num(0, 0, 0), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(grad.cpu().double().nan_to_num(0, 0, 0), truth_grad.nan_to_num(0, 0, 0), rtol=1e-4, atol=1e-6)
     return truth_grad
 
 
@@ -73,9 +71,7 @@ def assert_agrees(loss: Callable[[Tensor], Tensor], x: Tensor, backend: str, dev
 @pytest.mark.parametrize("kind", DENSE.values(), ids=DENSE)
 def test_dense(kind: Any, how: Any, backend: str, device: str) -> None:
     student, teacher, labels = rows()
-    assert_agrees(
-        lambda x: kd_loss(x, teacher.to(x), labels.to(x.device), **kind, **how), student, backend, device
-    )
+    assert_agrees(lambda x: kd_loss(x, teacher.to(x), labels.to(x.device), **kind, **how), student, backend, device)
 
 
 def test_forward_kl_is_what_autograd_says(backend: str, device: str) -> None:

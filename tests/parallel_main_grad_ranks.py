@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from parallel_fsdp_ranks import LOSSES, MESHES, N, V, Loss, dense, mesh_of, own, setting, sparse
+from parallel_fsdp_ranks import LOSSES, MESHES, Loss, N, V, dense, mesh_of, own, setting, sparse
 from parallel_ranks import raises
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh

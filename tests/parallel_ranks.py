@@ -244,7 +244,7 @@ def check_no_weight(kw: dict[str, Any]) -> None:
 
 
 def check_infinite_rows(divergence: str) -> None:
-    """Where the loss of a row is infinite its gradient is that of the whole vocabulary: finite in the same places, and equal."""
+    """Where the loss of a row is infinite its gradient is that of the whole vocabulary: finite in the same places, equal."""
     student, (teacher,), labels = rows()
     student[0, 3], teacher[1, 20], student[4, 30:] = -torch.inf, -torch.inf, -torch.inf
     for reduction in ("mean", "none"):

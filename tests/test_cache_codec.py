@@ -294,7 +294,7 @@ def test_rows_without_draws_that_have_something_left_are_refused(language: bool)
         if change == "no draws":
             ids[2, 6:] = -1
         weights[2, 6:] = 0
-        with pytest.raises(CacheError, match="expected those of 20 draws a row at temperature 1, got 0 draws .* in row 2"):
+        with pytest.raises(CacheError, match=r"expected those of 20 draws a row at temperature 1, got 0 draws .* in row 2"):
             draws_of(dataclasses.replace(targets, ids=ids, weights=weights), 20, 1.0, 6)
 
 
