@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_train_faults import cached, make_cache, quiet, rows_of
 from tiny_runs import STUDENT, make_sequences, make_tokenizer, recipe_values
@@ -19,7 +20,8 @@ from kdfast.models.load import load_folder
 from kdfast.train import Recipe, distill
 from kdfast.train.data import PackedOrder
 from kdfast.train.inputs import open_inputs
-from kdfast.train.objective import Setting
+from kdfast.train.metrics import MetricLog
+from kdfast.train.objective import Metric, Setting
 from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
 from kdfast.train.step import DistillStep
 from kdfast.train.tasks import task_class
@@ -203,3 +205,14 @@ def test_a_packed_run_visits_every_document_once_an_epoch_and_resumes(tokenizer:
     assert (whole.model / "model.safetensors").read_bytes() == (tmp_path / "cut/model/model.safetensors").read_bytes()
     states = [json.loads((f / "checkpoints/step-00000006/state.json").read_text()) for f in (whole.out, tmp_path / "cut")]
     assert states[0]["rows"] == states[1]["rows"] == 12
+
+
+def test_a_metric_takes_no_column_of_every_row(tmp_path: Path) -> None:
+    log = MetricLog(Recipe.build({"student": {"model_type": "gpt2"}}), tmp_path, Accelerator(cpu=True))
+    one = torch.ones(())
+    for name in ("loss", "step", "lr", "temperature"):
+        with pytest.raises(ValueError, match=f"^method: a metric is called '{name}', a column that every step has"):
+            log.add(1, 0.1, one, one, [{name: Metric(one, one)}], one, {"temperature": 2.0})
+    log.add(1, 0.1, one, one, [{"own": Metric(one, one)}], one, {"temperature": 2.0})
+    row = log.flush()
+    assert (row["own"], row["loss"], row["temperature"]) == (1.0, 1.0, 2.0)

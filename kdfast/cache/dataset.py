@@ -80,7 +80,8 @@ class CacheStream(IterableDataset[Batch]):
     `DataLoader(stream, batch_size=None, num_workers=n)`, whose order is the same for every n. A pass that is broken off
     (`break`) is over: the next iteration is the next pass, as of any loader, and only `load_state_dict` goes on within one. To
     go on in the same process keep the iterator, `batches = iter(stream)`; or leave `epochs` out: a stream without end has no
-    pass to break off and goes on with the next batch (in a loader with workers, who are ahead, with the next epoch).
+    pass to break off and goes on with the next batch (in a loader with workers, who are ahead, with the next epoch). A loader
+    for accelerate takes whole batches: `DataLoaderConfiguration(dispatch_batches=False)`.
 
     Args:
         reader: the cache, or its path.
