@@ -20,6 +20,13 @@ inline Matrix matrix(const pybind11::tuple& t) {
             static_cast<Dtype>(t[3].cast<int>())};
 }
 
+// The columns of the per-row metrics, by which Python knows an extension that was built from other sources.
+inline pybind11::tuple part_names() {
+    pybind11::tuple names(kParts);
+    for (int i = 0; i < kParts; ++i) names[i] = kPartNames[i];
+    return names;
+}
+
 void bind_runtime(pybind11::module_& m);
 void bind_logits(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);

@@ -10,6 +10,7 @@ namespace py = pybind11;
 namespace kdfast {
 
 void bind_logits(py::module_& m) {
+    m.attr("parts") = part_names();
     py::class_<LogitsOptions>(m, "LogitsOptions", "Row options in the kernels' terms.")
         .def(py::init([](int kind, float first, float second, float temperature, float soft_scale, float hard_weight,
                          float label_smoothing, float z_loss, float student_softcap, float student_scale,

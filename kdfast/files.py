@@ -66,18 +66,11 @@ def write_parts(path: Path, parts: Iterable[Any], temporary: Path | None = None)
     """
     part = temporary or temporary_name(path)
     part.unlink(missing_ok=True)  # what a killed writer left; a link planted here is not followed
-    try:
+    with _becoming(part, path):
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with open(descriptor, "wb") as file:
             for data in parts:
                 file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -93,8 +86,15 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = temporary_name(target)
-    try:
+    with _becoming(part, target):
         yield part
+
+
+@contextlib.contextmanager
+def _becoming(part: Path, target: Path) -> Iterator[None]:
+    """At the end of the block the file `part` is flushed and takes the name `target`; an error in it removes `part`."""
+    try:
+        yield
         _sync(part)
         os.replace(part, target)
     except BaseException:

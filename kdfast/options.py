@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from typing_extensions import Self
 
 _SCHEMA_TYPE = {"float": "float", "int": "int", "bool": "bool", "str": "str", "tuple[float, ...]": "float[]"}
@@ -22,6 +24,12 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_rever
 TEACHER_MIXES = ("probs", "logits")
 #: Columns of the per-row metrics a kernel fills when asked for parts, in this order.
 PARTS = ("soft", "hard", "z", "kl_at_1", "teacher_nll", "teacher_entropy", "top1_agreement", "student_entropy")
+
+
+def other_parts(extension: ModuleType) -> str | None:
+    """How the columns of the per-row metrics that a compiled extension fills differ from `PARTS`; None: they are these."""
+    found = tuple(getattr(extension, "parts", ()))
+    return None if found == PARTS else f"it fills {', '.join(found) or 'metrics without names'}, not {', '.join(PARTS)}"
 
 
 class _OpOptions:

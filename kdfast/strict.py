@@ -51,6 +51,19 @@ def build(cls: type, values: Any, path: str = "") -> Any:
         raise ValueError(_join(path, said) if own or not path else f"{path}: {said}") from None
 
 
+def refuse_unused(options: Any, names: typing.Iterable[str], why: str, path: str = "") -> None:
+    """Raises for the first of these fields that was given something else than its default, which has no effect.
+
+    Raises:
+        ValueError: names the field, `why` nothing reads it, what was given and the remedy.
+    """
+    fields = {f.name: f for f in dataclasses.fields(options)}
+    for name in names:
+        field, value = fields[name], getattr(options, name)
+        if value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory()):
+            raise ValueError(f"{_join(path, name)}: {why}, got {plain(value)!r}, which nothing would read; leave it out")
+
+
 def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> str:
     """The message for a key that does not exist."""
     valid = list(valid)

@@ -69,6 +69,20 @@ def _drawn(exact: int, samples: int, at: float) -> tuple[TopKTargets, dict[str, 
     return targets, {"kind": kind, "samples": samples, "sample_temperature": at}
 
 
+def nothing_left(exact: int = 4, samples: int = 5, at: float = 1.0) -> tuple[TopKTargets, dict[str, object]]:
+    """Rows of `mixed` of which some hold everything in the exact entries, or in fewer, or all but what float32 cannot say."""
+    z = torch.randn(sum(LENGTHS), 500, generator=torch.Generator().manual_seed(3))
+    z[1, exact:] = z[2, 1:] = -torch.inf
+    for row, gap in ((3, 95), (4, 150), (5, 1e4)):
+        z[row, exact:] -= gap
+    draws = torch.Generator().manual_seed(4)
+    with kdfast.use_backend("reference"):
+        targets = kdfast.topk_targets(
+            z, exact, temperatures=(1.0, 2.0), samples=samples, sample_temperature=at, generator=draws
+        )
+    return targets, {"kind": "mixed", "samples": samples, "sample_temperature": at}
+
+
 CASES = {
     "k1": lambda: _topk(17, 1, (1.0,)),
     "k-is-vocab": lambda: _topk(17, 17, (1.0, 2.0)),
@@ -87,6 +101,8 @@ CASES = {
     "exact-one-T": lambda: (peaked(sum(LENGTHS), 500, (1.0,), 20), {"max_kl": 1e-9}),
     "exact-topp": lambda: (cut(peaked(sum(LENGTHS), 1000, (2.0, 1.0), 64), [64, 60, 0, 1, 17, 64, 5]), {"kind": "topp"}),
     "exact-mixed": _peaked_draws,
+    "mixed-nothing-left": nothing_left,
+    "mixed-nothing-left-tempered": lambda: nothing_left(70, 30, 2.0),
 }
 
 

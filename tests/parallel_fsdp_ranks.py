@@ -17,6 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from kdfast import (
+    attention_kl,
+    attention_map_mse,
+    attention_mse,
+    hidden_cosine,
     hidden_mse,
     kd_loss,
     linear_kd_loss,
@@ -198,6 +202,30 @@ def check_sides_that_differ() -> None:
         h, distribute_tensor(plain, other, [Replicate()]), h, plain, tp_group=other.get_group()))  # fmt: skip
 
 
+def check_where_no_dtensor_is_taken() -> None:
+    """A loss of a rank's own rows says so in one line, whichever argument it is."""
+    mesh = mesh_of("dp")
+    h, w = torch.randn(4, 6), torch.randn(5, 6)
+    rows, whole = (distribute_tensor(h.clone(), mesh, [p]) for p in (Shard(0), Replicate()))
+    q = torch.randn(2, 2, 4, 3)
+    heads = distribute_tensor(q.clone(), mesh, [Shard(1)])
+    calls = {
+        "student_hidden": lambda: linear_logit_mse(rows, w, h, w),
+        "teacher_hidden": lambda: linear_logit_mse(h, w, whole, w),
+        "h_s": lambda: hidden_mse(rows, h),
+        "h_t": lambda: hidden_cosine(h, whole),
+        "q_s": lambda: attention_mse(heads, q, q, q),
+        "k_t": lambda: attention_kl(q, q, q, heads),
+        "maps_t": lambda: attention_map_mse(q, heads),
+        "hidden": lambda: linear_topk_targets(rows, w, 2),
+    }
+    for name, call in calls.items():
+        raises(f"{name}: expected this rank's tensor, got a DTensor placed (", call)
+    raises("pass .to_local() of one that is sharded by rows, .full_tensor() of any other", calls["h_s"])
+    shared = distribute_tensor(w.clone(), mesh, [Shard(0)])
+    torch.testing.assert_close(linear_logit_mse(h, shared, h + 1, shared), linear_logit_mse(h, w, h + 1, w))
+
+
 def cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for mesh in MESHES:
@@ -210,4 +238,5 @@ def cases() -> dict[str, Callable[[], None]]:
     found["same-rows-named"] = lambda: check_same_rows(("tp",))
     found["same-rows-unnamed"] = lambda: check_same_rows(None)
     found["sides-that-differ"] = check_sides_that_differ
+    found["where-no-dtensor-is-taken"] = check_where_no_dtensor_is_taken
     return found

@@ -243,6 +243,23 @@ def check_no_weight(kw: dict[str, Any]) -> None:
         torch.testing.assert_close(grad.double(), own(truth), rtol=1e-4, atol=1e-6)
 
 
+def check_infinite_rows(divergence: str) -> None:
+    """Where the loss of a row is infinite its gradient is that of the whole vocabulary: finite in the same places, equal."""
+    student, (teacher,), labels = rows()
+    student[0, 3], teacher[1, 20], student[4, 30:] = -torch.inf, -torch.inf, -torch.inf
+    for reduction in ("mean", "none"):
+        kw = {"divergence": divergence, "reduction": reduction, "hard_weight": 0.3}
+        x, whole = own(student).requires_grad_(), student.clone().double().requires_grad_()
+        split = kd_loss(x, own(teacher), labels, tp_group=dist.group.WORLD, **kw)
+        with use_backend("reference"):
+            expected = kd_loss(whole, teacher.double(), labels, **kw)
+        (grad,), (truth,) = torch.autograd.grad(split.sum(), x), torch.autograd.grad(expected.sum(), whole)
+        torch.testing.assert_close(split.double(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(grad.isfinite(), own(truth).isfinite())
+        torch.testing.assert_close(torch.where(grad.isfinite(), grad, 0).double(), own(truth).nan_to_num(0, 0, 0),
+                                   rtol=1e-4, atol=1e-6)  # fmt: skip
+
+
 def check_no_items() -> None:
     student, (teacher,), labels = rows()
     for num_items in (0, torch.tensor(0)):
@@ -284,7 +301,8 @@ def check_errors() -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case by name; each rank runs them in this order."""
-    import parallel_fsdp_ranks  # which, like the next, imports this module
+    import parallel_fsdp_ranks  # which, like the next two, imports this module
+    import parallel_main_grad_ranks
     import parallel_topk_ranks
 
     found: dict[str, Callable[[], None]] = {}
@@ -316,10 +334,12 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"dtensor-heads-hidden-{placement}"] = lambda p=placement: check_dtensor_heads(p)
     for name, kw in {"forward-kl": {}, "reverse-kl-per-row": {"divergence": "reverse_kl", "reduction": "none"}}.items():
         found[f"no-weight-{name}"] = lambda kw=kw: check_no_weight(kw)
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        found[f"infinite-rows-{divergence}"] = lambda d=divergence: check_infinite_rows(d)
     found["no-items"] = check_no_items
     found["ignored-rows"] = check_ignored_rows
     found["errors"] = check_errors
-    return found | parallel_topk_ranks.cases() | parallel_fsdp_ranks.cases()
+    return found | parallel_topk_ranks.cases() | parallel_fsdp_ranks.cases() | parallel_main_grad_ranks.cases()
 
 
 def main(rank: int, world: int, folder: Path) -> None:

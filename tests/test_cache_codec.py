@@ -17,8 +17,9 @@ from cache_helpers import empty_rows, mixed_targets, rows_of, teacher_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdfast.cache import CacheError, CorruptCache, codec
-from kdfast.cache.draws import draws_of
+import kdfast
+from kdfast.cache import CacheError, CacheReader, CacheWriter, CorruptCache, codec, verify
+from kdfast.cache.draws import draws_of, without_rare
 from kdfast.ops.targets import TopKTargets
 
 needs_native = pytest.mark.skipif(not codec.native(), reason="the C++ extension is not built")
@@ -254,6 +255,77 @@ def test_draws_that_contradict_the_kind_are_refused(language: bool) -> None:
     weights[2, 7:] *= 1.3
     with pytest.raises(CacheError, match="20 draws a row"):
         draws_of(dataclasses.replace(targets, weights=weights), 20, 1.0, 6)
+
+
+@pytest.mark.parametrize("at", [1.0, 2.0])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_native)])
+def test_rows_with_nothing_left_to_draw(language: bool, backend: str, at: float, tmp_path: Path) -> None:
+    """A peaked teacher's rows, through the writer: what comes back is what a row without draws says, and trains alike."""
+    z = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).double()
+    z[1, 4:] = z[2, 1:] = -torch.inf
+    for row, gap in ((3, 95), (4, 150), (5, 1e4)):
+        z[row, 4:] -= gap
+    with kdfast.use_backend(backend):
+        targets = kdfast.topk_targets(z.float(), 4, temperatures=(1.0, 2.0), samples=6, sample_temperature=at)
+    settings = {"vocab_size": 300, "k": 10, "teacher": "t", "tokenizer_hash": "h", "temperatures": (1.0, 2.0)}
+    with CacheWriter(tmp_path, kind="mixed", samples=6, sample_temperature=at, **settings) as writer:
+        writer.add(torch.arange(6), targets)
+    found = verify(tmp_path)
+    assert found.tokens == 6
+    got = CacheReader(tmp_path)[0].targets
+    for row in range(1, 6):
+        p = z[row].softmax(-1)
+        for i, weight in zip(got.ids[row].tolist(), got.weights[row].tolist(), strict=True):
+            assert weight == pytest.approx(float(p[i]) if 0 <= i < 4 else 0.0, rel=0.05, abs=1e-6)
+        assert got.log_tail[row].exp().max() < 1e-6
+    student = torch.randn(6, 300, generator=torch.Generator().manual_seed(1)).double()
+    for temperature in (1.0, 2.0):
+        loss = kdfast.topk_kd_loss(
+            student[1:], got[1:], temperature=temperature, tail="none", reduction="none", scale_by_t2=False
+        )
+        truth = kdfast.kd_loss(student[1:], z[1:], temperature=temperature, reduction="none", scale_by_t2=False)
+        torch.testing.assert_close(loss, truth, rtol=2e-3, atol=2e-3)
+
+
+def test_rows_without_draws_that_have_something_left_are_refused(language: bool) -> None:
+    targets, _ = mixed_targets(4, 300, 6, 20, (1.0,), 1.0)
+    for change in ("no draws", "no weight"):
+        ids, weights = targets.ids.clone(), targets.weights.clone()
+        if change == "no draws":
+            ids[2, 6:] = -1
+        weights[2, 6:] = 0
+        with pytest.raises(CacheError, match=r"expected those of 20 draws a row at temperature 1, got 0 draws .* in row 2"):
+            draws_of(dataclasses.replace(targets, ids=ids, weights=weights), 20, 1.0, 6)
+
+
+def test_draws_that_float32_holds_no_weight_of(language: bool) -> None:
+    """They are left out, their mass at every temperature goes to the tails; any other weight of theirs is refused."""
+    targets, _ = mixed_targets(4, 300, 6, 20, (1.0, 2.0), 1.0)
+    change = {"logprobs": targets.logprobs.clone(), "log_tail": targets.log_tail.clone(), "log_z": targets.log_z.clone()}
+    change["logprobs"][2, :6] -= change["logprobs"][2, :6].logsumexp(0)
+    change["log_z"][2] = (change["logprobs"][2, :6] / torch.tensor([[1.0], [2.0]])).logsumexp(-1)
+    change["logprobs"][2, 6:] = torch.where(targets.ids[2, 6:] >= 0, -200.0, -torch.inf)
+    change["log_tail"][2] = torch.tensor([-200.0, -100.0])
+    rare = dataclasses.replace(targets, **change)
+    with pytest.raises(CacheError, match=r"expected those of 20 draws a row at temperature 1, got .* in row 2"):
+        draws_of(without_rare(rare, 20, 1.0, 6), 20, 1.0, 6)
+    weights = targets.weights.clone()
+    weights[2, 6:] = 0
+    kept = without_rare(dataclasses.replace(rare, weights=weights), 20, 1.0, 6)
+    assert kept.ids[2].tolist() == [*targets.ids[2, :6].tolist(), *[-1] * 20]
+    assert torch.equal(kept.ids[[0, 1, 3]], targets.ids[[0, 1, 3]])
+    distinct = int((targets.ids[2, 6:] >= 0).sum())
+    for column, (tail, each) in enumerate(((-200.0, -200.0), (-100.0, -100.0 - float(rare.log_z[2, 1])))):
+        mass = math.log(math.exp(0) + distinct * math.exp(each - tail)) + tail
+        assert float(kept.log_tail[2, column]) == pytest.approx(mass, rel=1e-6)
+    draws = draws_of(kept, 20, 1.0, 6)
+    assert draws[2].tolist() == [20, *[0] * 25]
+    # At another temperature than 1 some of a row's may be held and some not: what is left are not all draws.
+    targets, _ = mixed_targets(4, 300, 6, 20, (1.0, 8.0), 8.0)
+    change = {"logprobs": targets.logprobs.clone(), "weights": targets.weights.clone()}
+    change["logprobs"][2, 6:9], change["weights"][2, 6:9] = -200.0, 0.0
+    with pytest.raises(CacheError, match=r"in row 2; ids too rare for a weight in float32 are none"):
+        draws_of(without_rare(dataclasses.replace(targets, **change), 20, 8.0, 6), 20, 8.0, 6)
 
 
 def test_many_entries_and_counts_that_vary(language: bool) -> None:

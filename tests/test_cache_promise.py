@@ -382,7 +382,9 @@ main(["env"])
 @pytest.mark.parametrize(
     ("extension", "why"),
     [(None, "the C++ extension is not built: install a C++ compiler"), (b"not a library", "the C++ extension is broken ("),
-     ("def isa(): return 'none'\n", "the C++ extension is another version's (it lacks matmul")],
+     ("def isa(): return 'none'\n", "the C++ extension is another version's (it lacks matmul"),
+     ("parts = ('soft', 'hard')\n__getattr__ = lambda name: print\n",
+      "the C++ extension is another version's (it fills soft, hard, not soft, hard, z,")],
 )  # fmt: skip
 def test_plain_python_says_once_why_it_runs(tmp_path: Path, extension: bytes | str | None, why: str) -> None:
     source = Path(kdfast.__file__).parent

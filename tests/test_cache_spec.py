@@ -230,6 +230,18 @@ def test_drawn_entries_too(tmp_path: Path, exact: int) -> None:
     assert_same_reading(tmp_path)
 
 
+@pytest.mark.parametrize("case", ["mixed-nothing-left", "mixed-nothing-left-tempered"])
+def test_rows_with_nothing_left_to_draw_too(tmp_path: Path, case: str) -> None:
+    cache_of(case, tmp_path / "c")
+    assert_same_reading(tmp_path / "c")
+    (record, *_) = read(tmp_path / "c")
+    for row, entries in ((1, 4 if case == "mixed-nothing-left" else 70), (2, 1)):
+        found = record["rows"][row]
+        assert len(found["ids"]) == entries
+        assert found["log_tail"] == [-np.inf, -np.inf]
+        np.testing.assert_allclose(found["weights"], np.exp(np.array(found["logprobs"], f64)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("case", ["exact", "exact-one-T", "exact-topp", "exact-mixed"])
 def test_rows_that_are_stored_exactly_too(tmp_path: Path, case: str) -> None:
     assert cache_of(case, tmp_path / "c").info.exact_rows > 0

@@ -225,7 +225,13 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="expected an empty folder"):
         CacheWriter(tmp_path, **SETTINGS)
     assert (tmp_path / "shard-00000.safetensors").read_bytes() == b"whose?"
-    with pytest.raises(CacheError, match="no teacher cache"):
+    with pytest.raises(CacheError, match=r"no teacher cache .*; make one with `kdfast cache build`"):
+        CacheReader(tmp_path)
+
+
+def test_parts_that_were_not_joined_are_told_how(tmp_path: Path) -> None:
+    small_cache(tmp_path / "part-00000-of-00002")
+    with pytest.raises(CacheError, match=r"no teacher cache .*; join the parts that lie in it with `kdfast cache merge`"):
         CacheReader(tmp_path)
 
 

@@ -172,11 +172,33 @@ def test_every_pass_of_a_loader_is_the_next_one(reader: CacheReader, workers: in
     assert firsts(other) == firsts(islice(CacheStream(reader, 4, seed=2), 5 * epochs, 10 * epochs))
 
 
-def test_a_pass_that_was_broken_off_is_not_repeated_by_workers(reader: CacheReader) -> None:
-    stream = CacheStream(reader, 4, seed=2, epochs=1)
-    loader = DataLoader(stream, None, num_workers=2)
-    next(iter(loader))
-    assert firsts(loader) == firsts(islice(CacheStream(reader, 4, seed=2), 5, 10))
+@pytest.mark.parametrize("workers", [None, 0, 1, 2])
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("at", [1, 4, 5, 7])
+def test_a_pass_that_was_broken_off_is_over(reader: CacheReader, workers: int | None, epochs: int, at: int) -> None:
+    whole = firsts(islice(CacheStream(reader, 4, seed=2), 15))
+    stream = CacheStream(reader, 4, seed=2, epochs=epochs)
+    loader = stream if workers is None else DataLoader(stream, None, num_workers=workers)
+    used = []
+    for batch in loader:
+        used.append(batch)
+        if len(used) == min(max(at, 1), 5 * epochs):
+            break
+    for p in range(1, 3 // epochs):
+        assert firsts(loader) == whole[5 * epochs * p : 5 * epochs * (p + 1)]
+    again = CacheStream(reader, 4, seed=2, epochs=epochs)
+    again.load_state_dict(stream.state_dict(used[-1]))  # a state is a place within it
+    assert firsts(again) == whole[len(used) : 5 * epochs]
+    assert firsts(islice(again, 2)) == whole[5 * epochs : 5 * epochs + 2]
+
+
+@pytest.mark.parametrize("kept", ["iterator", "endless"])
+def test_a_loop_that_was_broken_off_can_go_on(reader: CacheReader, kept: str) -> None:
+    whole = firsts(islice(CacheStream(reader, 4, seed=2), 10))
+    stream = CacheStream(reader, 4, seed=2, epochs=1 if kept == "iterator" else None)
+    batches = iter(stream) if kept == "iterator" else stream
+    assert firsts(islice(batches, 2)) == whole[:2]
+    assert firsts(islice(batches, 3)) == whole[2:5]
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])

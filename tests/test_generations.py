@@ -155,4 +155,4 @@ def test_faults_are_said_in_one_line(home: tuple[Path, Path], tmp_path: Path) ->
     fails(r"method\.members: expected at least two students", method={"name": "ensemble", "generations": 1})
     fails(r"method\.generations: expected a number >= 1", method={"name": "ensemble", "members": SHAPES}, teacher=teacher)
     fails(r"method\.generations.*>= 2", method={"name": "born_again", "generations": 1})
-    fails(r"weights: they belong to function", method="word_kd", teacher={**teacher, "weights": "x"})
+    fails(r"weights: beside \w+ expected none, they are a function", method="word_kd", teacher={**teacher, "weights": "x"})

@@ -468,7 +468,7 @@ def test_faults_of_a_recipe_are_one_line_before_training(pictures: Path, tmp_pat
     wide = {**TREE, "arguments": {**TREE["arguments"], "shape": [1, 5, 5]}}
     fails(r"student: SoftTree does not take the data \(pixel_values \[1, 1, 6, 6\]\)", student=wide)
     fails(r"teacher\.weights: .*expected a safetensors file", teacher={**network, "weights": str(tmp_path / "none")})
-    fails(r"teacher\.weights: they belong to function, but path is given", teacher={"path": "x", "weights": "y"})
+    fails(r"teacher\.weights: beside path expected none, they are a function", teacher={"path": "x", "weights": "y"})
 
 
 @pytest.mark.slow

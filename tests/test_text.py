@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +111,91 @@ def test_documents_begin_and_end_as_the_tokenizer_s_do(tmp_path: Path) -> None:
     packed = pack(tokenizer, [tmp_path / "a.txt", tmp_path / "b.txt"], 2, Corpus(data, tokenizer, tmp_path).specials)
     whole = [BEGIN, *first, END, BEGIN, *second, END]
     assert packed.flatten().tolist() == whole[: len(whole) // 2 * 2]
+
+
+WRITTEN = [("", ""), ("<s>", ""), ("", "</s>"), ("<s>", "</s>"), ("</s>", "<s>"), ("<s><s>", "</s></s>")]
+
+
+@pytest.mark.parametrize(("before", "after"), WRITTEN)
+def test_special_tokens_that_a_text_has_are_not_doubled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    """In a text, a prompt and its completion, whole files, files in pieces: added only where the text has not written them."""
+    tokenizer = make(tmp_path, "<s> $A", tokenizer_config=LLAMA)
+    first, second = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("for x", " in range"))
+    begin = [BEGIN] * (before.count("<s>") or 1) if "</s>" not in before else [BEGIN, END]
+    end = [END] * (after.count("</s>") or 1) if after != "<s>" else [BEGIN, END]
+    data = rows(
+        tmp_path, {"text": f"{before}for x{after}"}, {"prompt": f"{before}for x", "completion": f" in range{after}"},
+        {"text": f"{before}{after}" or "x"},
+    )  # fmt: skip
+    text, pair, *bare = Corpus(data, tokenizer, tmp_path)
+    assert text.input_ids.tolist() == [*begin, *first, *end]
+    assert pair.input_ids.tolist() == [*begin, *first, *second, *end]
+    assert pair.loss_mask is not None
+    learned = pair.input_ids[1:][pair.loss_mask[:-1]].tolist()
+    assert learned == [*second, *end]
+    if before == "<s>" and after == "</s>":
+        assert bare[0].input_ids.tolist() == [BEGIN, END]
+    for name, said in (("a", "for x"), ("b", TEXT), ("c", " in range")):
+        (tmp_path / f"{name}.txt").write_text(f"{before}{said}{after}")
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+    middle = tokenizer.encode(TEXT, add_special_tokens=False).ids
+    expected = [i for ids in (first, middle, second) for i in (*begin, *ids, *end)]
+    specials = Corpus(data, tokenizer, tmp_path).specials
+    for piece in (1 << 18, 500):
+        monkeypatch.setattr(packing, "_PIECE", piece)
+        monkeypatch.setattr(packing, "_OVERLAP", 200)
+        found = pack(tokenizer, files, 2, specials).flatten().tolist()
+        assert found == expected[: len(expected) // 2 * 2]
+
+
+def test_special_tokens_of_the_end_alone(tmp_path: Path) -> None:
+    """A tokenizer with one token for everything, between texts and after completions."""
+    tokenizer = make(tmp_path)
+    ids = tokenizer.encode("for x", add_special_tokens=False).ids
+    end = "<|endoftext|>"
+    data = rows(tmp_path, {"text": "for x" + end}, {"prompt": end + "for x", "completion": "for x" + end})
+    text, pair = Corpus(data, tokenizer, tmp_path)
+    assert text.input_ids.tolist() == [*ids, TEXT_END]
+    assert pair.input_ids.tolist() == [TEXT_END, *ids, *ids, TEXT_END]
+    (tmp_path / "a.txt").write_text("for x" + end)
+    whole = pack(tokenizer, [tmp_path / "a.txt"] * 2, 1, Corpus(data, tokenizer, tmp_path).specials).flatten().tolist()
+    assert whole == [*ids, TEXT_END, *ids, TEXT_END]
+
+
+@pytest.mark.parametrize("source", ["for x", "<s>for x</s>", "<s>for x", "for x</s>"])
+@pytest.mark.parametrize("target", [" in", " in</s>", "<|im_start|> in</s>"])
+def test_pairs_with_special_tokens_of_their_own(tmp_path: Path, source: str, target: str) -> None:
+    config = {"decoder_start_token_id": TURN, "eos_token_id": END}
+    tokenizer = make(tmp_path, "<s> $A </s>", tokenizer_config=LLAMA, config=config)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"source": source, "target": target}))
+    data = TextData(paths=(str(tmp_path / "rows.jsonl"),))
+    (example,) = Corpus(data, tokenizer, tmp_path, task="seq2seq")
+    asked, said = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("for x", " in"))
+    assert example.context_ids is not None
+    assert example.labels is not None
+    assert example.context_ids.tolist() == [BEGIN, *asked, END]
+    assert example.labels.tolist() == [*said, END]
+    assert example.input_ids.tolist() == [TURN, *said]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("causal", {"mask_share": 0.3}, "data.mask_share: expected a masked teacher, got a causal one; leave it out"),
+        ("causal", {"source_field": "x"}, "data.source_field: expected a seq2seq teacher, got a causal one"),
+        ("masked", {"end": "</s>"}, "data.end: expected a causal or seq2seq teacher, got a masked one"),
+        ("masked", {"prompt_loss": True}, "data.prompt_loss: expected a causal teacher, got a masked one"),
+        ("seq2seq", {"field": "x"}, "data.field: expected a causal or masked teacher, got a seq2seq one"),
+        ("seq2seq", {"mask_token": "</s>"}, "data.mask_token: expected a masked teacher, got a seq2seq one"),
+    ],
+)
+def test_options_of_another_task_are_refused(tmp_path: Path, task: str, options: dict[str, Any], message: str) -> None:
+    tokenizer = make(tmp_path)
+    data = dataclasses.replace(rows(tmp_path, {"text": "for x"}), **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Corpus(data, tokenizer, tmp_path, task=task)
 
 
 def test_a_turn_is_learned_up_to_its_end_token(tmp_path: Path) -> None:

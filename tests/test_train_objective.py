@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_train_faults import cached, make_cache, quiet, rows_of
 from tiny_runs import STUDENT, make_sequences, make_tokenizer, recipe_values
@@ -22,7 +23,8 @@ from kdfast.models.load import load_folder
 from kdfast.train import Recipe, distill
 from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.inputs import open_inputs
-from kdfast.train.objective import Setting
+from kdfast.train.metrics import MetricLog
+from kdfast.train.objective import Metric, Setting
 from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
 from kdfast.train.step import DistillStep
 from kdfast.train.tasks import task_class
@@ -283,3 +285,14 @@ def test_a_run_folder_knows_keys_that_are_newer(tokenizer: Path, tmp_path: Path)
     assert said == [f"{tmp_path / 'run'}: finished before; nothing to do"]
     with pytest.raises(ValueError, match=r"out: .* holds a run that differs in data\.group_by_length"):
         distill(Recipe.build({**values, "data": {**values["data"], "group_by_length": True}}), say=said.append)
+
+
+def test_a_metric_takes_no_column_of_every_row(tmp_path: Path) -> None:
+    log = MetricLog(Recipe.build({"student": {"model_type": "gpt2"}}), tmp_path, Accelerator(cpu=True))
+    one = torch.ones(())
+    for name in ("loss", "step", "lr", "temperature"):
+        with pytest.raises(ValueError, match=f"^method: a metric is called '{name}', a column that every step has"):
+            log.add(1, 0.1, one, one, [{name: Metric(one, one)}], one, {"temperature": 2.0})
+    log.add(1, 0.1, one, one, [{"own": Metric(one, one)}], one, {"temperature": 2.0})
+    row = log.flush()
+    assert (row["own"], row["loss"], row["temperature"]) == (1.0, 1.0, 2.0)

@@ -4,7 +4,7 @@
 // `value` is a term of the sum, never negative, so that the sum does not cancel where student and teacher agree. `slope` is
 // h = q * df/dq of the summand f (plus a constant times q, which changes nothing); the derivative is h - q * sum(h).
 // kSumsToZero: sum(h) is 0 and needs no pass. `student_must`, `teacher_must`: an id of probability 0 on that side makes the
-// value infinite if the other side gives it any.
+// value infinite if the other side gives it any; `slope_too`: then the sum of h is infinite as well.
 #pragma once
 
 #include "elementary.h"
@@ -39,6 +39,7 @@ struct ForwardKl {
     static constexpr bool kSumsToZero = true;
     static bool student_must(Coefficients) { return true; }
     static bool teacher_must(Coefficients) { return false; }
+    static bool slope_too(Coefficients) { return false; }
     static inline vec value(const Pair& x, Coefficients) { return kl_term(x.p, x.q, x.d); }
     static inline vec slope(const Pair& x, Coefficients) { return x.q - x.p; }
 };
@@ -48,6 +49,7 @@ struct ReverseKl {
     static constexpr bool kSumsToZero = false;
     static bool student_must(Coefficients) { return false; }
     static bool teacher_must(Coefficients) { return true; }
+    static bool slope_too(Coefficients) { return true; }
     static inline vec value(const Pair& x, Coefficients) { return kl_term(x.q, x.p, -x.d); }
     static inline vec slope(const Pair& x, Coefficients) { return -x.q * x.d; }
 };
@@ -74,6 +76,7 @@ struct Jsd {
     static constexpr bool kSumsToZero = false;
     static bool student_must(Coefficients) { return false; }
     static bool teacher_must(Coefficients) { return false; }
+    static bool slope_too(Coefficients) { return false; }
     static inline vec value(const Pair& x, Coefficients c) {
         const Mixture mix(x, c.first);
         return c.first * kl_term(x.p, mix.m, mix.log_p) + c.second * kl_term(x.q, mix.m, mix.log_q);
@@ -86,6 +89,7 @@ struct SkewForwardKl {
     static constexpr bool kSumsToZero = false;
     static bool student_must(Coefficients) { return false; }
     static bool teacher_must(Coefficients) { return false; }
+    static bool slope_too(Coefficients) { return false; }
     static inline vec value(const Pair& x, Coefficients c) {
         const Mixture mix(x, c.first);
         return kl_term(x.p, mix.m, mix.log_p);
@@ -98,6 +102,7 @@ struct SkewReverseKl {
     static constexpr bool kSumsToZero = false;
     static bool student_must(Coefficients) { return false; }
     static bool teacher_must(Coefficients) { return false; }
+    static bool slope_too(Coefficients) { return false; }
     static inline vec value(const Pair& x, Coefficients c) {
         const Mixture mix(x, c.first);
         return kl_term(x.q, mix.m, mix.log_q);
@@ -113,6 +118,7 @@ struct Tvd {
     static constexpr bool kSumsToZero = false;
     static bool student_must(Coefficients) { return false; }
     static bool teacher_must(Coefficients) { return false; }
+    static bool slope_too(Coefficients) { return false; }
     static inline vec value(const Pair& x, Coefficients) { return -0.5f * max(x.p, x.q) * expm1_negative(-abs(x.d)); }
     static inline vec slope(const Pair& x, Coefficients) {
         const vec sign = x.d > set(0.0f) ? set(-0.5f) : set(0.5f);
@@ -125,6 +131,7 @@ struct AlphaBeta {
     static constexpr bool kSumsToZero = false;
     static bool student_must(Coefficients c) { return c.second == 0; }
     static bool teacher_must(Coefficients c) { return c.first == 0; }
+    static bool slope_too(Coefficients c) { return c.first == 0; }
 
     static inline vec power(vec log_x, float exponent) {
         return exponent == 0 ? set(1.0f) : exp(max(set(-1e6f), log_x * exponent));
@@ -167,6 +174,13 @@ struct AlphaBeta {
         return a * abs(x.d) < set(1.0f) ? near : far;
     }
 };
+
+// The sum of h of a row whose value is infinite: the vector loops know kLowest for -inf, so that their sum is a finite number
+// that means nothing. An infinite one leaves no finite gradient, as the definition has none.
+template <class D>
+double slope_where_infinite(double slope, Coefficients c) {
+    return D::slope_too(c) ? std::copysign(double(kInf), slope) : slope;
+}
 
 }  // namespace KDFAST_ISA
 }  // namespace kdfast

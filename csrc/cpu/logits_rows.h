@@ -279,6 +279,7 @@ void one_row(const LogitsArgs& a, int64_t r, Room& room) {
     if (kForward && (!kOnePass || !g.data)) {
         values = next_pass<D, kHard, kWithParts, kPower, true, false, false>(s, room, g, common, sums, o, f);
     }
+    if (infinite && o.soft_scale != 0) values.slope = slope_where_infinite<D>(values.slope, c);
     f.mean_slope = float(kForward ? values.slope : stats[kSlope]);
     const bool past_caches = g.data && g.data != s.data && g.dtype == Dtype::float32 && s.head.trivial() &&
                              a.rows * vs * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(g.data) % sizeof(vec) == 0 &&

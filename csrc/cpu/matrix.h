@@ -25,6 +25,9 @@ struct Head {
     bool trivial() const { return softcap == 0 && scale == 1; }
 };
 
-constexpr int kParts = 8;  // kdfast.options.PARTS
+// kdfast.options.PARTS; Python compares them when it loads the extension.
+constexpr const char* kPartNames[] = {"soft",        "hard",            "z",              "kl_at_1",
+                                      "teacher_nll", "teacher_entropy", "top1_agreement", "student_entropy"};
+constexpr int kParts = sizeof(kPartNames) / sizeof(kPartNames[0]);
 
 }  // namespace kdfast

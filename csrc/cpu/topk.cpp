@@ -69,7 +69,8 @@ void rest_pass(const TopKArgs& a, Source s, Sink g, const RowSums& sums, const S
     const bool none_out = !std::isfinite(sums.lse_out);
     const Softmax out_t(none_out ? 0 : sums.anchor_out, 1.0f / a.options.temperature, none_out ? 0 : sums.lse_out);
     const double of_all = soft.slope == 0 ? 0 : soft.slope * std::exp(sums.lse_out - sums.lse);
-    const float of_rest = none_out ? 0 : f.soft * float(soft.rest - of_all) * out_t.factor;
+    float of_rest = none_out ? 0 : f.soft * float(soft.rest - of_all) * out_t.factor;
+    if (!std::isfinite(soft.slope)) of_rest = kNan;
     const float anchor_hard = kPower == 0 || none_out ? float(sums.lse_1) : sums.anchor_out;
     const float hard = kHard ? f.hard * Softmax(anchor_hard, 1, sums.lse_1).factor : 0;
     for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
@@ -107,8 +108,9 @@ void even_pass(const TopKArgs& a, Source s, Sink g, const RowSums& sums, Soft& s
             vec h{};
             here += counts ? set(1.0f) : vec{};
             for (const Even& even : room.entries.even) {
-                const Pair pair = pair_of(counts ? max(set(kLowest), set(even.log_p)) : set(kLowest), uq);
-                if (!kGrad || D::kSumsToZero) value += even.weight * D::value(pair, c);
+                const Pair pair = pair_of(max(set(kLowest), set(even.log_p)), uq);
+                if (!kGrad || D::kSumsToZero) value += counts ? even.weight * D::value(pair, c) : vec{};
+                // At an id that the student excludes too: that of forward KL is -p there, the others' 0.
                 h += even.weight * D::slope(pair, c);
             }
             slope += h;
@@ -170,8 +172,10 @@ template <class D, bool kHard, int kPower, bool kForward>
 Soft soft_and_gradient(const TopKArgs& a, int64_t r, Source s, Sink g, const RowSums& sums, const Factors& f, int64_t label,
                        Room& room) {
     const float z_label = label >= 0 ? s.at(label) : 0;
+    const Coefficients c{a.options.first, a.options.second};
     Soft soft = soft_of<D>(a, r, room.entries, sums.lse_out, sums.lse);
     if (kForward && a.spread && (!D::kSumsToZero || !g.data)) even_pass<D, false>(a, s, g, sums, soft, f, room);
+    if (kForward && soft.infinite && a.options.soft_scale != 0) soft.slope = slope_where_infinite<D>(soft.slope, c);
     if (!kForward) soft.slope = a.stats[r * kTopKStats + 3];
     if (D::kSumsToZero) soft.slope = 0;
     if (!g.data) return soft;

@@ -43,6 +43,7 @@ bool forward(
 PYBIND11_MODULE(_cuda, m) {
     using namespace kdfast::cluster;
     m.doc() = "kdfast CUDA kernels: plain device pointers, sizes, strides and a stream handle; no torch inside.";
+    m.attr("parts") = kdfast::part_names();
     m.def("driver_version", &driver_version, "CUDA of the driver, 1000 * major + 10 * minor; 0 where there is no driver.");
     m.def("build_version", &build_version, "CUDA this was built with, 1000 * major + 10 * minor.");
     m.def("blocks_for", &blocks_for_row, "Blocks of the cluster that holds a row in shared memory; 0 when none does.",

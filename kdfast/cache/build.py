@@ -76,6 +76,8 @@ class BuildOptions:
                 raise ValueError(f"{name(option)}: expected one of {', '.join(choices)}, got {getattr(self, option)!r}")
         if self.samples < 0 or self.k < 0:
             raise ValueError(f"{name('k')}, {name('samples')}: expected numbers >= 0, got {self.k} and {self.samples}")
+        if not self.samples and self.sample_temperature != 1:
+            raise ValueError(f"{name('sample_temperature')}: expected it with {name('samples')}, got it without; leave it out")
         if self.samples and self.top_p is not None:
             raise ValueError(
                 f"{name('samples')}: expected it without {name('top_p')} (drawn entries come on top of a fixed number of"

@@ -21,7 +21,7 @@ from kdfast.options import CodecLayout as Layout
 
 _native, _why_not = compiled.load()
 if _native is not None and getattr(_native, "codec_version", 1) != VERSION:
-    _native, _why_not = None, f"the C++ extension writes another cache format than {VERSION}: {compiled.REMEDY}"
+    _native, _why_not = None, f"the C++ extension writes another cache format than {VERSION}: {compiled.REBUILD}"
 #: Entries and bytes that plain Python works on before it says that it is slow: about a second. An extension that is there and
 #: broken is said at once.
 _NOTICED = 1 << 16 if importlib.util.find_spec("kdfast._C") is None else 0

@@ -77,8 +77,11 @@ class CacheStream(IterableDataset[Batch]):
     gets its own batches, as many as every other rank: what is left of an epoch after the last full round is dropped.
 
     Iterating goes on from the position: with `epochs` = 1 every `for batch in stream` is the next epoch. So it is in a
-    `DataLoader(stream, batch_size=None, num_workers=n)`, whose order is the same for every n. A loader with workers begins a
-    new pass whenever it is iterated, after one that was broken off too.
+    `DataLoader(stream, batch_size=None, num_workers=n)`, whose order is the same for every n. A pass that is broken off
+    (`break`) is over: the next iteration is the next pass, as of any loader, and only `load_state_dict` goes on within one. To
+    go on in the same process keep the iterator, `batches = iter(stream)`; or leave `epochs` out: a stream without end has no
+    pass to break off and goes on with the next batch (in a loader with workers, who are ahead, with the next epoch). A loader
+    for accelerate takes whole batches: `DataLoaderConfiguration(dispatch_batches=False)`.
 
     Args:
         reader: the cache, or its path.
@@ -315,6 +318,10 @@ class CacheStream(IterableDataset[Batch]):
 
     def _own(self) -> Iterator[Batch]:
         """From the position to the end of its pass; from another position when that was changed meanwhile."""
+        first, done = self._next()
+        over = self._end(first)
+        if over is not None and not self._loaded and (done or first % (self.epochs or 1)):
+            self._jump(over, 0)  # behind what is left of a pass that was broken off
         while True:
             start = self._next()
             self._jump(*start)

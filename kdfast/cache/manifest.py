@@ -167,9 +167,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, int]:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheError(
-            f"{folder}: no teacher cache here (it has no {MANIFEST}); make one with `kdfast cache build`"
-        ) from None
+        parts = any(folder.glob("part-*-of-*"))
+        remedy = "join the parts that lie in it with `kdfast cache merge`" if parts else "make one with `kdfast cache build`"
+        raise CacheError(f"{folder}: no teacher cache here (it has no {MANIFEST}); {remedy}") from None
     return Manifest.from_bytes(data, path), len(data)
 
 

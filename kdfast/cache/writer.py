@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdfast.cache import codec, record, shard
 from kdfast.cache.background import Background
-from kdfast.cache.draws import draws_of
+from kdfast.cache.draws import draws_of, without_rare
 from kdfast.cache.format import (
     IGNORE,
     KL_EDGES,
@@ -200,7 +200,11 @@ class CacheWriter:
         settings = self.settings
         ids = _integers("input_ids", input_ids, 0, settings.vocab_size)
         targets = targets.decode()
-        rows = self._rows(targets, len(ids))
+        self._check(targets, len(ids))
+        exact_first = settings.k - settings.samples if settings.kind == "mixed" else 0
+        if settings.samples:
+            targets = without_rare(targets, settings.samples, settings.sample_temperature, exact_first)
+        rows = self._rows(targets)
         mask = None
         if loss_mask is not None:
             mask = loss_mask.detach().cpu().numpy()
@@ -212,7 +216,6 @@ class CacheWriter:
         if label is not None and (label.shape != ids.shape or ((label < 0) & (label != IGNORE)).any()):
             raise CacheError(f"labels: expected [{len(ids)}] with values in [0, {settings.vocab_size}) or {IGNORE}")
         context = None if context_ids is None else _integers("context_ids", context_ids, 0, 1 << 32)
-        exact_first = settings.k - settings.samples if settings.kind == "mixed" else 0
         counted = record.counted(ids, mask, label, settings.alignment == "next")
         draws = None
         if settings.samples:
@@ -251,7 +254,7 @@ class CacheWriter:
         if full and len(self._pending) % self._group == 0:
             self._finish_shard()
 
-    def _rows(self, targets: TopKTargets, tokens: int) -> codec.Rows:
+    def _check(self, targets: TopKTargets, tokens: int) -> None:
         settings = self.settings
         expected = (settings.vocab_size, settings.temperatures, (tokens, settings.k))
         got = (targets.vocab_size, tuple(targets.temperatures), tuple(targets.ids.shape))
@@ -261,6 +264,9 @@ class CacheWriter:
         if (targets.weights is not None) != (settings.samples > 0):
             wanted = "weights, because entries are drawn" if settings.samples else "none, because entries are exact"
             raise CacheError(f"targets.weights: expected {wanted} with kind {settings.kind!r}")
+
+    @staticmethod
+    def _rows(targets: TopKTargets) -> codec.Rows:
         fields = (targets.ids, targets.logprobs, targets.log_z, targets.log_tail)
         return codec.Rows(
             *(

@@ -28,12 +28,11 @@ from kdfast.models.load import load_folder, load_weights, weights_hash
 from kdfast.text.files import list_files, split_files
 from kdfast.text.tokenizers import SEPARATOR, file_hash, train_tokenizer
 from kdfast.train import Evaluation, Recipe, Result, distill, evaluate
-from kdfast.train.data import Order, Sequences, tokenize
+from kdfast.train.data import SPLIT_SEED, Order, Sequences, tokenize
 from kdfast.train.loop import Bar
 
 #: Tests repeat themselves, and the rest is generated tables or not Python's own.
 EXCLUDE = ("test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "pydoc_data", "encodings", "lib2to3")
-_SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Job:
         folder = sysconfig.get_path("stdlib")
         listed = list_files([folder], "**/*.py", EXCLUDE, "the standard library")
         listed = listed[: max(int(len(listed) * self.plan.part), 40)]
-        test, validation, train = split_files(listed, [0.08, 0.05], _SPLIT_SEED)
+        test, validation, train = split_files(listed, [0.08, 0.05], SPLIT_SEED)
         tokenizer_file = self.out / "tokenizer.json"
         if not tokenizer_file.is_file():
             self.say(f"tokenizer: BPE {self.plan.vocab_size} on {len(train)} files")
@@ -249,7 +248,7 @@ def keep_best(folder: Path) -> None:
 
 def _shuffled(ids: torch.Tensor, count: int) -> Sequences:
     """The first `count` sequences of a fixed shuffle, so that a part of a split is drawn from all of its files."""
-    return Sequences(ids[Order(len(ids), _SPLIT_SEED).take(0, min(count, len(ids)))])
+    return Sequences(ids[Order(len(ids), SPLIT_SEED).take(0, min(count, len(ids)))])
 
 
 def _quiet(line: str) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import ranges, rows
 from kdfast.ops.linear_op import LinearCall
+from kdfast.ops.main_grad import apart, main_grad_of
 from kdfast.ops.row_options import row_options
-from kdfast.ops.shards import Shards, is_dtensor
+from kdfast.ops.shards import Shards
 from kdfast.options import Head
 
 if TYPE_CHECKING:
@@ -63,20 +64,6 @@ def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
-
-
-def main_grad_of(weight: Tensor) -> Tensor | None:
-    """The float32 sum to which the gradient of a weight is added in place of being returned, if there is one."""
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is None:
-        return None
-    main_grad = main_grad.to_local() if is_dtensor(main_grad) else main_grad
-    if main_grad.dtype != torch.float32 or main_grad.shape != weight.shape or main_grad.device != weight.device:
-        raise ValueError(
-            f"student_weight.main_grad: expected float32 {list(weight.shape)} on {weight.device},"
-            f" got {main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
-        )
-    return main_grad
 
 
 def _as_list(argument: Any) -> list[Any]:
@@ -159,7 +146,8 @@ def linear_kd_loss(
         student_weight: `[Vs, Ds]`, hidden is taken in its dtype, both in autocast's where that is on; teacher_weight:
             `[Vt, Dt]`, no gradient. A frozen head or hidden (requires_grad False) skips its GEMM. The head's gradient is
             accumulated in float32; where `student_weight.main_grad` is a float32 tensor, backward adds it there and
-            `student_weight.grad` stays as it was.
+            `student_weight.grad` stays as it was. Of a DTensor head it is a DTensor placed like it, or this rank's part of
+            one, and gets the gradient reduced over the ranks as `grad` would.
             Of a head with a LoRA adapter, `lm_head.weight` is the frozen base alone, which a tensor does not tell: merge the
             adapter, or pass `base + scaling * lora_B.weight @ lora_A.weight`, through which both get their gradients.
         student_bias, teacher_bias: `[Vs]`, `[Vt]`.
@@ -197,15 +185,15 @@ def linear_kd_loss(
         label_smoothing=label_smoothing, z_loss=z_loss, student_head=student_head, teacher_head=teacher_head,
         teachers=len(weights), teacher_weights=teacher_weights, teacher_mix=teacher_mix,
     )  # fmt: skip
-    main_grad = main_grad_of(student_weight)
     shards = Shards(tp_group, student_hidden)
-    student_weight = shards.head("student_weight", student_weight)
+    main_grad = main_grad_of(student_weight, shards)
+    student_weight = apart(shards.head("student_weight", student_weight), main_grad)
     student_bias = None if student_bias is None else shards.head("student_bias", student_bias)
     for i in range(len(weights)):
         weights[i] = shards.head(rows.member("teacher_weight", i, len(weights)), weights[i])
         biases[i] = None if biases[i] is None else shards.head(rows.member("teacher_bias", i, len(weights)), biases[i])
         hiddens[i] = shards.whole("teacher_hidden", hiddens[i])
-    summed_by_dtensor = is_dtensor(student_hidden) and shards.from_dtensors
+    summed_by_dtensor = rows.is_dtensor(student_hidden) and shards.from_dtensors
     student_hidden = shards.whole("student_hidden", student_hidden, partial_grad=summed_by_dtensor)
     labels, token_weight = shards.whole("labels", labels), shards.whole("token_weight", token_weight)
     check_side("student_", student_hidden, student_weight, student_bias, student_hidden)

@@ -96,7 +96,8 @@ def linear_logit_mse(
     Args:
         student_hidden: `[..., Ds]`. teacher_hidden: `[..., Dt]`, same leading dimensions; no gradient.
         student_weight: `[Vs, Ds]`; teacher_weight: `[Vt, Dt]`, no gradient. A hidden or head that needs no gradient skips
-            its product. The same tensor on both sides (a shared head) is recognised and costs less.
+            its product. The same tensor on both sides (a shared head) is recognised and costs less. A DTensor is gathered:
+            each rank's loss is that of its own hidden states, and the head's gradient the ranks' mean.
         mask: `[...]` bool, True = counts; the mean is over V and the rows that count, 0 when none does.
         center: subtract each row's mean over the vocabulary first; a softmax does not see it.
         method: "gram"; "logits": the logits a few vocabulary rows at a time; "auto": whichever takes fewer operations.
@@ -107,7 +108,9 @@ def linear_logit_mse(
 
     Source: matching logits, Ba & Caruana 2014, arXiv 1312.6184; ||A B^T||_F^2 = <A^T A, B^T B>.
     """
-    student_weight, teacher_weight = gathered(student_weight), gathered(teacher_weight)
+    shared = teacher_weight is student_weight
+    student_weight = gathered(student_weight)
+    teacher_weight = student_weight if shared else gathered(teacher_weight)
     _check_side("student", student_hidden, student_weight, student_hidden)
     _check_side("teacher", teacher_hidden, teacher_weight, student_hidden)
     lead = student_hidden.shape[:-1]

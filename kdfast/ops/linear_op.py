@@ -17,6 +17,7 @@ from kdfast import dispatch
 from kdfast.chunks import Chunking, Needs, Side, grad_buffers
 from kdfast.ops import parallel, parallel_topk, rows, tails
 from kdfast.ops.autograd import known_signature, save, saved
+from kdfast.ops.main_grad import MainGrad, add_to
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
 
@@ -127,7 +128,7 @@ class LinearCall:
     labels: Tensor | None
     scale: Tensor
     row_index: Tensor | None
-    main_grad: Tensor | None
+    main_grad: MainGrad | None
     scalars: tuple[Any, ...]
     need_parts: bool
     targets: tuple[Tensor, ...] = ()
@@ -170,7 +171,7 @@ def _to_student(ctx: Any, grads: Sequence[Tensor], upstream: Tensor | None) -> t
     out: list[Tensor | None] = []
     for position, (grad, dtype, need) in enumerate(zip(grads, ctx.dtypes, ctx.needs, strict=True)):
         if need and position == 1 and ctx.main_grad is not None:
-            ctx.main_grad.add_(grad) if upstream is None else ctx.main_grad.addcmul_(grad, upstream)
+            add_to(ctx.main_grad, grad, upstream)
             need = False
         scaled = grad if upstream is None or not need else scale_grad(grad, upstream, ctx.backend)
         out.append(scaled.to(dtype) if need else None)

@@ -109,7 +109,9 @@ def kd_loss(
         shift_labels: labels are `[B, L]` like input_ids, and row t is compared with label t + 1, the last of a sequence with
             none: labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index). `token_weight` stays with the rows: a weight per
             token of the input is shifted by the caller, F.pad(weight[:, 1:], (0, 1)).
-        divergence, beta, skew, ab_alpha, ab_beta: the soft term, as above. 0 <= beta <= 1, 0 <= skew < 1, others >= 0.
+        divergence, beta, skew, ab_alpha, ab_beta: the soft term, as above. 0 <= beta <= 1, 0 <= skew < 1, others >= 0. A
+            divergence leaves the parameters of the others aside, as a term of weight 0 does its own (`label_smoothing` without
+            `hard_weight`): options may be passed on together.
         temperature: T > 0, on both sides of the soft term.
         soft_weight, hard_weight: the two weights; a term of weight 0 is left out, infinite or not. The hard cross-entropy is
             at T = 1 over the whole student vocabulary.

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,10 +90,20 @@ def first_bad(loss: Tensor) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
+def is_dtensor(x: Any) -> bool:
+    """Without importing torch.distributed.tensor, which most processes never need."""
+    return isinstance(x, Tensor) and hasattr(x, "to_local") and hasattr(x, "placements")
+
+
 def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:
     """Raises unless `tensor` is a floating tensor, on the device of `like` when that is given."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise ValueError(
+            f"{name}: expected this rank's tensor, got a DTensor placed {tensor.placements};"  # type: ignore[attr-defined]
+            " pass .to_local() of one that is sharded by rows, .full_tensor() of any other"
+        )
     if tensor.dtype not in FLOATS:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise ValueError(f"{name}: expected dtype {wanted}, got {tensor.dtype}")

@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import parallel
+from kdfast.ops.rows import is_dtensor
 
 _TENSOR_PARALLEL = re.compile(r"(^|_)tp($|_)|tensor", re.IGNORECASE)
-
-
-def is_dtensor(x: Any) -> bool:
-    """Without importing torch.distributed.tensor, which most processes never need."""
-    return isinstance(x, Tensor) and hasattr(x, "to_local") and hasattr(x, "placements")
 
 
 class _ScaledGrad(torch.autograd.Function):
@@ -88,16 +84,24 @@ class Shards:
         """
         if not is_dtensor(x):
             return self._plain(name, x)
-        from torch.distributed.tensor import Partial, Replicate, Shard
+        from torch.distributed.tensor import Replicate, Shard
 
-        mesh, at = x.device_mesh, self._tensor_parallel_dim(name, x)
+        at = self._tensor_parallel_dim(name, x)
         self._join(name, x, 0, at)
-        same_rows = self._hidden_mesh == mesh
-        grads: list[Any] = [p if same_rows and p.is_replicate() else Partial() for p in x.placements]
-        whole: list[Any] = [Replicate()] * mesh.ndim
+        whole: list[Any] = [Replicate()] * x.device_mesh.ndim
         if at is not None:
-            whole[at] = grads[at] = Shard(0)
-        return _redistributed(x, whole, grads)
+            whole[at] = Shard(0)
+        return _redistributed(x, whole, list(self.grad_placements(name, x)))
+
+    def grad_placements(self, name: str, x: Any) -> tuple[Any, ...]:
+        """How the gradient of a DTensor's `head` lies on the ranks before it is reduced; partial ones are to be averaged."""
+        from torch.distributed.tensor import Partial, Shard
+
+        at, same_rows = self._tensor_parallel_dim(name, x), self._hidden_mesh == x.device_mesh
+        grads: list[Any] = [p if same_rows and p.is_replicate() else Partial() for p in x.placements]
+        if at is not None:
+            grads[at] = Shard(0)
+        return tuple(grads)
 
     def _tensor_parallel_dim(self, name: str, x: Any) -> int | None:
         mesh, names = x.device_mesh, x.device_mesh.mesh_dim_names or ()

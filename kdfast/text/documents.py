@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +19,17 @@ from kdfast.text.example import IGNORE, Example
 from kdfast.text.packing import long_text, packed, token_ids
 from kdfast.text.rows import Row, open_source
 from kdfast.text.spec import Naming, TextData, python_name
-from kdfast.text.specials import Specials, read_json, special_tokens
+from kdfast.text.specials import Specials, around, read_json, special_tokens, surrounded
 from kdfast.text.tokenizers import without_post_processor
 
+#: Options that only some tasks read.
+_TASKS = {
+    **dict.fromkeys(("messages_field", "prompt_field", "completion_field", "chat_template", "prompt_loss"), ("causal",)),
+    **dict.fromkeys(("source_field", "target_field"), ("seq2seq",)),
+    **dict.fromkeys(("mask_token", "mask_share"), ("masked",)),
+    "field": ("causal", "masked"),
+    "end": ("causal", "seq2seq"),
+}
 #: Rows, and characters of them, that are tokenised together.
 _ROWS, _CHARACTERS = 256, 1 << 18
 
@@ -64,9 +73,10 @@ class Corpus:
         self.data, self.tokenizer, self.task = data, tokenizer, task
         self._folder = None if folder is None else Path(folder)
         self._seed, self._name = seed, name
-        for option in ("messages_field", "prompt_field", "completion_field", "chat_template", "prompt_loss"):
-            if task != "causal" and getattr(data, option):
-                raise ValueError(f"{name(option)}: expected a causal teacher, got a {task} one; leave it out")
+        for f in dataclasses.fields(data):
+            able = _TASKS.get(f.name, (task,))
+            if task not in able and getattr(data, f.name) != f.default:
+                raise ValueError(f"{name(f.name)}: expected a {' or '.join(able)} teacher, got a {task} one; leave it out")
         self._forms = data.forms(task)
         if data.unlabelled and not {"pair", "prompt"} & self._forms.keys():
             raise ValueError(f"{name('unlabelled')}: expected rows with a source or a prompt, got {', '.join(self._forms)}")
@@ -218,13 +228,16 @@ class Corpus:
         elif draft.written is not None:
             yield from self._taught(first.ids, learned(first.ids, first.offsets, draft.written, known))
         else:
-            prompt, completion = [*begin, *first.ids], [*encodings[1].ids, *end] if len(encodings) > 1 else []
+            before, asked, _ = surrounded(begin, first.ids)
+            _, said, after = surrounded((), encodings[1].ids, end) if len(encodings) > 1 else ((), (), ())
+            prompt, completion = [*before, *asked], [*said, *after]
             yield from self._taught(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
     def _text(self, ids: Any) -> Iterator[Example]:
         """A text by itself, in as many sequences as it takes."""
         if len(ids):
-            whole = torch.from_numpy(np.concatenate([self.specials.begin, ids, self.specials.separator]).astype(np.int64))
+            parts = surrounded(self.specials.begin, ids, self.specials.separator)
+            whole = torch.from_numpy(np.concatenate(parts).astype(np.int64))
             yield from (Example(part) for part in whole.split(self.data.sequence_length) if len(part) > 1)
 
     def _taught(self, ids: list[int], said: list[bool]) -> Iterator[Example]:
@@ -244,12 +257,29 @@ class Corpus:
     def _pair(self, asked: str, answer: list[int] | None) -> Iterator[Example]:
         """A source and a target, each cut to the length; the decoder starts from the model's own start. Without a target the
         decoder has its start, and nothing counts."""
-        length, special = self.data.sequence_length, self.data.special_tokens == "auto"
+        length = self.data.sequence_length
         start, end = self._decoder
-        context = torch.tensor(self.tokenizer.encode(asked, add_special_tokens=special).ids[:length], dtype=torch.int64)
-        labels = torch.tensor([IGNORE] if answer is None else [*answer, *end][:length], dtype=torch.int64)
+        context = torch.tensor(self._asked(asked)[:length], dtype=torch.int64)
+        if answer is None:
+            labels = torch.tensor([IGNORE], dtype=torch.int64)
+        else:
+            _, said, after = surrounded((), answer[1:] if answer[:1] == [start] else answer, end)
+            labels = torch.tensor([*said, *after][:length], dtype=torch.int64)
         if len(context) and len(labels):
             yield Example(torch.cat([torch.tensor([start]), labels[:-1]]), labels, context)
+
+    def _asked(self, text: str) -> list[int]:
+        """An encoder's ids, as the tokenizer makes them; what its post-processor adds is not added where the text has it."""
+        if self.data.special_tokens != "auto":
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        ids, (begin, end) = self.tokenizer.encode(text, add_special_tokens=True).ids, self._around
+        if begin and ids[: 2 * len(begin)] == [*begin, *begin]:
+            ids = ids[len(begin) :]
+        return ids[: len(ids) - len(end)] if end and ids[len(ids) - 2 * len(end) :] == [*end, *end] else ids
+
+    @functools.cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return around(self.tokenizer)
 
     @functools.cached_property
     def _decoder(self) -> tuple[int, tuple[int, ...]]:

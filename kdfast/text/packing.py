@@ -11,7 +11,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from kdfast.text.specials import Specials
+from kdfast.text.specials import Specials, surrounded
 from kdfast.text.tokenizers import without_post_processor
 
 #: Characters that are tokenised at once, and how far the next piece of a longer file reaches back into the last one.
@@ -59,12 +59,12 @@ def token_ids(
         done: called with the number of characters that were read.
     """
     plain = without_post_processor(tokenizer)
-    begin, end = (np.asarray(ids, np.int32) for ids in (specials.begin, specials.separator))
     waiting: list[str] = []  # whole files that are tokenised together
 
     def whole() -> Iterator[np.ndarray]:
         for encoding in plain.encode_batch(waiting, add_special_tokens=False):
-            yield from (begin, np.asarray(encoding.ids, np.int32), end)
+            parts = surrounded(specials.begin, encoding.ids, specials.separator)
+            yield from (np.asarray(ids, np.int32) for ids in parts)
         waiting.clear()
 
     for file in files:
@@ -78,11 +78,24 @@ def token_ids(
                 waiting.append(first)
                 continue
             yield from whole()
-            yield begin
-            for ids in long_text(plain, first, lambda: text.read(_PIECE), done):
-                yield np.asarray(ids, np.int32)
-            yield end
+            yield from _surrounded_pieces(specials, long_text(plain, first, lambda: text.read(_PIECE), done))
     yield from whole()
+
+
+def _surrounded_pieces(specials: Specials, pieces: Iterable[list[int]]) -> Iterator[np.ndarray]:
+    """The ids of a long text, piece by piece, with special tokens around it as `surrounded` puts them."""
+    begin, end = specials.begin, specials.separator
+    begun, held = False, list[int]()  # `held` may be the text's end
+    for piece in pieces:
+        held += piece
+        if len(held) <= len(begin) + len(end):
+            continue
+        if not begun:
+            yield np.asarray(surrounded(begin, held)[0], np.int32)
+        begun, ready = True, len(held) - len(end)
+        yield np.asarray(held[:ready], np.int32)
+        held = held[ready:]
+    yield from (np.asarray(ids, np.int32) for ids in surrounded(() if begun else begin, held, end))
 
 
 def long_text(

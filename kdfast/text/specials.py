@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,15 @@ class Specials(NamedTuple):
             name: " ".join(str(tokenizer.id_to_token(i)) for i in ids) or None
             for name, ids in (("begin", self.begin), ("separator", self.separator), ("end", self.end))
         }
+
+
+def surrounded(
+    begin: Sequence[int], ids: Sequence[int], end: Sequence[int] = ()
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """(begin, ids, end) of a text with special tokens around it: what the text has written there itself is not repeated."""
+    n, m = len(begin), len(end)
+    begins, ends = n > 0 and list(ids[:n]) == list(begin), m > 0 and list(ids[len(ids) - m :]) == list(end)
+    return (() if begins else begin), ids, (() if ends else end)
 
 
 def special_tokens(
@@ -57,7 +66,7 @@ def special_tokens(
     if data.special_tokens == "auto":
         config = read_json(folder, "tokenizer_config.json")
         named = {**read_json(folder, "special_tokens_map.json"), **config}
-        begin, after = _around(tokenizer)
+        begin, after = around(tokenizer)
         bos, eos = (_token(tokenizer, named.get(role)) for role in ("bos_token", "eos_token"))
         begin = _with(begin, bos, config.get("add_bos_token"), 0)
         after = _with(after, eos, config.get("add_eos_token"), len(after))
@@ -105,7 +114,7 @@ def token_text(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the post-processor puts before and after a text."""
     probe = tokenizer.encode("a", add_special_tokens=True)
     text = [i for i, special in enumerate(probe.special_tokens_mask) if not special]

@@ -16,9 +16,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kdfast.cache.dataset import pack_rows
+from kdfast.text.files import share_of
 from kdfast.text.packing import pack
 from kdfast.text.specials import Specials
 from kdfast.train.batch import IGNORE, Batch
+
+#: A held-out part depends on this alone, so that runs with different seeds see the same validation data.
+SPLIT_SEED = 0
 
 
 class Source(Protocol):
@@ -83,6 +87,13 @@ def lengths_of(source: Source) -> np.ndarray:
         raise ValueError(f"data.group_by_length: expected rows with lengths, got {type(source).__name__}; leave it out")
     found: np.ndarray = source.lengths()
     return found
+
+
+def hold_out(train: Source, share: float) -> tuple[Source, Source]:
+    """A source without a share of its rows, and these, which of a few rows may be none."""
+    held = [share_of(str(i), SPLIT_SEED) < share for i in range(len(train))]
+    kept, out = ([i for i, drawn in enumerate(held) if drawn is which] for which in (False, True))
+    return Subset(train, kept), Subset(train, out)
 
 
 def next_labels(ids: Tensor) -> Tensor:

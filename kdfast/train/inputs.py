@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kdfast.models.load import resolve_folder
+from kdfast.strict import refuse_unused
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
 from kdfast.train.class_cache import TaughtRows, digest_of
@@ -21,6 +22,8 @@ from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Task
 from kdfast.train.teachers import CachedTeacher, Teacher, open_teacher
 
+#: What a language task's data options say of a cache; the others are for reading text.
+_OF_CACHES = ("validation_share", "pack", "group_by_length")
 #: Rows whose labels are looked at before the first step.
 _LOOKED_AT = 16
 
@@ -89,6 +92,11 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     ]
     if tokenizer is not None:
         _check_tokenizers(recipe, tokenizer, identity)
+    if not task.needs_tokenizer:
+        refuse_unused(recipe, ("tokenizer",), f"task {recipe.task.name} reads no text, expected none")
+    if cache_is_data and not reads:
+        names = (f.name for f in fields(recipe.data) if f.init and f.name not in _OF_CACHES)
+        refuse_unused(recipe.data, names, "the cache, which is the training data, was made without it; expected none", "data")
     if cache_is_data:
         train, held_out = _cached(recipe, [t for t in teachers if isinstance(t, CachedTeacher)])
         validation = held_out if validation is None else validation
@@ -102,6 +110,9 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         raise ValueError("data.train: expected training rows, got none")
     if validation is not None:
         _check_validation(validation, recipe)
+    else:
+        why = "without validation data (data.validation or data.validation_share) expected none"
+        refuse_unused(recipe, ("eval_every", "eval_sequences"), why)
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size()
     if vocab_size is None and cache_is_data:
         vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))

@@ -120,6 +120,6 @@ def _nothing_said(student: View, labels: Tensor) -> TopKTargets:
 def _shown(loss: Tensor, parts: Parts) -> tuple[Tensor, Metrics]:
     metrics: Metrics = {}
     for name, part in parts._asdict().items():
-        for shown, how in _SHOWN[name]:
+        for shown, how in _SHOWN.get(name, ((name, "mean"),)):
             metrics[shown] = Metric(part.sum, part.count, how)
     return loss, metrics

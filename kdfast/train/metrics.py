@@ -16,6 +16,9 @@ from kdfast import files
 from kdfast.train.objective import Metrics
 from kdfast.train.recipe import Recipe
 
+#: What every row has, whatever the method reports.
+_COLUMNS = ("step", "seconds", "loss", "lr", "grad_norm", "tokens_per_s")
+
 
 class MetricLog:
     """Collects one device vector a step; `flush` reads them all back at once and writes `metrics.jsonl` and the tracker.
@@ -51,6 +54,9 @@ class MetricLog:
     ) -> None:
         """One optimiser step, its micro-batches summed; nothing is read back here. `constants` are known on the host."""
         shown = {name: getattr(metric, "show", "mean") for found in metrics for name, metric in found.items()}
+        taken = next((name for name in (*_COLUMNS, *(constants or {})) if name in shown), None)
+        if taken is not None:
+            raise ValueError(f"method: a metric is called {taken!r}, a column that every step has; expected another name")
         sums = [sum(found[name][0] for found in metrics if name in found) for name in shown]
         counts = [sum(found[name][1] for found in metrics if name in found) for name in shown]
         norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm

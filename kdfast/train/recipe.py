@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from kdfast.strict import build, one_of, override, plain, ranged
+from kdfast.strict import build, one_of, override, plain, ranged, refuse_unused
 from kdfast.train import recipes, tasks
 
 #: Keys of earlier recipes that belong to the method.
@@ -85,6 +85,10 @@ class Model:
             raise ValueError(f"expected one of model_type, path, function, from_teacher, got {' and '.join(given)}")
         if self.config and not self.model_type:
             raise ValueError(f"config: it belongs to model_type, but {given[0] if given else 'none'} is given; leave it out")
+        if given and not self.function:
+            refuse_unused(self, ("arguments",), f"beside {given[0]} expected none, they are a function's")
+        if self.dtype == "auto" and (self.function or self.model_type):
+            refuse_unused(self, ("dtype",), f"beside {given[0]} expected float32 or bfloat16, no weights are stored")
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,10 @@ class Teacher:
         sources = [n for n in ("path", "function", "cache") if getattr(self, n)]
         if len(sources) != 1:
             raise ValueError(f"expected one of path, function, cache, got {' and '.join(sources) or 'none'}")
-        if self.weights and not self.function:
-            raise ValueError(f"weights: they belong to function, but {sources[0]} is given; leave weights out")
+        if not self.function:
+            refuse_unused(self, ("arguments", "weights"), f"beside {sources[0]} expected none, they are a function's")
+        if not self.path:
+            refuse_unused(self, ("dtype",), f"beside {sources[0]} expected none, it is that of a folder's weights")
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,10 @@ class Optimizer:
     warmup_steps: int = ranged(0, low=0)
     schedule: str = one_of("cosine", "cosine", "linear", "constant")
     final_lr_share: float = ranged(0.1, low=0.0, high=1.0)
+
+    def __post_init__(self) -> None:
+        if self.schedule == "constant":
+            refuse_unused(self, ("final_lr_share",), "with schedule constant expected none")
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,11 @@ class Recipe:
             raise ValueError("student: expected one of model_type, path, function, from_teacher, got none")
         if self.teacher and self.teachers:
             raise ValueError("teachers: expected teacher or teachers, got both")
+        if len(self.all_teachers) == 1:
+            where = "teachers[0]" if self.teachers else "teacher"
+            refuse_unused(self.all_teachers[0], ("weight",), "of a single teacher expected none", where)
+        if self.phases and all(phase.optimizer for phase in self.phases):
+            refuse_unused(self, ("optimizer",), "where every phase has its own expected none")
         names = [phase.method.name for phase in self.parts]
         if self.all_teachers and all(recipes.objective_class(name).teacher == "none" for name in names):
             raise ValueError(f"teacher: method {names[0]} has none; leave it out, or set method: word_kd")

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kdfast.strict import one_of, ranged
+from kdfast.strict import one_of, ranged, refuse_unused
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Schedule:
     end: float
     shape: str = one_of("linear", "linear", "cosine", "constant")
     steps: int = ranged(0, low=0)
+
+    def __post_init__(self) -> None:
+        if self.shape == "constant":
+            refuse_unused(self, ("steps",), "with shape constant expected none")
 
     def at(self, step: int, steps: int) -> float:
         """The value at `step` (1-based) of `steps`."""

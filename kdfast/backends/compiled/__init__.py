@@ -9,8 +9,11 @@ from types import ModuleType
 import torch
 
 from kdfast.dispatch import Backend, register
+from kdfast.options import other_parts
 
 REMEDY = "install a C++ compiler (g++ or clang++), then reinstall kdfast"
+#: Of an extension that was built from other sources than this Python was written for.
+REBUILD = "rebuild it: reinstall kdfast, or in its sources run python setup.py build_ext --inplace"
 #: One function of every file of bindings: an extension that lacks one was built from other sources.
 _FUNCTIONS = ("isa", "matmul", "logits", "topk", "attention_tile", "hidden", "codec_decode_indexed")
 
@@ -25,8 +28,9 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"the C++ extension is broken ({error}): {REMEDY}"
     lacking = [name for name in _FUNCTIONS if not hasattr(module, name)]
     if lacking:
-        return None, f"the C++ extension is another version's (it lacks {', '.join(lacking)}): {REMEDY}"
-    return module, None
+        return None, f"the C++ extension is another version's (it lacks {', '.join(lacking)}): {REBUILD}"
+    stale = other_parts(module)
+    return (module, None) if stale is None else (None, f"the C++ extension is another version's ({stale}): {REBUILD}")
 
 
 def _missing() -> str | None:

@@ -11,6 +11,7 @@ import importlib.util
 import torch
 
 from kdfast.dispatch import Backend, register
+from kdfast.options import other_parts
 
 #: Majors whose multiprocessors have clusters and 227 KiB of shared memory for a block.
 _MAJORS = (9, 10)
@@ -23,7 +24,9 @@ def _missing() -> str | None:
         from kdfast import _cuda
     except ImportError as error:
         return f"the CUDA extension is broken ({error}): reinstall kdfast with KDFAST_BUILD=cuda and nvcc on PATH"
-
+    stale = other_parts(_cuda)
+    if stale is not None:
+        return f"the CUDA extension is another version's ({stale}): reinstall kdfast with KDFAST_BUILD=cuda and nvcc on PATH"
     return driver_refusal(_cuda.driver_version(), _cuda.build_version()) or _device_refusal()
 
 

@@ -18,11 +18,16 @@ from kdfast.models.load import vocab_of
 from kdfast.models.view import View
 from kdfast.ops.tails import DIVERGENCES as CACHED_DIVERGENCES
 from kdfast.options import DIVERGENCES, TEACHER_MIXES
-from kdfast.strict import one_of, ranged
+from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.train.batch import Batch
 from kdfast.train.kd import distillation
 from kdfast.train.objective import Metrics, Objective, Setting
 from kdfast.train.schedule import Schedule, Scheduled, scheduled
+
+#: Parameters of divergences, and those that have them.
+_PARAMETERS = {
+    ("beta",): ("jsd",), ("skew",): ("skew_forward_kl", "skew_reverse_kl"), ("ab_alpha", "ab_beta"): ("alpha_beta",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ class WordKDOptions:
     def __post_init__(self) -> None:
         if self.soft_weight == 0 and self.hard_weight == 0:
             raise ValueError("soft_weight: expected soft_weight or hard_weight above 0, got 0 for both: nothing to train on")
+        for names, divergences in _PARAMETERS.items():
+            if self.divergence not in divergences:
+                why = f"with divergence {self.divergence} expected none (it is for {' and '.join(divergences)})"
+                refuse_unused(self, names, why)
+        if self.hard_weight == 0:
+            refuse_unused(self, ("label_smoothing",), "without hard_weight expected none")
 
 
 class WordKD(Objective):
@@ -73,6 +84,11 @@ class WordKD(Objective):
         self.captured = sorted(set.intersection(*(set(info.temperatures) for info in caches))) if caches else []
         if caches:
             self._check_cached(options)
+        else:
+            refuse_unused(options, ("tail",), "of a live teacher, which says all, expected none", "method")
+        if len(setting.teachers) == 1 or caches:
+            of = "caches" if len(caches) > 1 else "a cache" if caches else "a single teacher"
+            refuse_unused(options, ("teacher_mix",), f"of {of} expected probs", "method")
         self._check_vocabularies(setting)
 
     @staticmethod

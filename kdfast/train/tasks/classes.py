@@ -14,14 +14,11 @@ from torch.nn import functional as F
 
 from kdfast.models.heads import call, logits_in
 from kdfast.models.view import View
-from kdfast.text.files import share_of
+from kdfast.strict import refuse_unused
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source, Subset
+from kdfast.train.data import Source, hold_out
 from kdfast.train.evaluate import Evaluation
 from kdfast.train.tasks.task import Splits, Task
-
-#: The split depends on this alone, so that runs with different seeds see the same validation data.
-_SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -135,13 +132,19 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=(lambda name: (int(name), name)) if numbers else (lambda name: (0, name)))
 
 
+def check_share(data: Any) -> None:
+    """Raises where data options ask for a share of the training rows beside `validation` files or a split."""
+    named = next((name for name in ("validation", "validation_split") if getattr(data, name, None)), None)
+    if named and data.validation_share:
+        refuse_unused(data, ("validation_share",), f"beside {named} expected none")
+
+
 def split(train: Source | None, validation: Source | None, share: float) -> Splits:
     """The same, with a seeded share of the training rows held out where there are no validation rows."""
     if train is None or validation is not None or not share:
         return Splits(train, validation)
-    held = [share_of(str(i), _SPLIT_SEED) < share for i in range(len(train))]
-    rows = [[i for i, out in enumerate(held) if out is which] for which in (False, True)]
-    return Splits(Subset(train, rows[0]), Subset(train, rows[1]) if rows[1] else None)
+    kept, held = hold_out(train, share)
+    return Splits(kept, held if len(held) else None)
 
 
 def digest_of_tensors(*tensors: Tensor) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kdfast.extras import need
-from kdfast.strict import one_of, ranged
+from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, Subset
-from kdfast.train.tasks.classes import ClassTask, digest_of_tensors, label_name, split
+from kdfast.train.tasks.classes import ClassTask, check_share, digest_of_tensors, label_name, split
 from kdfast.train.tasks.task import Splits
 
 _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -62,6 +62,9 @@ class Data:
             raise ValueError(f"size: expected a height and a width, got {list(self.size)}")
         if not self.mean or not self.std or any(s <= 0 for s in self.std):
             raise ValueError(f"std: expected numbers above 0 and a mean, got {list(self.std)} and {list(self.mean)}")
+        check_share(self)
+        if not self.exclude_labels:
+            refuse_unused(self, ("excluded",), "without exclude_labels expected none")
 
 
 class ImageClassification(ClassTask[Data]):
@@ -72,6 +75,8 @@ class ImageClassification(ClassTask[Data]):
     needs_tokenizer = False
     #: Channels, height and width, once the data are open.
     shape: tuple[int, ...] = ()
+    #: Whether any data are folders of image files.
+    _folders = False
 
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
         data = self.data
@@ -83,6 +88,8 @@ class ImageClassification(ClassTask[Data]):
             train = self._read(data.train, "data.train")
         if data.validation:
             validation = self._read(data.validation, "data.validation")
+        if self.shape and not self._folders:
+            refuse_unused(data, ("size", "channels"), "of IDX files, whose images are as they are, expected none", "data")
         train, validation = split(train, validation, data.validation_share)
         if train is not None and data.exclude_labels:
             train = self._excluded(train)
@@ -124,6 +131,7 @@ class ImageClassification(ClassTask[Data]):
                  for f in sorted(folder.rglob("*")) if f.suffix.lower() in _PICTURES]  # fmt: skip
         if not files:
             raise ValueError(f"{key}: expected IDX files, or a folder of images for each class, got neither in {str(path)!r}")
+        self._folders = True
         return [(FolderImages([f for f, _ in files], self.data, key), [name for _, name in files])]
 
     def _excluded(self, train: Source) -> Source:

@@ -16,18 +16,15 @@ from torch.nn import functional as F
 from kdfast import linear_topk_targets
 from kdfast.models.heads import LinearHead
 from kdfast.models.view import View
-from kdfast.strict import ranged
+from kdfast.strict import ranged, refuse_unused
 from kdfast.text.documents import Corpus
-from kdfast.text.files import list_files, share_of, split_files
+from kdfast.text.files import list_files, split_files
 from kdfast.text.spec import TextData
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source, Subset
+from kdfast.train.data import SPLIT_SEED, Source, hold_out
 from kdfast.train.documents import Documents
 from kdfast.train.evaluate import Evaluation
 from kdfast.train.tasks.task import Splits, Task
-
-#: The split depends on this alone, so that runs with different seeds see the same validation data.
-_SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,12 @@ class Data(TextData):
     sequence_length: int = ranged(128, low=2)
     pack: int | None = ranged(None, low=2)
     group_by_length: bool = False
+
+    def __post_init__(self) -> None:
+        if self.validation and self.validation_share:
+            refuse_unused(self, ("validation_share",), "beside validation expected none")
+        if self.dataset and not self.train and not self.validation:
+            refuse_unused(self, ("glob", "exclude"), "beside dataset, which has no folders, expected none")
 
     def corpus(self, paths: Sequence[str | Path]) -> TextData:
         """`paths` read as these options say."""
@@ -72,7 +75,7 @@ class LanguageTask(Task[Data]):
         if data.train and not data.dataset and not held_out and share:
             listed = list_files(data.train, data.glob, data.exclude, "data.train")
             if len(listed) > 1:
-                drawn, kept = split_files(listed, [share], _SPLIT_SEED)
+                drawn, kept = split_files(listed, [share], SPLIT_SEED)
                 files, held_out, share = [str(f) for f in kept], [str(f) for f in drawn], 0.0
             elif not needs_train:
                 raise ValueError("data.validation_share: expected several files in data.train to hold some out, got one")
@@ -81,9 +84,7 @@ class LanguageTask(Task[Data]):
         if held_out:
             validation = self._read(held_out, tokenizer, tokenizer_file, folder / "validation", "data.validation", text=True)
         elif train is not None and share and not data.validation:
-            drawn_rows = [share_of(str(i), _SPLIT_SEED) < share for i in range(len(train))]
-            validation = Subset(train, [i for i, held in enumerate(drawn_rows) if held])
-            train = Subset(train, [i for i, held in enumerate(drawn_rows) if not held])
+            train, validation = hold_out(train, share)
         return Splits(train, validation)
 
     def _read(

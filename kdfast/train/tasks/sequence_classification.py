@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdfast.strict import ranged
+from kdfast.strict import ranged, refuse_unused
 from kdfast.text.rows import Row, delimited_rows, open_source
 from kdfast.text.spec import TextData
 from kdfast.text.specials import padding_id
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.tasks.classes import ClassTask, digest_of_tensors, label_name, split
+from kdfast.train.tasks.classes import ClassTask, check_share, digest_of_tensors, label_name, split
 from kdfast.train.tasks.task import Splits
 
 #: Rows that are tokenised together.
@@ -54,6 +54,16 @@ class Data:
     split: str | None = None
     validation_split: str | None = None
     max_length: int = ranged(128, low=4)
+
+    def __post_init__(self) -> None:
+        check_share(self)
+        if not self.dataset:
+            names = ("dataset_config", "split", "validation_split")
+            refuse_unused(self, names, "without dataset expected none")
+        if self.validation:
+            refuse_unused(self, ("validation_split",), "beside validation expected none")
+        if not self.train and not self.validation:
+            refuse_unused(self, ("glob", "columns"), "without files in train or validation expected none")
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -14,13 +14,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdfast.models.view import View
-from kdfast.strict import ranged
+from kdfast.strict import ranged, refuse_unused
 from kdfast.text.files import list_files
 from kdfast.text.rows import ROWS, Row, json_rows, parquet_rows
 from kdfast.text.specials import padding_id
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.evaluate import Evaluation
-from kdfast.train.tasks.classes import ClassTask, class_scores, class_summary, digest_of_tensors, label_name, split
+from kdfast.train.tasks.classes import (
+    ClassTask,
+    check_share,
+    class_scores,
+    class_summary,
+    digest_of_tensors,
+    label_name,
+    split,
+)
 from kdfast.train.tasks.task import Splits
 
 
@@ -54,6 +62,9 @@ class Data:
     tags: str = "tags"
     max_length: int = ranged(128, low=4)
 
+    def __post_init__(self) -> None:
+        check_share(self)
+
 
 class TokenClassification(ClassTask[Data]):
     """The label of a word stands at its first token. A word without a tag gets a teacher's word only."""
@@ -65,6 +76,7 @@ class TokenClassification(ClassTask[Data]):
         data = self.data
         self.pad_id = padding_id(tokenizer, None if tokenizer_file is None else tokenizer_file.parent)
         train = validation = None
+        self._check_columns(data.train if needs_train else (), data.validation)
         if needs_train:
             if not data.train:
                 raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
@@ -72,6 +84,15 @@ class TokenClassification(ClassTask[Data]):
         if data.validation:
             validation = self._read(data.validation, tokenizer, "data.validation")
         return split(train, validation, data.validation_share)
+
+    def _check_columns(self, train: Sequence[str], validation: Sequence[str]) -> None:
+        listed = [list_files(paths, self.data.glob, (), key) for paths, key in
+                  ((train, "data.train"), (validation, "data.validation")) if paths]  # fmt: skip
+        rows = {file.suffix in ROWS for files in listed for _, file in files}
+        if True not in rows and listed:
+            refuse_unused(self.data, ("words", "tags"), "without .jsonl or .parquet files expected none", "data")
+        if False not in rows and listed:
+            refuse_unused(self.data, ("word_column", "tag_column"), "without files in CoNLL columns expected none", "data")
 
     def _read(self, paths: Sequence[str], tokenizer: Tokenizer, key: str) -> Words:
         data = self.data
