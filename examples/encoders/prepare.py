@@ -101,6 +101,6 @@ def prepare(data: Path, out: Path) -> dict[str, dict[str, int]]:
 if __name__ == "__main__":
     named = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("KDFAST_DATA")
     if named is None:
-        raise SystemExit("usage: python prepare.py DATA [FOLDER] (DATA, or KDFAST_DATA, holds sst2, rte, wnut17, amazon_reviews)")
+        raise SystemExit("usage: python prepare.py DATA [FOLDER] (DATA, or KDFAST_DATA, holds sst2, rte, ... as above)")
     folder = Path(sys.argv[2] if len(sys.argv) > 2 else "data")
     print(json.dumps({"folder": str(folder), **prepare(Path(named), folder)}))

@@ -88,7 +88,7 @@ class SequenceClassification(ClassTask[Data]):
     Data = Data
     kind = "sequence_classification"
 
-    def __init__(self, options: Any, data: Data) -> None:
+    def __init__(self, options: Any, data: Any) -> None:
         super().__init__(options, data)
         #: Names of the domains in the training data, once they are open.
         self.domains: list[str] = []
