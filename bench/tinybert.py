@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kdfast
-
 from .contest import AGAIN, parser, positive, report, settings_of
 from .measure import compare, failures, peak_bytes, ratio, reason
 from .ratios import paired
@@ -33,11 +31,11 @@ FLOOR = "forwards and backward"
 
 @dataclass(frozen=True)
 class Step:
-    """Models, batch and layer map of one step; `projections` lead from the student's hidden size to the teacher's."""
+    """Models, batch, and `kdfast.train.match.LayerMatch`, which has the recipe's terms, layer map and projections."""
 
     teacher: nn.Module
     student: nn.Module
-    projections: nn.ModuleList
+    match: Any
     batch: dict[str, Tensor]
 
     @property
@@ -45,22 +43,19 @@ class Step:
         return self.batch["attention_mask"] != 0
 
     @property
-    def every(self) -> int:
-        """Teacher layers a student layer."""
-        return self.teacher.config.num_hidden_layers // self.student.config.num_hidden_layers
-
-    @property
     def wanted(self) -> list[Tensor]:
-        modules = (self.student, self.projections)
+        modules = (self.student, self.match)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
-    def pairs(self, student: Any, teacher: Any) -> list[tuple[Any, Any]]:
-        """Hidden states of both sides that belong together: the embedding's, then layer m's and g(m) = every * m's."""
-        return list(zip(student, teacher[:: self.every], strict=True))
+    def pairs(self, student: Any, teacher: Any) -> list[tuple[Any, Any, nn.Module | None]]:
+        """Hidden states of both sides that belong together, and what leads from one to the other."""
+        terms = ["embedding"] + ["hidden"] * len(self.match.layer_map)
+        theirs = [teacher[g] for g in (0, *self.match.layer_map)]
+        return [(h_s, h_t, self.match.projection(term)) for h_s, h_t, term in zip(student, theirs, terms, strict=True)]
 
     def layers(self, student: Any, teacher: Any) -> list[tuple[Any, Any]]:
         """Attention inputs or maps of both sides that belong together."""
-        return list(zip(student, teacher[self.every - 1 :: self.every], strict=True))
+        return list(zip(student, [teacher[g - 1] for g in self.match.layer_map], strict=True))
 
     def grads(self, loss: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         return loss.detach(), torch.autograd.grad(loss, self.wanted, allow_unused=True)
@@ -74,52 +69,44 @@ def floor(step: Step) -> Any:
 
 
 def fused(step: Step) -> Any:
-    """Losses from captured queries and keys, by kdfast."""
-
-    def attention(s: Any, t: Any) -> Tensor:
-        return kdfast.attention_mse(
-            s.query, s.key, t.query, t.key, scale_s=s.scale, scale_t=t.scale, query_mask=step.mask, key_mask=step.mask
-        )
-
-    def hidden(h_s: Tensor, h_t: Tensor, projection: nn.Module) -> Tensor:
-        weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
-        return kdfast.hidden_mse(h_s, h_t, weight, bias, mask=step.mask)
-
-    return _captured(step, hidden, attention)
+    """The recipe's loss from captured queries and keys."""
+    student, teacher = _seen(step)
+    return step.grads(torch.stack(list(step.match(student, teacher, step.mask).values())).sum())
 
 
 def materialised(step: Step) -> Any:
     """The same captured queries and keys, their scores and losses by PyTorch."""
+    student, teacher = _seen(step)
+    terms = _hidden_terms(step, list(student.layers.values()), teacher.layers)
     pairs = step.mask[:, None, :, None] & step.mask[:, None, None, :]
-
-    def attention(s: Any, t: Any) -> Tensor:
+    for s, t in step.layers(list(student.attention.values()), teacher.attention):
         difference = s.scale * s.query @ s.key.mT - t.scale * t.query @ t.key.mT
-        return (difference.square() * pairs).sum() / (pairs.sum() * s.query.shape[1])
+        terms.append((difference.square() * pairs).sum() / (pairs.sum() * s.query.shape[1]))
+    return step.grads(torch.stack(terms).sum())
 
-    return _captured(step, _plain_hidden(step), attention)
 
-
-def _plain_hidden(step: Step) -> Callable[[Tensor, Tensor, nn.Module], Tensor]:
-    def hidden(h_s: Tensor, h_t: Tensor, projection: nn.Module) -> Tensor:
-        row = F.mse_loss(projection(h_s), h_t, reduction="none").mean(-1)
+def _hidden_terms(step: Step, student: Any, teacher: Any) -> list[Tensor]:
+    def hidden(h_s: Tensor, h_t: Tensor, projection: nn.Module | None) -> Tensor:
+        row = F.mse_loss(h_s if projection is None else projection(h_s), h_t, reduction="none").mean(-1)
         return (row * step.mask).sum() / step.mask.sum()
 
-    return hidden
+    return [hidden(*pair) for pair in step.pairs(student, teacher)]
 
 
-def _captured(step: Step, hidden: Callable[..., Tensor], attention: Callable[..., Tensor]) -> Any:
+def _seen(step: Step) -> tuple[Any, Any]:
+    """Views of both models, which are bodies without logits."""
     from kdfast.integrations.transformers import capture_attention
+    from kdfast.models.view import View
 
-    wanted = range(step.every - 1, step.teacher.config.num_hidden_layers, step.every)
-    with capture_attention(step.teacher, layers=wanted) as t, torch.no_grad():
-        teacher = step.teacher(**step.batch, output_hidden_states=True)
-        seen_t = t.take()
-    with capture_attention(step.student) as s:
-        student = step.student(**step.batch, output_hidden_states=True)
-        seen_s = s.take()
-    pairs = zip(step.pairs(student.hidden_states, teacher.hidden_states), step.projections, strict=True)
-    loss = torch.stack([hidden(h_s, h_t, projection) for (h_s, h_t), projection in pairs]).sum()
-    return step.grads(loss + torch.stack([attention(a, b) for a, b in zip(seen_s, seen_t, strict=True)]).sum())
+    def view(model: nn.Module, needs: Any) -> View:
+        with capture_attention(model, layers=needs.attention) as captured:
+            states = model(**step.batch, output_hidden_states=True).hidden_states
+            attention = dict(zip(needs.attention, captured.take(), strict=True))
+        return View(layers={i: states[i] for i in needs.layers}, attention=attention)
+
+    with torch.no_grad():
+        teacher = view(step.teacher, step.match.needs(of_teacher=True))
+    return view(step.student, step.match.needs(of_teacher=False)), teacher
 
 
 def eager(step: Step) -> Any:
@@ -128,9 +115,7 @@ def eager(step: Step) -> Any:
     with torch.no_grad():
         teacher = step.teacher(**step.batch, **options)
     student = step.student(**step.batch, **options)
-    hidden = _plain_hidden(step)
-    pairs = zip(step.pairs(student.hidden_states, teacher.hidden_states), step.projections, strict=True)
-    terms = [hidden(h_s, h_t, projection) for (h_s, h_t), projection in pairs]
+    terms = _hidden_terms(step, student.hidden_states, teacher.hidden_states)
     terms += [F.mse_loss(a, b) for a, b in step.layers(student.attentions, teacher.attentions)]
     return step.grads(torch.stack(terms).sum())
 
@@ -142,8 +127,10 @@ def teacher_folder() -> Path | None:
 
 
 def make_step(folder: Path | None, batch: int, length: int, student_dim: int | None, implementation: str) -> Step:
-    """Teacher from `folder` (random weights of the same shape for None), student, projections and a padded batch."""
+    """Teacher from `folder` (random weights of the same shape for None), student, the recipe's terms and a padded batch."""
     from transformers import AutoModel, BertConfig, BertModel
+
+    from kdfast.train.match import LayerMatch
 
     torch.manual_seed(0)
     options = {"attn_implementation": implementation}
@@ -156,12 +143,11 @@ def make_step(folder: Path | None, batch: int, length: int, student_dim: int | N
     small = {"hidden_size": student_dim, "intermediate_size": 4 * student_dim} if student_dim else {}
     config = type(teacher.config)(**{**teacher.config.to_dict(), "num_hidden_layers": 3, **small, **options})
     student = BertModel(config, add_pooling_layer=False).eval()  # dropout would only add its own time to every side
-    project = lambda: nn.Linear(student_dim, teacher.config.hidden_size) if student_dim else nn.Identity()  # noqa: E731
-    projections = nn.ModuleList(project() for _ in range(4))
     lengths = torch.randint(length // 2, length + 1, (batch, 1))
     lengths[0] = length
     ids = torch.randint(1000, teacher.config.vocab_size, (batch, length))
-    return Step(teacher, student, projections, {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()})
+    batch_of = {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()}
+    return Step(teacher, student, LayerMatch(student, teacher), batch_of)
 
 
 def agreement(step: Step) -> str:

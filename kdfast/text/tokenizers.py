@@ -43,6 +43,19 @@ def load_tokenizer(path: str | Path | None) -> tuple[Tokenizer, Path]:
     return tokenizer, file
 
 
+def check_same_tokens(folder: Path, tokenizer: Tokenizer, key: str) -> None:
+    """Raises where the folder of a model has a tokenizer with other tokens than the data's; names `key`."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    theirs, ours = load_tokenizer(file)[0].get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        raise ValueError(
+            f"{key}: expected the data's tokenizer, got one with other tokens in {file} ({len(theirs)} ids, the data's"
+            f" {len(ours)}); the same ids must mean the same tokens"
+        )
+
+
 def without_post_processor(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer without what it does to finished encodings.
 

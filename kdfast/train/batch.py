@@ -58,6 +58,15 @@ class Batch:
             return int((self.labels != IGNORE).sum())
         return next(iter(self.by_name.values())).shape[0]
 
+    def share(self, num_items: int | Tensor) -> Tensor:
+        """What part of an optimiser step's `num_items` this batch holds, on its device: the weight of a mean over the batch."""
+        device = next(iter(self.by_name.values())).device
+        if self.soft_mask is not None:
+            counted = self.soft_mask.sum()
+        else:
+            counted = (self.labels != IGNORE).sum() if self.labels is not None else torch.tensor(self.count(), device=device)
+        return counted.float() / torch.as_tensor(num_items, device=device).float().clamp(min=1)
+
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Any) -> Any:
             if isinstance(value, tuple):  # targets of several caches

@@ -132,7 +132,7 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
 
 
 def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, tokenizer: Sequence[Path]) -> None:
-    """Writes `folder/model`, the student alone, to be loaded by anyone."""
+    """Writes `folder/model`, the student to be loaded by anyone, and what its method keeps beside it."""
     weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
 
     def fill(part: Path) -> None:
@@ -140,6 +140,9 @@ def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: n
             doubled = tied(student)
             own = {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
             save_folder(student, part, {k: v for k, v in own.items() if k not in doubled}, tokenizer)
+            for number, objective in enumerate(unwrapped(module).objectives):  # type: ignore[arg-type]
+                name = f"objectives.{number}."
+                objective.export(part, {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
 
     write_folder(folder / "model", accelerator, fill)
 

@@ -11,7 +11,7 @@ import torch
 
 from kdfast.models.load import resolve_folder
 from kdfast.strict import refuse_unused
-from kdfast.text.tokenizers import file_hash, load_tokenizer
+from kdfast.text.tokenizers import check_same_tokens, file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
 from kdfast.train.class_cache import TaughtRows, digest_of
 from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
@@ -173,15 +173,9 @@ def _check_tokenizers(recipe: Recipe, tokenizer: Any, identity: str | None) -> N
         if not spec.path:
             continue
         key = f"teachers[{i}].path" if many else "teacher.path"
-        file = resolve_folder(spec.path, key) / "tokenizer.json"
-        if not file.is_file() or file_hash(file) == identity:
-            continue
-        theirs = load_tokenizer(file)[0].get_vocab()
-        if theirs != tokenizer.get_vocab():
-            raise ValueError(
-                f"{key}: expected the data's tokenizer, got one with other tokens in {file} ({len(theirs)} ids, the data's"
-                f" {tokenizer.get_vocab_size()}); the same ids must mean the same tokens"
-            )
+        folder = resolve_folder(spec.path, key)
+        if (folder / "tokenizer.json").is_file() and file_hash(folder / "tokenizer.json") != identity:
+            check_same_tokens(folder, tokenizer, key)
 
 
 def _own_tokenizer(recipe: Recipe) -> Path | None:

@@ -28,7 +28,7 @@ from kdfast.train.metrics import MetricLog
 from kdfast.train.objective import Objective, Prepared, Setting
 from kdfast.train.optimizer import lr_at, make_optimizer, set_options
 from kdfast.train.recipe import Phase, Recipe
-from kdfast.train.recipes import objective_class
+from kdfast.train.recipes import make_objectives
 from kdfast.train.shard import fully_sharded, set_gradient_sync
 from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
@@ -134,7 +134,7 @@ class _Run:
         check_vocabulary(self.student, inputs)
         check_models(self.student, inputs)
         setting = Setting(self.student, inputs.teachers, inputs.task, recipe, bar)
-        objectives = [objective_class(p.method.name)(p.method.options, setting) for p in recipe.parts]
+        objectives = make_objectives([part.method for part in recipe.parts], setting)
         self.step = DistillStep(self.student, objectives, inputs.task).name_head()
         if inputs.task.through_head and self.step.head is None:
             self.say(f"student: {type(self.student).__name__} has no plain linear head to go through; logits are formed whole")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ Metrics = dict[str, Metric]
 class Setting(NamedTuple):
     """What an objective is built for: the student, its teachers (`kdfast.train.teachers`), and the task.
 
-    recipe: the run's. bar: makes a progress bar for what `prepare` does (`kdfast.train.loop.Bar`), or None.
+    recipe: the run's. bar: makes a progress bar for what `prepare` does (`kdfast.train.loop.Bar`), or None. earlier: the
+    objectives of the phases before this one, whose parameters it may share.
     """
 
     student: nn.Module
@@ -35,6 +37,7 @@ class Setting(NamedTuple):
     task: Any
     recipe: Any = None
     bar: Any = None
+    earlier: Sequence[Any] = ()
 
 
 class Prepared(NamedTuple):
@@ -80,6 +83,9 @@ class Objective(nn.Module):
 
     def conclude(self, student: nn.Module, say: Any) -> None:
         """Work after the last step, in evaluation mode, before the run is marked as finished."""
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Files of the method's own beside the exported student; `weights` are the method's parameters by name, whole."""
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         """The loss, divided by `num_items` (the rows of the whole optimiser step that count), and metrics."""

@@ -63,6 +63,7 @@ class Model:
         arguments: keyword arguments of `function`.
         from_teacher: cut out of the teacher.
         dtype: of the weights that train; `auto`: as they are stored.
+        freeze: modules whose weights stay as they are, such as `[bert]`: a head is trained alone.
         lora: train adapters only.
         gradient_checkpointing: layers run again in backward instead of keeping their activations.
         compile: through `torch.compile`.
@@ -75,6 +76,7 @@ class Model:
     arguments: dict[str, Any] = field(default_factory=dict)
     from_teacher: FromTeacher | None = None
     dtype: str = one_of("float32", "auto", "float32", "bfloat16")
+    freeze: tuple[str, ...] = ()
     lora: Lora | None = None
     gradient_checkpointing: bool = False
     compile: bool = False

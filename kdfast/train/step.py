@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.models.heads import LinearHead, find_head
@@ -52,18 +51,10 @@ class DistillStep(nn.Module):
         loss, metrics = self.objective(view, teachers or (), batch, num_items)
         if view.auxiliary is not None:
             # The model's own loss is a mean over this batch: of the step's mean it has the batch's share.
-            share = self._share(batch, num_items, loss.device)
+            share = batch.share(num_items)
             loss = loss + share * view.auxiliary
             metrics["auxiliary"] = Metric(view.auxiliary.detach() * share, share)
         return loss, metrics
-
-    @staticmethod
-    def _share(batch: Batch, num_items: int | Tensor, device: torch.device) -> Tensor:
-        if batch.soft_mask is not None:
-            counted = batch.soft_mask.sum()
-        else:
-            counted = (batch.labels != -100).sum() if batch.labels is not None else torch.tensor(batch.count(), device=device)
-        return counted.float() / torch.as_tensor(num_items, device=device).float().clamp(min=1)
 
 
 def step_in(module: nn.Module) -> DistillStep | None:

@@ -42,6 +42,8 @@ def build_student(
             say(grown)
     if spec.dtype == "bfloat16":
         cast_weights(student, torch.bfloat16)
+    if spec.freeze:
+        _freeze(student, spec.freeze)
     if spec.lora:
         student = _with_lora(student, spec.lora)
     if spec.gradient_checkpointing:
@@ -60,18 +62,18 @@ def resolved(path: str, key: str) -> str | Path:
 
 def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
     fields = task.model_fields(vocab_size)
+    # Of a model in a folder what follows from the data; sizes are the folder's.
+    settings = {k: v for k, v in fields.items() if k in ("id2label", "label2id", "pad_token_id") and v is not None}
     if spec.function:
         return from_function(spec.function, spec.arguments, "student.function")
     if spec.path:
-        # What follows from the data; sizes are the folder's.
-        settings = {k: v for k, v in fields.items() if k in ("id2label", "label2id", "pad_token_id") and v is not None}
         return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, **settings)
     if spec.from_teacher:
         source = spec.from_teacher.path or next((t.path for t in recipe.all_teachers if t.path), None)
         if source is None:
             raise ValueError("student.from_teacher.path: expected the teacher's folder, which teacher.path does not give")
         cut = spec.from_teacher
-        teacher = load_folder(source, "student.from_teacher.path", kind=task.kind, dtype=spec.dtype)
+        teacher = load_folder(source, "student.from_teacher.path", kind=task.kind, dtype=spec.dtype, **settings)
         return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
     return from_config(spec.model_type or "", spec.config, "student", kind=task.kind, **fields)
 
@@ -94,6 +96,18 @@ def check_models(student: nn.Module, inputs: Inputs) -> None:
     for key, model in (("student", student), *zip(keys, live, strict=False)):
         if model is not None:
             inputs.task.check_model(model, inputs.train, key)
+
+
+def _freeze(student: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        frozen = [p for n, p in student.named_parameters() if n == name or n.startswith(f"{name}.")]
+        if not frozen:
+            listed = ", ".join(n for n, _ in student.named_children())
+            raise ValueError(f"student.freeze: expected modules of {type(student).__name__} ({listed}), got {name!r}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError(f"student.freeze: nothing of {type(student).__name__} would train; leave a part out")
 
 
 def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Sequence
+from typing import Any
 
 from kdfast.strict import unknown_key
-from kdfast.train.objective import Objective
+from kdfast.train.objective import Objective, Setting
 
 
 def names() -> list[str]:
@@ -35,3 +37,11 @@ def objective_class(name: str) -> type[Objective]:
     if not classes:
         raise ValueError(f"method: expected a subclass of kdfast.train.Objective in {module}, found none {wanted}")
     return classes[-1]
+
+
+def make_objectives(methods: Sequence[Any], setting: Setting) -> list[Objective]:
+    """The objective of each phase; a later one is shown those before it."""
+    made: list[Objective] = []
+    for method in methods:
+        made.append(objective_class(method.name)(method.options, setting._replace(earlier=tuple(made))))
+    return made

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdfast.strict import ranged, refuse_unused
+from kdfast.text.files import share_of
 from kdfast.text.rows import Row, delimited_rows, open_source
 from kdfast.text.spec import TextData
 from kdfast.text.specials import padding_id
@@ -39,6 +42,10 @@ class Data:
         dataset: instead of `train` a folder written by `save_to_disk`, or a name for `load_dataset`.
         dataset_config, split: of the dataset (default split: train). validation_split: the split to evaluate on.
         max_length: most tokens of a row, special ones included; the longer text of a pair is cut first.
+        group_by_length: batches of rows of like length, which have less padding.
+        domain: column with the domain of a row, for methods that ask for it.
+        domain_shares: share of a domain's training rows that is used, such as {books: 0.05} (few-shot; 0 leaves the domain
+            out); a smaller share is a part of a larger one. Domains that are not named are used whole.
     """
 
     train: tuple[str, ...] = ()
@@ -54,8 +61,16 @@ class Data:
     split: str | None = None
     validation_split: str | None = None
     max_length: int = ranged(128, low=4)
+    group_by_length: bool = False
+    domain: str | None = None
+    domain_shares: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.domain_shares and self.domain is None:
+            raise ValueError("domain_shares: expected data.domain, the column with a row's domain, got none")
+        for name, share in self.domain_shares.items():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ValueError(f"domain_shares.{name}: expected a share from 0 to 1, got {share!r}")
         check_share(self)
         if not self.dataset:
             names = ("dataset_config", "split", "validation_split")
@@ -69,10 +84,22 @@ class Data:
     def texts(self) -> tuple[str, ...]:
         return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Columns that every row has."""
+        return self.texts if self.domain is None else (*self.texts, self.domain)
+
 
 class SequenceClassification(ClassTask[Data]):
+    """With `data.domain` a batch has `extra["domain"]`, numbers in `domains`, `IGNORE` for one that training does not show."""
+
     Data = Data
     kind = "sequence_classification"
+
+    def __init__(self, options: Any, data: Any) -> None:
+        super().__init__(options, data)
+        #: Names of the domains in the training data, once they are open.
+        self.domains: list[str] = []
 
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
         data = self.data
@@ -94,31 +121,46 @@ class SequenceClassification(ClassTask[Data]):
         cutting.enable_truncation(data.max_length, strategy="longest_first")
         config = data.dataset_config if dataset else None
         spec = TextData(tuple(paths), data.glob, dataset=dataset, dataset_config=config, split=which)
-        rows = labelled_rows(spec, (*data.texts, data.label), data.columns, key)
+        rows = labelled_rows(spec, (*data.required, data.label), data.columns, key)
+        if data.domain_shares and key == "data.train":
+            rows = _shared(rows, data)
         ids: list[Tensor] = []
         types: list[Tensor] = []
         labels: list[str | None] = []
+        domains: list[str] = []
         for some in _windows(rows, _ROWS):
             texts = [row.texts(data.texts) for row in some]
             for encoding in cutting.encode_batch([t if len(t) == 2 else t[0] for t in texts]):
                 ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
                 types.append(torch.tensor(encoding.type_ids, dtype=torch.uint8))
             labels += [_label(row, data.label) for row in some]
+            if data.domain is not None:
+                domains += [_domain(row, data.domain) for row in some]
         if not ids:
             raise ValueError(f"{key}: expected at least one row, got none")
-        return Texts(ids, types, self.ids_of(labels, key), self.pad_id or 0)
+        if not self.domains:
+            self.domains = sorted(set(domains))
+        numbers = {name: i for i, name in enumerate(self.domains)}
+        known = None if data.domain is None else torch.tensor([numbers.get(name, IGNORE) for name in domains])
+        return Texts(ids, types, self.ids_of(labels, key), self.pad_id or 0, known)
 
 
 class Texts:
-    """Tokens of rows with a class each; a row without one is marked for the teacher only."""
+    """Tokens of rows with a class each, and perhaps a domain; a row without a class is marked for the teacher only."""
 
-    def __init__(self, ids: list[Tensor], types: list[Tensor], labels: Tensor, pad_id: int) -> None:
+    def __init__(
+        self, ids: list[Tensor], types: list[Tensor], labels: Tensor, pad_id: int, domains: Tensor | None = None
+    ) -> None:  # fmt: skip
         self.ends = torch.tensor([0, *itertools.accumulate(map(len, ids))])
         self.ids, self.types, self.labels, self.pad_id = torch.cat(ids), torch.cat(types), labels, pad_id
-        self.unlabelled = bool((labels == IGNORE).any())
+        self.unlabelled, self.domains = bool((labels == IGNORE).any()), domains
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return self.ends.diff().numpy()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         spans = [slice(int(self.ends[i]), int(self.ends[i + 1])) for i in indices]
@@ -128,14 +170,17 @@ class Texts:
             inputs["token_type_ids"] = types
         lengths = torch.tensor([s.stop - s.start for s in spans])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        labels = self.labels[torch.as_tensor(indices)]
+        rows = torch.as_tensor(indices)
+        labels = self.labels[rows]
         heard = torch.ones_like(labels, dtype=torch.bool) if self.unlabelled else None
-        return Batch(inputs, labels, None if bool(mask.all()) else mask, soft_mask=heard)
+        extra = {} if self.domains is None else {"domain": self.domains[rows]}
+        return Batch(inputs, labels, None if bool(mask.all()) else mask, extra=extra, soft_mask=heard)
 
     @property
     def digest(self) -> str:
-        """Hash of the tokens and labels."""
-        return digest_of_tensors(self.ends, self.ids, self.types, self.labels)
+        """Hash of the tokens, labels and domains."""
+        domains = () if self.domains is None else (self.domains,)
+        return digest_of_tensors(self.ends, self.ids, self.types, self.labels, *domains)
 
 
 def labelled_rows(spec: TextData, fields: Sequence[str], columns: Sequence[str], key: str) -> Iterator[Row]:
@@ -153,6 +198,29 @@ def labelled_rows(spec: TextData, fields: Sequence[str], columns: Sequence[str],
                 )
             yield row
     yield from source.rows()
+
+
+def _shared(rows: Iterator[Row], data: Data) -> Iterator[Row]:
+    """The rows that `data.domain_shares` leaves, drawn by their number within the domain."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        name = _domain(row, data.domain or "")
+        if share_of(f"{name}:{seen[name]}", 0) < data.domain_shares.get(name, 1):
+            yield row
+        seen[name] += 1
+    missing = [name for name in data.domain_shares if name not in seen]
+    if missing:
+        raise ValueError(f"data.domain_shares: expected domains of data.train ({', '.join(sorted(seen))}), got {missing[0]!r}")
+
+
+def _domain(row: Row, column: str) -> str:
+    try:
+        name = label_name(row.values.get(column))
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
+    if name is None:
+        raise ValueError(f"{row.where}: expected a domain in {column}, got none")
+    return name
 
 
 def _label(row: Row, column: str) -> str | None:

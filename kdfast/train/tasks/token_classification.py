@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -50,6 +51,7 @@ class Data:
         word_column, tag_column: of CoNLL files, from 0; negative numbers count from the end. A line of one column has no tag.
         words, tags: fields of `.jsonl` and `.parquet` rows, each a list.
         max_length: most tokens of a row, special ones included; a longer sentence goes on in the next row.
+        group_by_length: batches of rows of like length, which have less padding.
     """
 
     train: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class Data:
     words: str = "tokens"
     tags: str = "tags"
     max_length: int = ranged(128, low=4)
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         check_share(self)
@@ -158,6 +161,10 @@ class Words:
 
     def __len__(self) -> int:
         return len(self.ends) - 1
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return self.ends.diff().numpy()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         spans = [slice(int(self.ends[i]), int(self.ends[i + 1])) for i in indices]

@@ -1,0 +1,341 @@
+"""Every run of the encoder examples, one after another: teachers, students alone and distilled, ablations.
+
+python study.py [NAME ...] [--seeds 1,2,3] [--list] [--table] [--speed]
+
+Run it in the folder that has `data` (prepare.py) and `encoder`. A name may have `*`. What a run needs is run first; what is
+done is left as it is, and a run that was stopped goes on. `results.json` has the scores of each run: on the validation rows,
+which everything was chosen by, and on the test rows. A teacher is trained once; seeds are the students'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kdfast.files import write_json
+from kdfast.models.load import load_folder
+from kdfast.text.tokenizers import load_tokenizer
+from kdfast.train import Recipe, distill, evaluate
+from kdfast.train.tasks import task_class
+
+HERE = Path(__file__).parent.parent
+RESULTS = Path("results.json")
+DOMAINS = ("books", "dvd", "electronics")
+SMALL = {"from_teacher": {"layers": [1, 2, 4, 5], "width": 128}}
+NARROW = {"from_teacher": {"layers": [1, 3, 5], "width": 128}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe (a file under examples) with changes, the runs it needs, the rows it is scored on; for each seed, or once."""
+
+    base: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    test: str = ""
+    seeded: bool = True
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `changes`; a mapping with a name, and what is not in both, is replaced whole."""
+    out = copy.deepcopy(dict(values))
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both and "name" not in value and key != "student" else copy.deepcopy(value)
+    return out
+
+
+def alone(student: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The same student from the same weights, without a teacher."""
+    cut = student["from_teacher"]
+    return {"method": "supervised", "teacher": None, "student": {"from_teacher": {**cut, "path": path}}}
+
+
+def sst2() -> dict[str, Run]:
+    phases = yaml.safe_load((HERE / "tinybert/recipe.yaml").read_text())["phases"]
+    total = sum(phase["steps"] for phase in phases)
+
+    def without(**weights: float) -> dict[str, Any]:
+        changed = copy.deepcopy(phases)
+        for phase in changed[:2]:
+            phase["method"] |= weights
+        return {"phases": changed}
+
+    only = {"name": "word_kd", "temperature": 1.0}
+    runs = {
+        "tinybert": {},
+        "tinybert-reference": {"phases": [{**p, "method": {**p["method"], "flavor": "reference"}} for p in phases]},
+        "tinybert-without-attention": without(attention_weight=0.0),
+        "tinybert-without-hidden": without(hidden_weight=0.0, embedding_weight=0.0),
+        # As many steps: those of the general stage go to the next.
+        "tinybert-without-general": {"phases": [{**phases[1], "steps": phases[0]["steps"] + phases[1]["steps"]}, phases[2]]},
+        "tinybert-without-augmentation": {
+            "phases": [*phases[:2], {**phases[2], "method": {"name": "tinybert", "stage": "prediction"}}]
+        },
+        "tinybert-prediction-only": {"phases": None, "steps": total, "method": only},
+        "alone": {"phases": None, "steps": total, **alone(SMALL, "runs/sst2/teacher/model")},
+        "alone-longer": {"phases": None, "steps": 3 * total, **alone(SMALL, "runs/sst2/teacher/model")},
+    }
+    test = "data/sst2/test.tsv"
+    found = {f"sst2/{name}": Run("tinybert/recipe.yaml", changes, ("sst2/teacher",), test) for name, changes in runs.items()}
+    found["sst2/teacher"] = Run("encoders/teacher.yaml", test=test, seeded=False)
+    every_other = [0, 2, 4]
+    half = {"layers": every_other, "path": "encoder"}
+    masked_alone = alone({"from_teacher": {"layers": every_other}}, "runs/mlm/head/model")
+    task, corpus = "distilbert/task.yaml", "data/amazon/books/test.jsonl"
+    return {
+        **found,
+        "mlm/head": Run("distilbert/head.yaml", test=corpus, seeded=False),
+        "mlm/distilbert": Run("distilbert/recipe.yaml", needs=("mlm/head",), test=corpus),
+        # Masked words alone, from the same start.
+        "mlm/alone": Run("distilbert/recipe.yaml", masked_alone, ("mlm/head",), corpus),
+        "sst2/distilbert": Run(task, {"student": {"path": "runs/mlm/distilbert/{seed}/model"}}, ("mlm/distilbert",), test),
+        "sst2/half-mlm": Run(task, {"student": {"path": "runs/mlm/alone/{seed}/model"}}, ("mlm/alone",), test),
+        "sst2/half-alone": Run(task, {"student": {"from_teacher": half}}, test=test),
+        "sst2/half-alone-longer": Run(task, {"student": {"from_teacher": half}, "steps": 3 * 582}, test=test),
+    }  # fmt: skip
+
+
+def reviews() -> dict[str, Run]:
+    def files(*domains: str, part: str = "train") -> list[str]:
+        return [f"data/amazon/{domain}/{part}.jsonl" for domain in domains]
+
+    teacher, plain = "meta_kd/teacher.yaml", {"method": "supervised"}
+    teachers = {
+        "meta_teacher": {},
+        "multi_teacher": plain,
+        "meta_teacher-without-corruption": {"method": {"name": "meta_teacher", "encoder": "encoder", "domain_weight": 0.0}},
+        "meta_teacher-unseen": {"data": {"domain_shares": {"electronics": 0}}},
+        "multi_teacher-unseen": {**plain, "data": {"domain_shares": {"electronics": 0}}},
+    }
+    for domain in DOMAINS:
+        own = {"train": files(domain), "validation": files(domain, part="validation")}
+        # As many times over its own rows.
+        teachers[f"single_teacher-{domain}"] = {**plain, "data": own, "steps": 150, "eval_every": 50}
+    # Of the domain that some of them never saw.
+    test = files("electronics", part="test")[0]
+    found = {
+        f"reviews/{name}": Run(teacher, changes, test=files(name.split("-")[1], part="test")[0] if "single" in name else test,
+                               seeded=False) for name, changes in teachers.items()
+    }  # fmt: skip
+
+    def student(domain: str, share: float, of: str, **method: Any) -> Run:
+        data = {"validation": files(domain, part="validation"), "domain_shares": {domain: share}}
+        changes: dict[str, Any] = {
+            "method": {"name": "meta_kd", "domain": domain, "encoder": "encoder", **method},
+            "teacher": {"path": f"runs/reviews/{of}/model"}, "data": data, "student": NARROW,
+        }  # fmt: skip
+        return Run("meta_kd/recipe.yaml", changes, (f"reviews/{of}",), files(domain, part="test")[0])
+
+    unweighed = {"instance_weights": False, "transfer_weight": 0.0}
+    for domain in DOMAINS:
+        found[f"reviews/{domain}-meta"] = student(domain, 1.0, "meta_teacher")
+        found[f"reviews/{domain}-multi"] = student(domain, 1.0, "multi_teacher", **unweighed)
+        found[f"reviews/{domain}-single"] = student(domain, 1.0, f"single_teacher-{domain}", **unweighed)
+        found[f"reviews/{domain}-alone"] = _alone_of(found[f"reviews/{domain}-meta"], domain, 1.0)
+    whole = found["reviews/electronics-meta"]
+    found["reviews/electronics-without-weights"] = student("electronics", 1.0, "meta_teacher", instance_weights=False)
+    found["reviews/electronics-without-corruption"] = student(
+        "electronics", 1.0, "meta_teacher-without-corruption", transfer_weight=0.0
+    )  # fmt: skip
+    for share in (0.02, 0.05, 0.1, 1.0):
+        name = f"reviews/electronics-{share:.0%}"
+        found[f"{name}-meta-unseen"] = student("electronics", share, "meta_teacher-unseen")
+        found[f"{name}-multi-unseen"] = student("electronics", share, "multi_teacher-unseen", **unweighed)
+        if share < 1:
+            found[f"{name}-meta"] = student("electronics", share, "meta_teacher")
+            found[f"{name}-alone"] = _alone_of(whole, "electronics", share)
+    return found
+
+
+def _alone_of(run: Run, domain: str, share: float) -> Run:
+    data = {"train": [f"data/amazon/{domain}/train.jsonl"], "domain_shares": {domain: share},
+            "validation": [f"data/amazon/{domain}/validation.jsonl"]}  # fmt: skip
+    return replace(run, changes={**alone(NARROW, "runs/reviews/meta_teacher/model"), "data": data})
+
+
+def pairs_and_tags() -> dict[str, Run]:
+    """RTE and WNUT 2017: a teacher, TinyBERT's student, the same student alone."""
+    sets: dict[str, tuple[dict[str, Any], str]] = {
+        "rte": (
+            {
+                "task": {"name": "sequence_classification", "labels": ["entailment", "not_entailment"]},
+                "data": {"train": "data/rte/train.tsv", "validation": "data/rte/validation.tsv", "text": "sentence1",
+                         "text_pair": "sentence2", "max_length": 128},
+            },
+            "data/rte/test.tsv",
+        ),
+        "wnut17": (
+            {
+                "task": {"name": "token_classification"},
+                "data": {"train": "data/wnut17/train.conll", "validation": "data/wnut17/validation.conll", "max_length": 64},
+            },
+            "data/wnut17/test.conll",
+        ),
+    }  # fmt: skip
+    found: dict[str, Run] = {}
+    for name, (changes, test) in sets.items():
+        teacher = f"{name}/teacher"
+        student = {**changes, "teacher": {"path": f"runs/{teacher}/model"}}
+        found[teacher] = Run("encoders/teacher.yaml", changes, test=test, seeded=False)
+        found[f"{name}/tinybert"] = Run("tinybert/recipe.yaml", student, (teacher,), test)
+        found[f"{name}/alone"] = Run(
+            "tinybert/recipe.yaml",
+            {**changes, "phases": None, "steps": 2000, **alone(SMALL, f"runs/{teacher}/model")}, (teacher,), test,
+        )  # fmt: skip
+    return found
+
+
+RUNS = {**sst2(), **reviews(), **pairs_and_tags()}
+
+
+def recipe_of(name: str, seed: int) -> Recipe:
+    run = RUNS[name]
+    values = merged(yaml.safe_load((HERE / run.base).read_text()), run.changes)
+    if values.get("phases") is None:
+        values.pop("phases", None)
+    else:
+        for key in ("method", "steps"):
+            values.pop(key, None)
+    out = f"runs/{name}/{seed}" if run.seeded else f"runs/{name}"
+    text = json.dumps({**values, "out": out, "seed": seed, "tracker": "none"}).replace("{seed}", str(seed))
+    return Recipe.build(json.loads(text))
+
+
+def scores(model: Path, recipe: Recipe, file: str) -> dict[str, Any]:
+    """The task's scores of a model on the rows of `file`."""
+    cls = task_class(recipe.task.name)
+    task = cls(recipe.task.options, replace(recipe.data, train=(), validation=(file,)))
+    config = json.loads((model / "config.json").read_text())
+    if getattr(task, "names", None) == []:
+        task.names = [name for _, name in sorted((int(i), name) for i, name in config["id2label"].items())]
+    tokenizer, home = load_tokenizer(model)
+    rows = task.open(tokenizer, home, model.parent / "test", False).validation
+    return dict(evaluate(load_folder(model, "model", kind=cls.kind), rows, batch_size=64, task=task))
+
+
+def parameters(model: torch.nn.Module) -> dict[str, int]:
+    embeddings = sum(p.numel() for name, p in model.named_parameters() if "embeddings" in name)
+    whole = sum(p.numel() for p in model.parameters())
+    return {"parameters": whole, "without_embeddings": whole - embeddings}
+
+
+def carry_out(name: str, seed: int, known: dict[str, Any]) -> None:
+    """The run, after what it needs, and its scores in `known` and in the file."""
+    run = RUNS[name]
+    seed = seed if run.seeded else 1
+    for needed in run.needs:
+        carry_out(needed, seed, known)
+    key = f"{name}:{seed}"
+    if key in known:
+        return
+    recipe = recipe_of(name, seed)
+    print(f"{key}: {recipe.total_steps} steps", flush=True)
+    result = distill(recipe)
+    kind = task_class(recipe.task.name).kind
+    known[key] = {
+        "validation": dict(result.evaluation or {}), "test": scores(result.model, recipe, run.test), "steps": result.steps,
+        "seconds": round(result.seconds, 1), **parameters(load_folder(result.model, "model", kind=kind)),
+    }  # fmt: skip
+    write_json(RESULTS, known)
+
+
+def headline(found: Mapping[str, Any]) -> tuple[str, float]:
+    return next((name, found[name]) for name in ("entity_f1", "accuracy", "ppl") if name in found)
+
+
+def table(known: Mapping[str, Any]) -> str:
+    """Mean and spread of every run's score, in Markdown; the share of its teacher's where there is one."""
+    lines = [
+        "| Run | Seeds | Score | Validation | Test | of the teacher | Parameters | without embeddings | Minutes |",
+        "|---" * 9 + "|",
+    ]
+    for name in RUNS:
+        rows = [value for key, value in known.items() if key.rsplit(":", 1)[0] == name]
+        if not rows:
+            continue
+        what = headline(rows[0]["test"])[0]
+        held, test = ([row[part].get(what, float("nan")) for row in rows] for part in ("validation", "test"))
+        teacher = next((known[f"{needed}:1"] for needed in RUNS[name].needs if f"{needed}:1" in known), None)
+        share = ""
+        if teacher is not None and what in teacher["test"] and what != "ppl":
+            share = f"{statistics.mean(test) / teacher['test'][what]:.1%}"
+        minutes = statistics.mean(row["seconds"] for row in rows) / 60
+        lines.append(
+            f"| {name} | {len(rows)} | {what} | {spread(held, what)} | {spread(test, what)} | {share} |"
+            f" {rows[0]['parameters'] / 1e6:.2f} M | {rows[0]['without_embeddings'] / 1e6:.2f} M | {minutes:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], what: str) -> str:
+    scale, form = (1.0, ".2f") if what == "ppl" else (100.0, ".1f")
+    low, high = min(values) * scale, max(values) * scale
+    mean = f"{statistics.mean(values) * scale:{form}}"
+    return mean if len(values) == 1 else f"{mean} ({low:{form}} - {high:{form}})"
+
+
+def speed(names: Sequence[str], repeats: int = 15) -> dict[str, dict[str, float]]:
+    """Milliseconds of a forward pass over 32 sentences of SST-2, and over one: medians of interleaved rounds, with the first's
+    ratio to each.
+    """
+    folders = [Path(recipe_of(name, 1).out) / "model" for name in names]
+    models = [load_folder(folder, "model", kind="sequence_classification").eval() for folder in folders]
+    recipe = recipe_of(names[0], 1)
+    task = task_class(recipe.task.name)(recipe.task.options, replace(recipe.data, train=(), validation=("data/sst2/test.tsv",)))
+    rows = task.open(*load_tokenizer(folders[0]), folders[0].parent / "test", False).validation
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for size in (32, 1):
+        batch = rows.batch(range(size)).by_name
+        seconds: list[list[float]] = [[] for _ in names]
+        for turn in range(repeats + 2):
+            for model, times in zip(models, seconds, strict=True):
+                began = time.perf_counter()
+                with torch.inference_mode():
+                    model(**batch)
+                if turn > 1:
+                    times.append(time.perf_counter() - began)
+        for name, times in zip(names, seconds, strict=True):
+            ratio = statistics.median(first / mine for first, mine in zip(seconds[0], times, strict=True))
+            found[name] |= {f"ms_{size}": 1e3 * statistics.median(times), f"times_faster_{size}": ratio}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="runs, perhaps with *")
+    parser.add_argument("--seeds", default="1,2,3", help="of the students (default %(default)s)")
+    parser.add_argument("--list", action="store_true", help="name the runs")
+    parser.add_argument("--table", action="store_true", help="print what is done")
+    parser.add_argument("--speed", action="store_true", help="time the models of the named runs, the first one the measure")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(RUNS))
+        return
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    wanted = [name for pattern in args.names for name in RUNS if fnmatch.fnmatch(name, pattern)]
+    if args.names and not wanted:
+        raise SystemExit(f"no run is called {args.names[0]}; --list names them")
+    if args.speed:
+        print(json.dumps(speed(wanted), indent=2))
+        return
+    for seed in map(int, args.seeds.split(",")):
+        for name in wanted:
+            carry_out(name, seed, known)
+    if args.table:
+        print(table(known))
+
+
+if __name__ == "__main__":
+    main()

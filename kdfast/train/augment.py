@@ -1,0 +1,220 @@
+"""Copies of training rows with other words in the place of some: what TinyBERT shows its student beside the rows themselves.
+
+Source: Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, algorithm 1. There a word of several tokens is replaced by a neighbour
+among word vectors; here it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from kdfast import files
+from kdfast.models.heads import call, logits_in
+from kdfast.models.load import load_folder, resolve_folder
+from kdfast.strict import one_of, ranged
+from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
+from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.data import Source, lengths_of
+
+#: Rows that are kept together: what a killed stage does again.
+_WINDOW = 256
+#: Marks a token that begins a word in byte-level and SentencePiece vocabularies.
+_BEGINS = ("\u0120", "\u2581")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How words are replaced.
+
+    Args:
+        copies: of each row. share: chance of a word to be replaced.
+        candidates: how many replacements of a word one is drawn from.
+        by: `embeddings`: the words nearest by cosine among the teacher's input embeddings; `masked_lm`: the likeliest where
+            the word is masked.
+        path: folder of the masked language model.
+        seed: of what is drawn.
+    """
+
+    copies: int = ranged(10, low=1)
+    share: float = ranged(0.4, above=0.0, high=1.0)
+    candidates: int = ranged(15, low=1)
+    by: str = one_of("embeddings", "embeddings", "masked_lm")
+    path: str | None = None
+    mask_token: str = "[MASK]"
+    seed: int = ranged(0, low=0)
+
+    def __post_init__(self) -> None:
+        if (self.by == "masked_lm") != (self.path is not None):
+            raise ValueError("path: expected the folder of a masked language model with by: masked_lm, and only with it")
+
+
+def augmented(
+    rows: Source, tokenizer: Path, options: Augment, folder: Path, embeddings: Tensor, say: Callable[[str], None]
+) -> Augmented:
+    """`rows` and their copies, kept in `folder`; killed and run again it goes on after the last whole window of rows.
+
+    Args:
+        tokenizer: its file. embeddings: `[V, D]` the teacher's input embeddings.
+
+    Raises:
+        ValueError: a masked language model that does not fit.
+    """
+    words = load_tokenizer(tokenizer)[0]
+    about = files.json_value({**dataclasses.asdict(options), "rows": len(rows), "data": getattr(rows, "digest", "")})
+    marker = folder / "augment.json"
+    with files.locked(folder):
+        if not marker.is_file() or json.loads(marker.read_text()) != about:
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+            files.write_json(marker, about)
+        starts = range(0, len(rows), _WINDOW)
+        kept = [folder / f"rows-{start:09d}.safetensors" for start in starts]
+        if not all(file.is_file() for file in kept):
+            with torch.no_grad():
+                stage = _Stage(rows, words, options, embeddings)
+                for start, file in zip(starts, kept, strict=True):
+                    if not file.is_file():
+                        stage.write(range(start, min(start + _WINDOW, len(rows))), file)
+        parts = [load_file(file) for file in kept]
+    found = Augmented(rows, *(torch.cat([part[name] for part in parts]) for name in ("origin", "length", "ids")))
+    say(f"{folder}: {len(found) - len(rows)} copies of {len(rows)} rows with other words")
+    return found
+
+
+class Augmented:
+    """Rows, then copies of them whose token ids are others; a copy has no label, and counts where its row does."""
+
+    def __init__(self, rows: Source, origin: Tensor, length: Tensor, ids: Tensor) -> None:
+        self._rows, self._origin, self._ids = rows, origin, ids
+        self._ends = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+        self.digest = f"{getattr(rows, 'digest', '')}+{len(origin)}"
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._origin)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        own = lengths_of(self._rows)
+        return np.concatenate([own, own[self._origin.numpy()]])
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        n = len(self._rows)
+        batch = self._rows.batch([i if i < n else int(self._origin[i - n]) for i in indices])
+        if batch.labels is None or all(i < n for i in indices):
+            return batch
+        ids, labels = batch.input_ids.clone(), batch.labels.clone()
+        counted = batch.labels != IGNORE if batch.soft_mask is None else batch.soft_mask
+        for row, i in enumerate(indices):
+            if i >= n:
+                mine = self._ids[self._ends[i - n] : self._ends[i - n + 1]]
+                ids[row, : len(mine)] = mine
+                labels[row] = IGNORE
+        return dataclasses.replace(batch, inputs={**batch.by_name, "input_ids": ids}, labels=labels, soft_mask=counted)
+
+
+class _Stage:
+    """Copies being made."""
+
+    def __init__(self, rows: Source, tokenizer: Tokenizer, options: Augment, embeddings: Tensor) -> None:
+        self._rows, self._options = rows, options
+        self._begins, self._continues = word_tokens(tokenizer, embeddings.shape[0])
+        self._model: nn.Module | None = None
+        if options.by == "masked_lm":
+            self._model, self._mask_id = _masked_lm(options, tokenizer)
+        else:
+            unit = nn.functional.normalize(embeddings.detach().float().cpu(), dim=-1)
+            self._unit, self._known = unit, dict[int, Tensor]()
+
+    def write(self, numbers: range, file: Path) -> None:
+        """The copies of these rows, as one file: their rows, lengths and ids."""
+        origin, found = [], []
+        for i in numbers:
+            ids = self._ids_of(i)
+            places = self.places(ids)
+            if not len(places):
+                continue
+            candidates = self._candidates(ids, places)  # [places, K]
+            generator = torch.Generator().manual_seed((self._options.seed << 32) + i)
+            for _ in range(self._options.copies):
+                chosen = torch.rand(len(places), generator=generator) < self._options.share
+                drawn = torch.randint(candidates.shape[1], (len(places),), generator=generator)
+                if bool(chosen.any()):
+                    copy = ids.clone()
+                    copy[places[chosen]] = candidates[torch.arange(len(places)), drawn][chosen]
+                    origin.append(i)
+                    found.append(copy)
+        with files.written(file) as part:
+            save_file({
+                "origin": torch.tensor(origin, dtype=torch.int64), "length": torch.tensor([len(x) for x in found]).long(),
+                "ids": torch.cat([torch.empty(0, dtype=torch.int64), *found]),
+            }, part)  # fmt: skip
+
+    def _ids_of(self, i: int) -> Tensor:
+        batch = self._rows.batch([i])
+        ids = batch.input_ids[0]
+        return ids if batch.attention_mask is None else ids[batch.attention_mask[0].bool()]
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Positions of words of one token."""
+        after = torch.cat([self._continues[ids[1:]], torch.zeros(1, dtype=torch.bool)])
+        return (self._begins[ids] & ~after).nonzero()[:, 0]
+
+    def _candidates(self, ids: Tensor, places: Tensor) -> Tensor:
+        """`[places, K]` words that could stand at each place."""
+        k = min(self._options.candidates, int(self._begins.sum()) - 1)
+        if self._model is None:
+            return torch.stack([self._nearest(int(i), k) for i in ids[places]])
+        masked = ids.repeat(len(places), 1)
+        masked[torch.arange(len(places)), places] = self._mask_id
+        device = next(self._model.parameters()).device
+        logits = logits_in(call(self._model, {"input_ids": masked.to(device)}))[torch.arange(len(places)), places].float()
+        return self._best(logits.cpu(), ids[places], k)
+
+    def _nearest(self, i: int, k: int) -> Tensor:
+        if i not in self._known:
+            self._known[i] = self._best((self._unit @ self._unit[i])[None], torch.tensor([i]), k)[0]
+        return self._known[i]
+
+    def _best(self, scores: Tensor, own: Tensor, k: int) -> Tensor:
+        """The k best words that are not the word itself."""
+        scores = scores[:, : len(self._begins)].masked_fill(~self._begins, -torch.inf)
+        return scores.scatter(1, own[:, None], -torch.inf).topk(k, -1).indices
+
+
+def _masked_lm(options: Augment, tokenizer: Tokenizer) -> tuple[nn.Module, int]:
+    key = "method.augment.path"
+    folder = resolve_folder(options.path or "", key)
+    check_same_tokens(folder, tokenizer, key)
+    mask_id = tokenizer.token_to_id(options.mask_token)
+    if mask_id is None:
+        raise ValueError(f"method.augment.mask_token: expected a token of the tokenizer, got {options.mask_token!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_folder(folder, key, kind="masked_lm", dtype="auto").eval().to(device), mask_id
+
+
+def word_tokens(tokenizer: Tokenizer, size: int) -> tuple[Tensor, Tensor]:
+    """`[size]` each: tokens that begin a word, and tokens that go on with one; special tokens and signs are neither."""
+    prefix: Any = None
+    with contextlib.suppress(AttributeError):  # of WordPiece
+        prefix = tokenizer.model.continuing_subword_prefix
+    begins, continues = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
+    special = set(tokenizer.get_added_tokens_decoder())
+    for token, i in tokenizer.get_vocab().items():
+        if i in special or i >= size:
+            continue
+        begin = not token.startswith(prefix) if prefix else token.startswith(_BEGINS)
+        letters = any(c.isalnum() for c in token.removeprefix(prefix or "").lstrip("".join(_BEGINS)))
+        begins[i], continues[i] = begin and letters, not begin and letters
+    return begins, continues

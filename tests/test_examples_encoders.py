@@ -1,0 +1,102 @@
+"""The encoder examples: data sets from their files, and every run of the study as a recipe that can be built."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from kdfast.train import Recipe
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "encoders"))
+    for name in ("prepare", "study"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import prepare
+    import study
+
+    yield prepare, study
+    for name in ("prepare", "study"):
+        sys.modules.pop(name, None)
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_data_sets_are_split_once_and_for_all(scripts: Any, tmp_path: Path) -> None:
+    prepare, _ = scripts
+    data, out = tmp_path / "given", tmp_path / "data"
+    for part, rows in (("train", 200), ("dev", 7)):
+        write(data / f"sst2/{part}.tsv", "".join(f"sentence {i} of {part}\t{i % 2}\n" for i in range(rows)))
+        pairs = "".join(f'{i}\tone "{i}\ttwo\tentailment\n' for i in range(rows))
+        write(data / f"rte/{part}.tsv", f"index\tsentence1\tsentence2\tlabel\n{pairs}")
+        write(data / f"wnut17/{part}.conll", "\n".join(f"word{i}\tO\nparis\tB-loc\n" for i in range(rows)))
+    review = "<review>\n<rating>\n1.0\n</rating>\n<review_text>\nBad & {}\n  worse \n</review_text>\n</review>\n"
+    for domain in ("books", "dvd"):
+        for sentiment in prepare.SENTIMENTS:
+            write(data / f"amazon_reviews/{domain}.{sentiment}.review", "".join(review.format(i) for i in range(60)))
+    counts = prepare.prepare(data, out)
+    for name in ("sst2", "rte", "wnut17"):
+        assert counts[name]["train"] + counts[name]["validation"] == 200
+        assert 8 < counts[name]["validation"] < 35
+        assert counts[name]["test"] == 7
+    assert counts["amazon_reviews"] == {"books": 120, "dvd": 120}
+    assert (out / "rte/test.tsv").read_text().splitlines()[:2] == [
+        "index\tsentence1\tsentence2\tlabel",
+        '0\tone "0\ttwo\tentailment',
+    ]
+    assert (out / "wnut17/test.conll").read_text().startswith("word0\tO\nparis\tB-loc\n\nword1\tO\n")
+    parts = {part: [json.loads(x) for x in (out / f"amazon/dvd/{part}.jsonl").read_text().splitlines()]
+             for part in ("train", "validation", "test")}  # fmt: skip
+    assert sum(map(len, parts.values())) == 120
+    assert all(parts.values())
+    assert {row["text"] for row in parts["test"]} < {f"Bad & {i} worse" for i in range(60)}
+    assert {(row["domain"], row["label"]) for row in parts["train"]} == {("dvd", "negative"), ("dvd", "positive")}
+    (data / "rte" / "train.tsv").unlink()
+    with pytest.raises(SystemExit, match="expected one of the folders sst2, rte, wnut17, amazon_reviews, found none"):
+        prepare.prepare(tmp_path / "nothing", out)
+
+
+def test_every_run_of_the_study_is_a_recipe_whose_needs_are_runs(scripts: Any) -> None:
+    _, study = scripts
+    for name, run in study.RUNS.items():
+        recipe = study.recipe_of(name, 2)
+        assert recipe.seed == 2
+        assert recipe.out == (f"runs/{name}/2" if run.seeded else f"runs/{name}")
+        assert all(needed in study.RUNS for needed in run.needs)
+        # What a run reads of another one is where that one writes.
+        named = [*(t.path for t in recipe.all_teachers), recipe.student.path,
+                 recipe.student.from_teacher.path if recipe.student.from_teacher else None]  # fmt: skip
+        for path in named:
+            if path is not None and path.startswith("runs/"):
+                assert any(path == f"{study.recipe_of(needed, 2).out}/model" for needed in study.RUNS), (name, path)
+    steps = {name: study.recipe_of(f"sst2/{name}", 1).total_steps for name in ("tinybert", "tinybert-without-general", "alone")}
+    assert len(set(steps.values())) == 1
+
+
+def test_the_table_has_means_and_the_share_of_the_teacher(scripts: Any) -> None:
+    _, study = scripts
+
+    def row(accuracy: float) -> dict[str, Any]:
+        return {"validation": {"accuracy": accuracy}, "test": {"accuracy": accuracy}, "seconds": 60, "parameters": 2e6,
+                "without_embeddings": 1e6}  # fmt: skip
+
+    known = {"sst2/teacher:1": row(0.9), "sst2/tinybert:1": row(0.88), "sst2/tinybert:2": row(0.86)}
+    lines = study.table(known).splitlines()
+    assert "| sst2/tinybert | 2 | accuracy | 87.0 (86.0 - 88.0) | 87.0 (86.0 - 88.0) | 96.7% | 2.00 M | 1.00 M | 1.0 |" in lines
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_every_example_is_a_recipe(file: Path) -> None:
+    assert Recipe.load(file).total_steps > 0
