@@ -122,7 +122,7 @@ def test_the_terms_equal_their_definition(flavor: str, width: int) -> None:
     torch.stack(list(want.values())).sum().backward()
     for name in ("embedding", "hidden", "attention"):
         assert got[name].item() == pytest.approx(want[name].item(), rel=1e-5), name
-        assert weighed[name].item() == pytest.approx(float((weight.double() * rows[name]).sum()), rel=1e-5), name
+        assert weighed[name].item() == pytest.approx((weight.double() * rows[name]).sum().item(), rel=1e-5), name
     torch.testing.assert_close(
         slope.double(), student.bert.encoder.layer[0].attention.self.query.weight.grad, rtol=1e-4, atol=1e-6
     )
