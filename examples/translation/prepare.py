@@ -49,7 +49,9 @@ def prepare(data: Path, out: Path) -> dict[str, int]:
             tokenizer.save(str(part))
         # One special token ends a sentence, starts the decoder and fills a batch.
         end = tokenizer.token_to_id(SEPARATOR)
-        write_json(out / "generation_config.json", dict.fromkeys(("decoder_start_token_id", "eos_token_id", "pad_token_id"), end))
+        write_json(
+            out / "generation_config.json", dict.fromkeys(("decoder_start_token_id", "eos_token_id", "pad_token_id"), end)
+        )
     return counts
 
 
