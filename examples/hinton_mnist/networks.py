@@ -37,8 +37,8 @@ def convolutional(classes: int = 10, width: int = 16, hidden: int = 256, jitter:
     )  # fmt: skip
 
 
-def perceptron(classes: int = 10, width: int = 30, pixels: int = 784) -> nn.Module:
-    """Two hidden layers of rectified units, no regularisation: Hinton's small net."""
+def perceptron(classes: int = 10, width: int = 100, pixels: int = 784) -> nn.Module:
+    """Two hidden layers of rectified units, no regularisation: as Hinton's small net."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
     )

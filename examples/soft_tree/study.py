@@ -24,28 +24,27 @@ from runs import HERE as NETWORKS  # noqa: E402
 from runs import SEEDS, Study, size  # noqa: E402
 
 ALONE = ("method.soft_weight=0", "method.hard_weight=1", "teacher=null")
-#: What is tried: (name, overrides). Both sides have two rates, two penalties and two decays; the third choice is T and weights
-#: of the targets on one side, and more decay and another penalty on the other.
-RATES = [["optimizer.lr=3e-3"], ["optimizer.lr=1e-2"]]
-GRID_ALONE = [[f"optimizer.weight_decay={d}", f"method.penalty={p}"] for d in (0.0, 0.3) for p in (0.1, 0.03)]
-GRID_DISTILLED = [[f"method.temperature={t}", f"method.soft_weight={s}", f"method.hard_weight={1 - s}"] for t in (1, 2)
-                  for s in (0.5, 1.0)]  # fmt: skip
+#: What is tried, in half the steps: two learning rates with the recipe's values, then two changes at the better rate.
+RATES = (["optimizer.lr=1e-2"], ["optimizer.lr=3e-2"])
+CHANGES_ALONE = (["method.penalty=0.03"], ["optimizer.weight_decay=0.3"])
+CHANGES_DISTILLED = (["method.temperature=4"], ["method.temperature=2", "method.soft_weight=0.5", "method.hard_weight=0.5"])
+SHORT = ("steps=1100",)
 
 
-def chosen(study: Study, name: str, rates: Sequence[list[str]], grid: Sequence[list[str]], *changes: str) -> list[str]:
-    """First the learning rate with the recipe's other values, then the best of `grid` at that rate."""
+def chosen(study: Study, name: str, rates: Sequence[list[str]], options: Sequence[list[str]], *changes: str) -> list[str]:
+    """The values that are best on the validation images, with a seed that is used for nothing else."""
 
-    def score(option: list[str]) -> float:
-        run = study.run(HERE / "recipe.yaml", f"choose/{name}-{'-'.join(o.split('.')[-1] for o in option)}", "seed=0", *changes,
-                        *option)  # fmt: skip
+    def score(tried: list[str]) -> float:
+        label = "-".join(value.split(".")[-1] for value in tried)
+        run = study.run(HERE / "recipe.yaml", f"choose/{name}-{label}", "seed=0", *SHORT, *changes, *tried)
         return study.accuracy(run, "validation")
 
     rate = max(rates, key=score)
-    return max(([*rate, *option] for option in grid), key=score)
+    return max([rate, *([*rate, *option] for option in options)], key=score)
 
 
 def study_of(study: Study, network: Path | None = None, seeds: Sequence[int] = SEEDS, rates: Sequence[list[str]] = RATES,
-             grids: Sequence[Sequence[list[str]]] = (GRID_ALONE, GRID_DISTILLED)) -> str:  # fmt: skip
+             grids: Sequence[Sequence[list[str]]] = (CHANGES_ALONE, CHANGES_DISTILLED)) -> str:  # fmt: skip
     """All of it; the table."""
     recipe = HERE / "recipe.yaml"
     network = network or study.run(NETWORKS / "network.yaml", "network")

@@ -38,8 +38,8 @@ class Data:
         size: height and width that image files are brought to (one number: a square); none: as they are, all the same.
         channels: 1 (grey) or 3, of image files.
         mean, std: of each channel, or one for all; pixels are in [0, 1] before (x - mean) / std.
-        shift: in training each image is there as it is and moved by up to so many pixels each way, (2 * shift + 1)^2 rows in
-            all, its outermost pixels repeated; a teacher sees it shifted too.
+        shift: in training each image is there as it is and shifted by up to so many pixels each way, its outermost
+            pixels repeated: (2 * shift + 1)^2 rows for each. A teacher sees it shifted too.
         exclude_labels: classes that are not shown in training; they stay classes, and are evaluated.
         excluded: `drop` leaves their rows out of training; `hide` keeps them for the teacher, without label.
     """
