@@ -105,8 +105,8 @@ def _logits_cases() -> Iterator[Case]:
                 continue
             dtypes = (student, *(teacher,) * flags.teachers)
             for kernel, own in ((forward_kernel, flags), (backward_kernel, dataclasses.replace(flags, parts=False))):
-                yield _logits_case(kernel, f"{mix} V={vocab} {name}", dtypes, own, vocab)
-                if vocab % 16:
+                yield _logits_case(kernel, f"{mix} V={vocab} {name}", dtypes, own, vocab, phased=own.phased)
+                if vocab % 16 and own.phased:
                     yield _logits_case(kernel, f"{mix} V={vocab} {name} scattered", dtypes, own, vocab, phased=False)
 
 
@@ -167,7 +167,8 @@ def _topk_cases() -> Iterator[Case]:
 def _capture_cases(name: str, dtype: Any, vocab: int, size: Any, head: int, digits: int) -> Iterator[Case]:
     from kdfast.backends.triton import capture_rows, selection
 
-    for k, temperatures in ((64, (2.0, 1.0)), (1024, (2.5, 1.0, 0.5))):
+    size = selection.in_pairs(size)
+    for k, temperatures in ((64, (2.0, 1.0)), (selection.MOST, (2.5, 1.0, 0.5))):
         if k > 64 and vocab not in (151936, 50257):
             continue
         room = selection.room_of(k)
@@ -177,8 +178,7 @@ def _capture_cases(name: str, dtype: Any, vocab: int, size: Any, head: int, digi
             "BLOCK": 32 * size.warps, **size.shape,
         }  # fmt: skip
         label = f"{name} V={vocab} k={k} head={head}"
-        options = selection.options_of(size)
-        yield Case(capture_rows.capture_kernel, label, {"logits": dtype}, flags, options, not size.ragged)
+        yield Case(capture_rows.capture_kernel, label, {"logits": dtype}, flags, size.options, not size.ragged)
 
 
 def _in_backward(flags: Any) -> Any:

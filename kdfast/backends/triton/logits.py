@@ -147,6 +147,11 @@ class Flags:
         return self.teachers == 1 and self.heavy == 0
 
     @property
+    def phased(self) -> bool:
+        """Rows may be PHASED of `tiles`: there are registers for the tile of their edges."""
+        return self.heavy == 0 or not self.parts
+
+    @property
     def heavy(self) -> int:
         """How much it holds a column (see `tiles.launch`)."""
         if self.mixed and (self.teachers > 2 or self.parts):
@@ -188,7 +193,7 @@ def forward(
         return loss, stats, parts
     out = student if grad is None else grad
     flags = Flags.of(options, labels is not None, need_parts, grad is not None, width > common)
-    size = tiles.launch_for(common, student, *teachers, out, heavy=flags.heavy, phased=True)
+    size = tiles.launch_for(common, student, *teachers, out, heavy=flags.heavy, phased=flags.phased)
     with tiles.on(student):
         forward_kernel[tiles.grid(rows, student.device, size.warps)](
             *_inputs(student, teachers, out, labels, scale), loss, stats, parts, *_sizes(student, teachers, out, common),
@@ -211,7 +216,7 @@ def backward(
     if rows == 0:
         return
     flags = Flags.of(options, labels is not None, False, True, width > common)
-    size = tiles.launch_for(common, student, *teachers, grad, heavy=flags.heavy, phased=True)
+    size = tiles.launch_for(common, student, *teachers, grad, heavy=flags.heavy, phased=flags.phased)
     with tiles.on(student):
         backward_kernel[tiles.grid(rows, student.device, size.warps)](
             *_inputs(student, teachers, grad, labels, scale), stats, *_sizes(student, teachers, grad, common),

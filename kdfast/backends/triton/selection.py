@@ -7,6 +7,7 @@ launch of those kernels costs a row that is done one load. Draws take two reads,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ from kdfast.options import Head
 DIGITS = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}
 SELECT_BLOCK, SELECT_WARPS = 2048, 8
 ORDER_BLOCK, ORDER_WARPS = 256, 4
-#: The largest k of the pass that ranks its survivors by comparing them with each other.
-MOST = 1024
+#: The largest k of the pass that ranks its survivors by comparing them with each other: beyond, they do not fit the registers.
+MOST = 512
 
 
 def capture(
@@ -114,17 +115,17 @@ def squares(at: tuple[float, ...]) -> int:
     return sum(1 << j for j in range(1, len(at)) if at[j - 1] == 2 * at[j])
 
 
-def options_of(size: tiles.Launch) -> dict[str, int | bool]:
-    """Two programs of 16 warps a multiprocessor: while one ranks, the other reads."""
-    return size.options if torch.version.hip else {**size.options, "maxnreg": 64}
+def in_pairs(size: tiles.Launch) -> tiles.Launch:
+    """At most 8 warps, so that a multiprocessor holds two programs: while one ranks, the other reads."""
+    return dataclasses.replace(size, warps=min(size.warps, 8))
 
 
 def _in_one_pass(logits: Tensor, k: int, at: tuple[float, ...], head: Head, out: _Captured) -> None:
     rows, width = logits.shape
     if not 0 < k <= MOST:
         return
-    size = tiles.launch_for(width, logits)
-    grid = (min(rows, 2 * tiles.grid(rows, logits.device, size.warps)[0]),)
+    size = in_pairs(tiles.launch_for(width, logits))
+    grid = tiles.grid(rows, logits.device, size.warps)
     room = room_of(k)
     lanes = torch.empty(grid[0], size.lanes, dtype=torch.int32, device=logits.device)
     keys = torch.empty(grid[0], room, dtype=torch.int64, device=logits.device)
@@ -132,7 +133,7 @@ def _in_one_pass(logits: Tensor, k: int, at: tuple[float, ...], head: Head, out:
         logits, out.ids, out.logprobs, out.log_sums, out.log_tails, out.kept, out.tops, out.done, lanes, keys,
         rows, width, logits.stride(0), k, head.softcap or 0.0, head.scale, tuple(LOG2E.value / t for t in at),
         T=len(at), ONE=at.index(1.0), SQUARED=squares(at), HEAD=drawing.head_flag(head), DIGITS=_digits(logits, head),
-        ROOM=room, RANK=rank_block(room, size.warps), BLOCK=32 * size.warps, **size.shape, **options_of(size),
+        ROOM=room, RANK=rank_block(room, size.warps), BLOCK=32 * size.warps, **size.shape, **size.options,
     )  # fmt: skip
 
 
