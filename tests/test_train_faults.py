@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import STUDENT, TEXT, make_sequences, make_tokenizer, recipe_values
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
@@ -288,3 +290,29 @@ def test_held_out_data_is_where_the_recipe_says(tokenizer: Path, cache: Path, tm
     assert held_out.validation is not None
     assert len(whole.train) > len(held_out.train)
     assert whole.validation is mine
+
+
+TIED = """
+from torch import nn
+class Tied(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.inputs, self.middle, self.head = nn.Embedding(300, size), nn.Linear(size, size), nn.Linear(size, 300, bias=False)
+        self.head.weight = self.inputs.weight
+        self.again = self.middle.weight
+    def forward(self, input_ids):
+        return self.head(self.middle(self.inputs(input_ids)).tanh())
+"""
+
+
+def test_a_module_with_tied_weights_is_exported_by_every_name(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tied_student.py").write_text(TIED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    student = {"function": "tied_student:Tied", "arguments": {"size": 8}}
+    model = distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run", student=student, steps=2)), say=quiet).model
+    module = importlib.import_module("tied_student").Tied(8)
+    module.load_state_dict(load_file(model / "model.safetensors"))
+    again = recipe_values(tokenizer, tmp_path / "again", student=student, steps=2, init_from=str(model))
+    assert distill(Recipe.build(again), say=quiet).evaluation is not None

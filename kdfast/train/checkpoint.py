@@ -137,9 +137,8 @@ def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: n
 
     def fill(part: Path) -> None:
         if accelerator.is_main_process:
-            doubled = tied(student)
             own = {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
-            save_folder(student, part, {k: v for k, v in own.items() if k not in doubled}, tokenizer)
+            save_folder(student, part, own, tokenizer)
             for number, objective in enumerate(unwrapped(module).objectives):  # type: ignore[arg-type]
                 name = f"objectives.{number}."
                 objective.export(part, {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})

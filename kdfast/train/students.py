@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.models.grow import start_from
-from kdfast.models.load import from_config, from_function, load_folder, quiet, read_config, resolve_folder
+from kdfast.models.load import from_config, from_function, load_folder, quiet, read_config, resolve_folder, tied
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.train.inputs import Inputs
 from kdfast.train.recipe import Lora, Model, Recipe
@@ -123,7 +123,8 @@ def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:
 
 
 def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Sequence[Path] = ()) -> None:
-    """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors.
+    """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors, which
+    `load_state_dict(load_file(...))` takes: every weight by each of its names.
 
     Adapters are merged into the weights they adapt, and kept beside them in `adapter/`.
     """
@@ -134,6 +135,8 @@ def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], to
         student = student.merge_and_unload()  # type: ignore[operator]
         weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     if isinstance(student, PreTrainedModel):
+        doubled = tied(student)
+        weights = {name: value for name, value in weights.items() if name not in doubled}
         with quiet():
             student.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     else:
