@@ -19,9 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "hinton_mnist"))
 
 from explain import explained  # noqa: E402
-
-from runs import HERE as NETWORKS  # noqa: E402
-from runs import SEEDS, Study, size  # noqa: E402
+from mnist_runs import HERE as NETWORKS  # noqa: E402
+from mnist_runs import SEEDS, Study, size  # noqa: E402
 
 ALONE = ("method.soft_weight=0", "method.hard_weight=1", "teacher=null")
 #: What is tried, in half the steps: two learning rates with the recipe's values, then two changes at the better rate.
