@@ -22,7 +22,7 @@ from explain import explained  # noqa: E402
 from mnist_runs import HERE as NETWORKS  # noqa: E402
 from mnist_runs import SEEDS, Study, size  # noqa: E402
 
-ALONE = ("method.soft_weight=0", "method.hard_weight=1", "teacher=null")
+ALONE = ("method={name: soft_tree, hard_weight: 1}", "teacher=null")
 #: What is tried, in half the steps: two learning rates with the recipe's values, then two changes at the better rate.
 RATES = (["optimizer.lr=1e-2"], ["optimizer.lr=3e-2"])
 CHANGES_ALONE = (["method.penalty=0.03"], ["optimizer.weight_decay=0.3"])
