@@ -41,7 +41,7 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("runs", "prepare", "networks", "explain", "study"):
+        if name in ("mnist_runs", "prepare", "networks", "explain", "study"):
             del sys.modules[name]
 
 
@@ -62,7 +62,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_study_of_hinton(paths: None, digits: Path, tmp_path: Path) -> None:
-    runs, study = load("runs", "hinton_mnist"), load("study", "hinton_mnist")
+    runs, study = load("mnist_runs", "hinton_mnist"), load("study", "hinton_mnist")
     made = study.Study(tmp_path / "out", digits, PARTS, FEW)
     assert {name: len(source) for name, source in made.sources.items()} == PARTS
     table = study.study_of(made, seeds=(1, 2), temperatures=(2,), members=3, grid=[(1e-3, 0.01)])

@@ -26,8 +26,9 @@ pytest.importorskip("transformers")
 from kdfast.cli import main
 from kdfast.models.soft_tree import SoftTree, TreeOutput, log_paths
 from kdfast.models.view import View
-from kdfast.train import Batch, Recipe, distill
+from kdfast.train import Batch, Recipe, capture_classes, distill
 from kdfast.train.objective import Setting
+from kdfast.train.recipe import Teacher
 from kdfast.train.recipes.soft_tree import SoftTreeMethod, SoftTreeOptions
 
 # The definition, node by node
@@ -421,6 +422,24 @@ def test_a_tree_learns_from_labels_and_from_a_network_and_is_evaluated(
         assert message.split(".*")[0] in error
 
 
+def test_a_cache_says_what_the_live_network_says(pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = {"function": f"{__name__}:make_network"}
+    teacher = run(values(pictures, tmp_path / "network", method="supervised", student=network, steps=5)).model
+    taught = {**network, "weights": str(teacher)}
+    soft = {"name": "soft_tree", "soft_weight": 0.7, "hard_weight": 0.3, "temperature": 1.7}
+    live = values(pictures, tmp_path / "live", method=soft, teacher=taught, steps=3)
+    capture_classes(Recipe.build(live), Teacher(**taught), tmp_path / "cache")
+    cached = {**live, "out": str(tmp_path / "cached"), "teacher": {"cache": str(tmp_path / "cache")}}
+    found = []
+    for recipe in (live, cached):
+        run(recipe)
+        lines = (Path(recipe["out"]) / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["soft"] for line in lines if "soft" in json.loads(line)])
+    assert len(found[0]) == 3
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_stopped_run_goes_on_to_the_same_bits(number: int, pictures: Path, tmp_path: Path) -> None:
     changes = {"steps": 400, "save_every": 20, "log_every": 1, "keep": 1}
@@ -459,6 +478,7 @@ def test_faults_of_a_recipe_are_one_line_before_training(pictures: Path, tmp_pat
     fails(r"student: method soft_tree expects a kdfast\.models\.soft_tree:SoftTree", student=network)
     fails(r"method\.hard_weight: expected a number above 0 without a teacher", method={"name": "soft_tree", "hard_weight": 0})
     fails(r"method\.hart_weight: unknown key; did you mean 'hard_weight'", method={"name": "soft_tree", "hart_weight": 0})
+    fails(r"method\.temperature: without a teacher expected none", method={"name": "soft_tree", "temperature": 2})
     four = {"function": f"{__name__}:make_network", "arguments": {"classes": 4}}
     fails(r"teacher: expected 3 logits, one for each of the classes 0, 1, 2, got 4", teacher=four)
     fails(r"student: expected 3 logits", student=four, method="supervised")

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
-from runs import HERE, SEEDS, Study, size
+from mnist_runs import HERE, SEEDS, Study, size
 
 TEMPERATURES = (1, 2, 4, 8, 20)
 MEMBERS = 5
@@ -87,9 +86,7 @@ def study_of(study: Study, seeds: Sequence[int] = SEEDS, temperatures: Sequence[
         together = torch.stack([logits.softmax(-1) for logits, _ in said]).mean(0).argmax(-1)
         scores[part] = float((together == said[0][1]).float().mean())
     study.row("ensemble", f"all {members} together", members * size(models[0]), [scores["validation"]], [scores["test"]])
-    listed = ", ".join(
-        f"{{function: 'networks:perceptron', weights: {run / 'model'}}}" for run in several
-    )
+    listed = ", ".join(f"{{function: 'networks:perceptron', weights: {run / 'model'}}}" for run in several)
     runs = students("ensembled", "teacher=null", f"teachers=[{listed}]", hot, *settings_)
     row("ensemble", f"one, distilled from all, T = {best}", runs, base, scores["test"])
 

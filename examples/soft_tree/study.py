@@ -19,11 +19,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "hinton_mnist"))
 
 from explain import explained  # noqa: E402
+from mnist_runs import HERE as NETWORKS  # noqa: E402
+from mnist_runs import SEEDS, Study, size  # noqa: E402
 
-from runs import HERE as NETWORKS  # noqa: E402
-from runs import SEEDS, Study, size  # noqa: E402
-
-ALONE = ("method.soft_weight=0", "method.hard_weight=1", "teacher=null")
+ALONE = ("method={name: soft_tree, hard_weight: 1}", "teacher=null")
 #: What is tried, in half the steps: two learning rates with the recipe's values, then two changes at the better rate.
 RATES = (["optimizer.lr=1e-2"], ["optimizer.lr=3e-2"])
 CHANGES_ALONE = (["method.penalty=0.03"], ["optimizer.weight_decay=0.3"])
@@ -35,7 +34,7 @@ def chosen(study: Study, name: str, rates: Sequence[list[str]], options: Sequenc
     """The values that are best on the validation images, with a seed that is used for nothing else."""
 
     def score(tried: list[str]) -> float:
-        label = "-".join(value.split(".")[-1] for value in tried)
+        label = "-".join(value.partition(".")[2] for value in tried)
         run = study.run(HERE / "recipe.yaml", f"choose/{name}-{label}", "seed=0", *SHORT, *changes, *tried)
         return study.accuracy(run, "validation")
 
@@ -68,7 +67,7 @@ def study_of(study: Study, network: Path | None = None, seeds: Sequence[int] = S
                     values.append(float((logits.argmax(-1) == labels).float().mean()))
         mean, shown = (
             statistics.fmean(found["leaf"]["test"]),
-            " ".join(c.split(".")[-1] for c in changes if c not in (*ALONE, taught)),
+            " ".join(c.partition(".")[2] for c in changes if c not in (*ALONE, taught)),
         )
         share = {} if base is None else {"share of the gap": f"{(mean - base) / (top - base):.0%}"}
         base = mean if base is None else base

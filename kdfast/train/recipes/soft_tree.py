@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdfast.models.soft_tree import SoftTree, TreeOutput
 from kdfast.models.view import Needs, View
-from kdfast.strict import ranged
+from kdfast.strict import ranged, refuse_unused
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.objective import Metric, Metrics, Objective, Setting
 from kdfast.train.schedule import Scheduled, scheduled
@@ -57,9 +57,14 @@ class SoftTreeMethod(Objective):
                 f"student: method soft_tree expects a kdfast.models.soft_tree:SoftTree as student.function, got"
                 f" {type(tree).__name__}"
             )
-        cached = next((teacher for teacher in setting.teachers if teacher.info is not None), None)
-        if cached is not None:
-            raise ValueError("teacher.cache: method soft_tree expects a live teacher; set teacher.path or teacher.function")
+        for teacher in setting.teachers:
+            if teacher.info is not None and (teacher.info.kind != "topk" or teacher.info.k < tree.classes):
+                raise ValueError(
+                    f"teacher.cache: method soft_tree expects all {tree.classes} classes of every row, got {teacher.info.k} of"
+                    f" kind {teacher.info.kind}"
+                )
+        if not setting.teachers:
+            refuse_unused(options, ("temperature",), "without a teacher expected none", "method")
         self._check_weights(options, bool(setting.teachers))
         total = sum(teacher.weight for teacher in setting.teachers)
         self.teacher_weights = [teacher.weight / total for teacher in setting.teachers]
@@ -119,7 +124,7 @@ class SoftTreeMethod(Objective):
 
     def _target(self, teachers: Sequence[View], dtype: torch.dtype) -> Tensor:
         """`[B, C]`: mean of the teachers' distributions at T."""
-        said = [(view.logits.to(dtype) / self.now["temperature"]).softmax(-1) for view in teachers]
+        said = [(_logits(view, dtype) / self.now["temperature"]).softmax(-1) for view in teachers]
         return torch.stack([w * p for w, p in zip(self.teacher_weights, said, strict=True)]).sum(0)
 
     def penalty(self, tree: TreeOutput) -> Tensor:
@@ -144,6 +149,17 @@ class SoftTreeMethod(Objective):
             weight = decay * batches * (shares - shares.flip(1)) / 2 * (now - sums).exp()
         moved = (weight * now).sum()
         return value + (moved - moved.detach())
+
+
+def _logits(view: View, dtype: torch.dtype) -> Tensor:
+    """Up to a constant a row; a cache that holds all classes says them too, and at any T."""
+    if view.targets is None:
+        return view.logits.to(dtype)
+    targets = view.targets.decode()
+    classes = targets.vocab_size
+    found = torch.full((len(targets.ids), classes + 1), -math.inf, dtype=dtype, device=targets.ids.device)
+    places = targets.ids.long().where(targets.ids >= 0, classes)  # an empty slot goes where it is cut off
+    return found.scatter(1, places, targets.logprobs.to(dtype))[:, :classes]
 
 
 def expected_cross_entropy(leaves: Tensor, log_classes: Tensor, targets: Tensor) -> Tensor:
