@@ -19,7 +19,7 @@ from .report import Row, between_marks, interval, read_csv
 
 RESULTS = Path(__file__).parent / "results"
 #: Written by `bench curves` and `bench sparse_targets`.
-_OTHERS = ("cpu-curves.csv", "sparse-targets.csv")
+_OTHERS = ("cpu-curves.csv", "issue-first.csv", "issue.csv", "sparse-targets.csv")
 MARKS = "<!-- performance: begin -->", "<!-- performance: end -->"
 
 Value = Callable[[Sequence[Row]], float]

@@ -249,10 +249,11 @@ def test_a_cache_of_everything_says_what_the_live_teachers_say(
     base: dict[str, Any] = {"method": method, "steps": 6}
     grouped = {"group_by_length": True, "sequence_length": 16}
     live = recipe_values(tokenizer, data, tmp_path / "live", **base)
-    live |= {"teachers": [{"path": str(folder), "weight": 3.0 - i} for i, folder in enumerate(folders)]}
+    weights = [{"weight": 3.0 - i} if teachers > 1 else {} for i in range(teachers)]  # one alone has none
+    live |= {"teachers": [{"path": str(folder), **weights[i]} for i, folder in enumerate(folders)]}
     live["data"] |= grouped
     cached = recipe_values(tokenizer, data, tmp_path / "cached", **base)
-    caches = [{"cache": str(tmp_path / f"cache-{folder.name}"), "weight": 3.0 - i} for i, folder in enumerate(folders)]
+    caches = [{"cache": str(tmp_path / f"cache-{folder.name}"), **weights[i]} for i, folder in enumerate(folders)]
     cached |= {"teachers": caches, "data": {**grouped, "validation": [str(data)]}}
     said: list[str] = []
     a, b = run(live), run(cached, said)
