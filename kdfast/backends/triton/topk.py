@@ -34,6 +34,11 @@ class Flags(logits.Flags):
     spread: bool = False
 
     @property
+    def ahead(self) -> bool:
+        """Even tails need the registers."""
+        return not self.spread
+
+    @property
     def heavy(self) -> int:
         return 2 if self.spread and self.teachers > 1 else super().heavy
 
