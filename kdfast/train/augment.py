@@ -43,7 +43,7 @@ class Augment:
         candidates: how many replacements of a word one is drawn from.
         by: `embeddings`: the words nearest by cosine among the teacher's input embeddings; `masked_lm`: the likeliest where
             the word is masked.
-        path: folder of the masked language model.
+        path: folder of the masked language model. mask_token: what its tokenizer calls its mask.
         seed: of what is drawn.
     """
 

@@ -59,7 +59,7 @@ def mean_state(hidden: Tensor, mask: Tensor | None) -> Tensor:
 def save_state(folder: Path, weights: dict[str, Tensor], domains: Sequence[str]) -> None:
     """A `DomainState` and the names of its domains, beside a model."""
     kept = {name: value.contiguous() for name, value in weights.items()}
-    save_file(kept, folder / STATE_FILE, {"domains": json_text(list(domains))})
+    save_file(kept, folder / STATE_FILE, {"domains": files.json_text(list(domains))})
 
 
 def load_state(folder: Path, domains: Sequence[str]) -> DomainState | None:

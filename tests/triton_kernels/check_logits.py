@@ -8,7 +8,7 @@ import torch
 from against_reference import DTYPES, DTYPES_AND_T, WEIGHTS, batch, compare, truth
 
 import kdfast
-from kdfast.backends.triton import logits, scale
+from kdfast.backends.triton import logits, scale, tiles
 from kdfast.options import PARTS, RowOptions
 
 
@@ -27,11 +27,50 @@ def test_value_and_gradient(vs: int, vt: int, temperature: float, dtype: torch.d
 @pytest.mark.parametrize(
     ("vocab", "dtype"),
     [(40000, torch.float32), (70016, torch.bfloat16), (70001, torch.float16)],
-    ids=["16-warps", "32-warps", "ragged"],
+    ids=["8-warps", "16-warps", "ragged"],
 )
 def test_wide_launches(vocab: int, dtype: torch.dtype, device: str) -> None:
     student, teacher, labels, scale = batch(vocab, vocab, dtype, device)
     compare(student[1:3], [teacher[1:3]], labels[1:3], scale[1:3], RowOptions(temperature=2.5, **WEIGHTS))
+
+
+def lying(how: str, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Student and teacher of rows that lie as `tiles` calls it, and how it does."""
+    width = {"aligned": 5008, "phased": 5003, "scattered": 5003, "short": 5}[how]
+    student, teacher = batch(width, width, dtype, device)[:2]
+    if how == "scattered":  # out of step with the student's
+        wider = torch.full((4, width + 3), torch.nan, device=device, dtype=dtype)
+        wider[:, :width] = teacher
+        teacher = wider[:, :width]
+    found = tiles.launch_for(width, student, teacher, phased=True).ragged
+    return student, teacher, found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0], ids=["T1", "T2-squares", "T3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("how", ["aligned", "phased", "scattered", "short"])
+def test_how_rows_lie(how: str, dtype: torch.dtype, temperature: float, device: str) -> None:
+    """Labels on the first and last columns, which in phased rows belong to no whole load."""
+    student, teacher, found = lying(how, dtype, device)
+    assert found == {"aligned": tiles.ALIGNED, "scattered": tiles.SCATTERED}.get(how, tiles.PHASED).value
+    labels = torch.tensor([0, student.shape[1] - 1, 3, 4], device=device)
+    scale = torch.tensor([1.0, 0.5, 0.0, 2.0], device=device)
+    options = RowOptions(temperature=temperature, label_smoothing=0.1, z_loss=1e-3, **WEIGHTS)
+    compare(student, [teacher], labels, scale, options)
+    _, _, parts = logits.forward(student, [teacher], labels, scale, options, True, None)
+    exact = truth(student, [teacher], labels, scale, options, True)[1]
+    assert torch.allclose(parts.double(), exact, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("level", [640.0, -640.0])
+def test_a_saturated_row_in_step_with_nothing(level: float, device: str) -> None:
+    """At T = 2 the softmax at 1 is the square of that at 2: one logit far above the others, in a row of phased halves."""
+    student, teacher, _ = lying("phased", torch.bfloat16, device)
+    student[0, 4999] += level
+    student[1] += level
+    teacher[3, 1] += level
+    labels = torch.tensor([4999, 7, 8, 1], device=device)
+    compare(student, [teacher], labels, torch.ones(4, device=device), RowOptions(temperature=2.0, **WEIGHTS))
 
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["no-labels", "labels-without-weight"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdfast import Head, TopKTargets
 from kdfast.backends.reference import topk as reference
-from kdfast.backends.triton import topk
+from kdfast.backends.triton import selection, topk
 from kdfast.ops import tails
 from kdfast.options import PARTS, RowOptions
 
@@ -64,6 +64,31 @@ def test_capture(vocab: int, k: int, ties: bool, dtype: torch.dtype, device: str
     assert torch.equal(ids, exact_ids)
     for got, expected, name in zip(values, exact, ("logprobs", "log_z", "log_tail"), strict=True):
         assert torch.allclose(got.double(), expected, rtol=1e-6, atol=2e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_capture_of_rows_that_one_pass_cannot_do(dtype: torch.dtype, device: str) -> None:
+    """More ties than there is room for, the k largest in one lane, and a k beyond the pass; beside a row that it does."""
+    logits = torch.randn(4, 2064, device=device).to(dtype)
+    logits[0] = 1.5
+    logits[1, :] = logits[1].clamp(max=0.5)
+    logits[2, 8:16] = torch.arange(8, 16, device=device).to(dtype)  # a lane's columns
+    for k in (6, selection.MOST + 1):
+        ids, *values, _ = topk.capture(logits, k, (2.0, 1.0))
+        exact_ids, *exact, _ = reference.capture(logits.double(), k, (2.0, 1.0))
+        assert torch.equal(ids, exact_ids)
+        for got, expected, name in zip(values, exact, ("logprobs", "log_z", "log_tail"), strict=True):
+            assert torch.allclose(got.double(), expected, rtol=1e-6, atol=2e-6), name
+
+
+def test_capture_of_a_tail_far_below(device: str) -> None:
+    """The tail is no difference of sums: it keeps its digits where it is 1e-30 of the whole."""
+    logits = torch.randn(2, 3000, device=device) - 70
+    logits[:, 100:104] += 70
+    got = topk.capture(logits, 4, (1.0, 2.0))[3]
+    exact = reference.capture(logits.double(), 4, (1.0, 2.0))[3]
+    assert (exact[:, 0] < -50).all()
+    assert torch.allclose(got.double(), exact, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("level", [640.0, -640.0])

@@ -34,8 +34,14 @@ class Flags(logits.Flags):
     spread: bool = False
 
     @property
+    def ahead(self) -> bool:
+        """Even tails need the registers."""
+        return not self.spread
+
+    @property
     def heavy(self) -> int:
-        return 2 if self.spread and self.teachers > 1 else super().heavy
+        dense = super().heavy
+        return 2 if self.spread and (self.teachers > 1 or dense) else dense
 
     @classmethod
     def of_targets(cls, options: RowOptions, labels: bool, parts: bool, grad: bool, extra: bool, spread: bool) -> Flags:

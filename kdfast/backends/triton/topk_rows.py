@@ -89,14 +89,18 @@ def _write_grad(
     # At T = 2 the softmax at 1 is the square of e below, times this.
     of_square = weights_1[0] * tl.exp2((m_u - m_h) * LOG2E + (2 * l_u - l_h))
     last = (tl.cdiv(vocab, TILE) - 1) * TILE
-    following = load_words(s_ptr, last, vocab, "evict_first", LANES, VEC, RAGGED)
+    if F.ahead:
+        following = load_words(s_ptr, last, vocab, "evict_first", LANES, VEC, RAGGED)
     for before in range(0, vocab, TILE):
         start = last - before
         columns = tile_columns(start, LANES, VEC, RAGGED)
-        x = from_words(following, LANES, VEC)
-        x = through_head(x, columns, vocab, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
-        end = tl.where(start > 0, vocab, 0)  # before the first tile there is nothing
-        following = load_words(s_ptr, tl.maximum(start - TILE, 0), end, "evict_first", LANES, VEC, RAGGED)
+        if F.ahead:
+            x = from_words(following, LANES, VEC)
+            x = through_head(x, columns, vocab, o.student_cap, o.student_scale, tl.constexpr(F.student_head))
+            end = tl.where(start > 0, vocab, 0)  # before the first tile there is nothing
+            following = load_words(s_ptr, tl.maximum(start - TILE, 0), end, "evict_first", LANES, VEC, RAGGED)
+        else:
+            x = load_student(s_ptr, columns, vocab, o, F, "evict_first")
         taken = marked(bits_ptr, start, columns, vocab, LANES, VEC, RAGGED)
         if F.spread and F.soft:
             even = _even_tile(x, (columns < vocab) & (taken == 0), top, l, told[5], told[6], o, F)
