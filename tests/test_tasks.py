@@ -431,8 +431,9 @@ def test_images_from_a_cache_and_what_does_not_belong_to_it(tokenizer: Path, tmp
     images, labels = pictures(90)
     write_idx(tmp_path / "images-idx3-ubyte", images)
     write_idx(tmp_path / "labels-idx1-ubyte", labels)
-    data = {"train": str(tmp_path), "validation_share": 0.3, "exclude_labels": [2], "excluded": "hide"}
-    teacher = run(values(None, tmp_path / "teacher", {**data, "exclude_labels": []}, "image_classification", **IMAGES))
+    whole = {"train": str(tmp_path), "validation_share": 0.3}
+    data = {**whole, "exclude_labels": [2], "excluded": "hide"}
+    teacher = run(values(None, tmp_path / "teacher", whole, "image_classification", **IMAGES))
     spec = {"function": f"{__name__}:load_classifier", "arguments": {"folder": str(teacher.model)}}
     method = {**WORD_KD, "temperature": 2.0}
     live = {**values(None, tmp_path / "live", data, "image_classification", **IMAGES), "method": method, "teacher": spec}
