@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,10 @@ def grow(tokenizer: Path, form: str, megabytes: int, after: int = 8) -> dict[str
     return found
 
 
-def capture(tokenizer: Path, form: str, megabytes: int, max_gb: float, every: float = 5.0) -> list[tuple[float, float, float]]:
+def capture(
+    tokenizer: Path, form: str, megabytes: int, max_gb: float, every: float = 5.0
+) -> Iterator[tuple[float, float, float]]:
     """(seconds, MiB resident, MB of the cache) of a `kdfast cache build` that `max_gb` stops, every so many seconds."""
-    curve: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data, teacher = generate(folder, form, megabytes), make_teacher(folder / "teacher", tokenizer)
@@ -98,11 +100,10 @@ def capture(tokenizer: Path, form: str, megabytes: int, max_gb: float, every: fl
             time.sleep(every)
             if process.poll() is None:
                 size = sum(file.stat().st_size for file in cache.glob("shard-*.safetensors"))
-                curve.append((round(time.monotonic() - began, 1), round(resident(process.pid), 1), round(size / 1e6, 1)))
+                yield time.monotonic() - began, resident(process.pid), size / 1e6
         print(process.communicate()[0].strip())
         if process.returncode:
             raise SystemExit(process.returncode)
-    return curve
 
 
 def make_teacher(folder: Path, tokenizer: Path) -> Path:
@@ -132,7 +133,7 @@ def main() -> None:
         read(args.tokenizer, args.read, args.megabytes, args.after)
     elif args.max_gb:
         for seconds, mib, megabytes in capture(Path(args.tokenizer), args.form, args.megabytes, args.max_gb):
-            print(f"{seconds:8.1f} s  {mib:8.1f} MiB  cache {megabytes:8.1f} MB")
+            print(f"{seconds:8.1f} s  {mib:8.1f} MiB  cache {megabytes:8.1f} MB", flush=True)
     else:
         found = grow(Path(args.tokenizer), args.form, args.megabytes, args.after)
         for megabytes, mib in found["curve"]:
