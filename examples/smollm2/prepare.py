@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import sys
 import sysconfig
 from pathlib import Path
@@ -42,13 +43,13 @@ def teacher(out: Path) -> Path:
 
 
 def text(out: Path) -> dict[str, int]:
-    """Folders of text files: `train`, `validation` and `test`, split by file."""
+    """Folders of text files, split by file: `train`, `validation`, `test`. Shuffled: a capture stopped early is of files of all kinds."""
     listed = list_files([sysconfig.get_path("stdlib")], "**/*.py", EXCLUDE, "the standard library")
     counts = {}
     for name, files in zip(("test", "validation", "train"), split_files(listed, [0.08, 0.05], seed=0), strict=True):
         folder = out / "text" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for number, file in enumerate(files):
+        for number, file in enumerate(random.Random(0).sample(files, len(files))):
             (folder / f"{number:04d}-{file.name}.txt").write_bytes(file.read_bytes())
         counts[name] = len(files)
     return counts
