@@ -110,3 +110,25 @@ def test_the_extension_knows_nothing_of_torch() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_file_is_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Files of the package that a file imports, inside functions too, but for the names of types alone."""
+    tree = ast.parse(path.read_text())
+    types = {id(n) for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+             for n in ast.walk(block)}  # fmt: skip
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in types:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import) and id(node) not in types:
+            names |= {alias.name for alias in node.names}
+    found = {ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names if name.startswith("kdfast.")}
+    return {file for file in found if file.exists()} - {path}
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    below = {path: imported_files(path) for path in FILES}
+    while leaves := [path for path, wanted in below.items() if not wanted]:
+        below = {path: wanted.difference(leaves) for path, wanted in below.items() if path not in leaves}
+    assert not below, f"a circle runs through {', '.join(sorted(str(p.relative_to(ROOT)) for p in below))}"

@@ -7,7 +7,7 @@ decodes both to the same floats.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,7 @@ from kdfast.cache.codec_math import (
     tail_mass,
 )  # fmt: skip
 from kdfast.cache.codec_python import Fault, Status
-
-if TYPE_CHECKING:
-    from kdfast.cache.codec import Layout
+from kdfast.options import CodecLayout as Layout
 
 _MASS_SLACK = 1e-2  # how far entries and tail may be from 1: half-precision teachers, not mistakes
 _TRIALS = 4

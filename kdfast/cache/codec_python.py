@@ -10,11 +10,11 @@ import ctypes
 import enum
 import math
 import operator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdfast.cache import record
+from kdfast.cache.codec_arrays import Collated, Index, Rows
 from kdfast.cache.codec_math import (
     BLOCK,
     PLACE_BITS,
@@ -32,9 +32,7 @@ from kdfast.cache.codec_math import (
     xxh64,
 )  # fmt: skip
 from kdfast.cache.format import CorruptCache
-
-if TYPE_CHECKING:
-    from kdfast.cache.codec import Collated, Index, Layout, Rows
+from kdfast.options import CodecLayout as Layout
 
 _F = np.float32
 

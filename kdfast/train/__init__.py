@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kdfast.models.view import Needs, View
 from kdfast.train.batch import Batch
-from kdfast.train.evaluate import Evaluation, evaluate
+from kdfast.train.evaluate import evaluate
 from kdfast.train.objective import Metric, Objective
+from kdfast.train.tasks.task import Evaluation
 
 if TYPE_CHECKING:
     from kdfast.train.class_cache import capture_classes

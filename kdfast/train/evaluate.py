@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.train.tasks.task import Evaluation
+
 if TYPE_CHECKING:
     from kdfast.train.data import Source
-
-
-class Evaluation(dict[str, Any]):
-    """Scores by name, which are attributes too; what they are is the task's affair (`ppl`, `nll`, `top1`, `tokens`)."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"evaluation: expected one of {', '.join(self)}, got {name!r}") from None
 
 
 @torch.no_grad()

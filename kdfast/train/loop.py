@@ -22,7 +22,7 @@ from kdfast.train.ahead import Ahead, Read
 from kdfast.train.alignment import align, check_vocabulary
 from kdfast.train.batch import Batch
 from kdfast.train.data import Order, PackedOrder, Source
-from kdfast.train.evaluate import Evaluation, evaluate
+from kdfast.train.evaluate import evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
 from kdfast.train.objective import Objective, Prepared, Setting
@@ -35,6 +35,7 @@ from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student, check_models
 from kdfast.train.summary import write_summary
 from kdfast.train.tasks.language import LanguageTask
+from kdfast.train.tasks.task import Evaluation
 from kdfast.train.teachers import LiveTeacher, Teacher
 from kdfast.train.unused import leaves_out
 

@@ -16,8 +16,8 @@ import yaml
 
 import kdfast
 from kdfast.files import write_json, write_text
-from kdfast.train.evaluate import Evaluation
 from kdfast.train.recipe import Recipe
+from kdfast.train.tasks.task import Evaluation
 
 #: Keys that change how a run is watched, not what it computes.
 _FREE = ("steps", "ahead", "alignment", "log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")

@@ -10,8 +10,8 @@ from torch import nn
 
 from kdfast.extras import need
 from kdfast.files import read_lines, write_json, written
-from kdfast.train.evaluate import Evaluation
 from kdfast.train.recipe import Recipe
+from kdfast.train.tasks.task import Evaluation
 
 #: Settings and clocks of a step, which say nothing of how well it went.
 _UNDRAWN = (

@@ -17,8 +17,7 @@ from kdfast.models.view import View
 from kdfast.strict import refuse_unused
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, hold_out
-from kdfast.train.evaluate import Evaluation
-from kdfast.train.tasks.task import Splits, Task
+from kdfast.train.tasks.task import Evaluation, Splits, Task
 
 
 @dataclass(frozen=True)

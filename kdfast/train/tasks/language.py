@@ -23,8 +23,7 @@ from kdfast.text.spec import TextData
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import SPLIT_SEED, Source, hold_out
 from kdfast.train.documents import Documents
-from kdfast.train.evaluate import Evaluation
-from kdfast.train.tasks.task import Splits, Task
+from kdfast.train.tasks.task import Evaluation, Splits, Task
 
 
 @dataclass(frozen=True)

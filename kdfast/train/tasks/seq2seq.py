@@ -15,9 +15,8 @@ from kdfast.models.generate import Decoding, end_ids, write
 from kdfast.strict import ranged
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.evaluate import Evaluation
 from kdfast.train.tasks.language import LanguageTask
-from kdfast.train.tasks.task import Splits
+from kdfast.train.tasks.task import Evaluation, Splits
 
 
 @dataclass(frozen=True)

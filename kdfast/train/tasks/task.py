@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from kdfast.models.view import View
 from kdfast.train.batch import Batch
 from kdfast.train.data import Source
-from kdfast.train.evaluate import Evaluation
 from kdfast.train.objective import NoOptions
 
 D = TypeVar("D")
@@ -20,6 +19,16 @@ D = TypeVar("D")
 class Splits(NamedTuple):
     train: Source | None
     validation: Source | None
+
+
+class Evaluation(dict[str, Any]):
+    """Scores by name, which are attributes too; what they are is the task's affair (`ppl`, `nll`, `top1`, `tokens`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"evaluation: expected one of {', '.join(self)}, got {name!r}") from None
 
 
 class Task(Generic[D]):

@@ -20,7 +20,6 @@ from kdfast.text.files import list_files
 from kdfast.text.rows import ROWS, Row, json_rows, parquet_rows
 from kdfast.text.specials import padding_id
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.evaluate import Evaluation
 from kdfast.train.tasks.classes import (
     ClassTask,
     check_share,
@@ -30,7 +29,7 @@ from kdfast.train.tasks.classes import (
     label_name,
     split,
 )
-from kdfast.train.tasks.task import Splits
+from kdfast.train.tasks.task import Evaluation, Splits
 
 
 class Sentence(NamedTuple):
