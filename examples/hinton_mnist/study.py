@@ -19,6 +19,7 @@ TEMPERATURES = (1, 2, 4, 8, 20)
 MEMBERS = 5
 MISSING = 3
 ALONE = ("method=supervised", "teacher=null")
+SHIFTED = "data.shift=2"
 #: Learning rate and weight decay, the same choice for the small net alone and distilled.
 GRID = [(3e-3, 0.01), (3e-3, 0.3), (1e-2, 0.01)]
 
@@ -76,9 +77,13 @@ def study_of(study: Study, seeds: Sequence[int] = SEEDS, temperatures: Sequence[
         best, best_score = (t, score) if score > best_score else (best, best_score)
     hot = f"method.temperature={best}"
 
-    # An ensemble of small nets in one of them
-    several = [study.run(recipe, f"member-{i}", f"seed={10 + i}", *ALONE, *alone_settings) for i in range(1, members + 1)]
-    row("ensemble", "its members", several)
+    # An ensemble of small nets in one of them, on images shifted anew in every epoch: on images that its members have learnt by
+    # heart an ensemble says what each of them says.
+    several = [
+        study.run(recipe, f"member-{i}", f"seed={10 + i}", *ALONE, SHIFTED, *alone_settings) for i in range(1, members + 1)
+    ]
+    single = row("ensemble", "one, from labels", students("single", *ALONE, SHIFTED, *alone_settings))
+    row("ensemble", "the members", several)
     models = [study.model(run) for run in several]
     scores = {}
     for part in ("validation", "test"):
@@ -87,8 +92,15 @@ def study_of(study: Study, seeds: Sequence[int] = SEEDS, temperatures: Sequence[
         scores[part] = float((together == said[0][1]).float().mean())
     study.row("ensemble", f"all {members} together", members * size(models[0]), [scores["validation"]], [scores["test"]])
     listed = ", ".join(f"{{function: 'networks:perceptron', weights: {run / 'model'}}}" for run in several)
-    runs = students("ensembled", "teacher=null", f"teachers=[{listed}]", hot, *settings_)
-    row("ensemble", f"one, distilled from all, T = {best}", runs, base, scores["test"])
+    taught_by_all = ("teacher=null", f"teachers=[{listed}]", SHIFTED, *settings_)
+
+    def score(t: int) -> float:
+        run = study.run(recipe, f"choose/ensembled-T{t}", "seed=0", *taught_by_all, f"method.temperature={t}")
+        return study.accuracy(run, "validation")
+
+    t = max(temperatures, key=score)
+    runs = students("ensembled", *taught_by_all, f"method.temperature={t}")
+    row("ensemble", f"one, distilled from all, T = {t}", runs, single, scores["test"])
 
     # A digit that no student sees
     hidden = f"data.exclude_labels=[{MISSING}]"

@@ -43,7 +43,10 @@ def teacher(out: Path) -> Path:
 
 
 def text(out: Path) -> dict[str, int]:
-    """Folders of text files, split by file: `train`, `validation`, `test`. Shuffled: a capture stopped early is of files of all kinds."""
+    """Folders of text files: `train`, `validation` and `test`, split by file.
+
+    In any order but the alphabet's: a capture that is stopped early is of files of all kinds.
+    """
     listed = list_files([sysconfig.get_path("stdlib")], "**/*.py", EXCLUDE, "the standard library")
     counts = {}
     for name, files in zip(("test", "validation", "train"), split_files(listed, [0.08, 0.05], seed=0), strict=True):
