@@ -67,7 +67,7 @@ def test_the_study_of_hinton(paths: None, digits: Path, tmp_path: Path) -> None:
     assert {name: len(source) for name, source in made.sources.items()} == PARTS
     table = study.study_of(made, seeds=(1, 2), temperatures=(2,), members=3, grid=[(1e-3, 0.01)])
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["group"] for row in rows] == ["T"] * 3 + ["ensemble"] * 3 + ["missing digit"] * 4
+    assert [row["group"] for row in rows] == ["T"] * 3 + ["ensemble"] * 4 + ["missing digit"] * 4
     assert table.count("\n") == 2 + len(rows)
     assert (tmp_path / "out" / "results.md").read_text() == table
     assert rows[2]["parameters"] == runs.size(made.model(tmp_path / "out" / "T2-1"))
