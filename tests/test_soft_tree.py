@@ -497,5 +497,5 @@ def test_a_tree_of_depth_six_reads_digits(tmp_path: Path) -> None:
     data = {"train": str(Path(os.environ["KDFAST_DATA"]) / "mnist_t10k"), "validation_share": 0.2, "mean": [0.1307],
             "std": [0.3081]}  # fmt: skip
     tree = {**TREE, "arguments": {"shape": [1, 28, 28], "classes": 10, "depth": 6}}
-    changes = {"data": data, "student": tree, "steps": 1000, "batch_size": 64, "optimizer": {"lr": 0.01, "weight_decay": 0.0}}
+    changes = {"data": data, "student": tree, "steps": 1000, "batch_size": 64, "optimizer": {"lr": 0.003, "weight_decay": 0.0}}
     assert run(values(tmp_path, tmp_path / "digits", **changes)).evaluation["accuracy"] > 0.8

@@ -19,7 +19,8 @@ TEMPERATURES = (1, 2, 4, 8, 20)
 MEMBERS = 5
 MISSING = 3
 ALONE = ("method=supervised", "teacher=null")
-SHIFTED = "data.shift=2"
+#: Images shifted anew in every epoch, three times as many steps.
+SHIFTED = ("data.shift=2", "steps=4200")
 #: Learning rate and weight decay, the same choice for the small net alone and distilled.
 GRID = [(3e-3, 0.01), (3e-3, 0.3), (1e-2, 0.01)]
 
@@ -80,9 +81,9 @@ def study_of(study: Study, seeds: Sequence[int] = SEEDS, temperatures: Sequence[
     # An ensemble of small nets in one of them, on images shifted anew in every epoch: on images that its members have learnt by
     # heart an ensemble says what each of them says.
     several = [
-        study.run(recipe, f"member-{i}", f"seed={10 + i}", *ALONE, SHIFTED, *alone_settings) for i in range(1, members + 1)
+        study.run(recipe, f"member-{i}", f"seed={10 + i}", *ALONE, *SHIFTED, *alone_settings) for i in range(1, members + 1)
     ]
-    single = row("ensemble", "one, from labels", students("single", *ALONE, SHIFTED, *alone_settings))
+    single = row("ensemble", "one, from labels", students("single", *ALONE, *SHIFTED, *alone_settings))
     row("ensemble", "the members", several)
     models = [study.model(run) for run in several]
     scores = {}
@@ -92,7 +93,7 @@ def study_of(study: Study, seeds: Sequence[int] = SEEDS, temperatures: Sequence[
         scores[part] = float((together == said[0][1]).float().mean())
     study.row("ensemble", f"all {members} together", members * size(models[0]), [scores["validation"]], [scores["test"]])
     listed = ", ".join(f"{{function: 'networks:perceptron', weights: {run / 'model'}}}" for run in several)
-    taught_by_all = ("teacher=null", f"teachers=[{listed}]", SHIFTED, *settings_)
+    taught_by_all = ("teacher=null", f"teachers=[{listed}]", *SHIFTED, *settings_)
 
     def score(t: int) -> float:
         run = study.run(recipe, f"choose/ensembled-T{t}", "seed=0", *taught_by_all, f"method.temperature={t}")

@@ -23,11 +23,10 @@ from mnist_runs import HERE as NETWORKS  # noqa: E402
 from mnist_runs import SEEDS, Study, size  # noqa: E402
 
 ALONE = ("method={name: soft_tree, hard_weight: 1}", "teacher=null")
-#: What is tried, in half the steps: two learning rates with the recipe's values, then two changes at the better rate.
-RATES = (["optimizer.lr=1e-2"], ["optimizer.lr=3e-2"])
+#: What is tried: three learning rates with the recipe's values, then two changes at the best rate.
+RATES = (["optimizer.lr=3e-4"], ["optimizer.lr=1e-3"], ["optimizer.lr=3e-3"])
 CHANGES_ALONE = (["method.penalty=0.03"], ["optimizer.weight_decay=0.3"])
 CHANGES_DISTILLED = (["method.temperature=4"], ["method.temperature=2", "method.soft_weight=0.5", "method.hard_weight=0.5"])
-SHORT = ("steps=1100",)
 
 
 def chosen(study: Study, name: str, rates: Sequence[list[str]], options: Sequence[list[str]], *changes: str) -> list[str]:
@@ -35,7 +34,7 @@ def chosen(study: Study, name: str, rates: Sequence[list[str]], options: Sequenc
 
     def score(tried: list[str]) -> float:
         label = "-".join(value.partition(".")[2] for value in tried)
-        run = study.run(HERE / "recipe.yaml", f"choose/{name}-{label}", "seed=0", *SHORT, *changes, *tried)
+        run = study.run(HERE / "recipe.yaml", f"choose/{name}-{label}", "seed=0", *changes, *tried)
         return study.accuracy(run, "validation")
 
     rate = max(rates, key=score)
