@@ -169,9 +169,9 @@ and {SPECIAL} special functions; 132 of them at 1.755 GHz. Bytes at the copy rat
 `topk_targets` does after its pass over a row.
 """
 _ERROR_HEAD = """The kernels of *before* on an H200, whose measurements are committed: nothing loaded ahead, both passes from
-the front. The range is from everything overlapping with the second pass in L2 to nothing overlapping with all of it from memory.
-Near 1 over the upper bound: the kernel neither overlapped its loads with its arithmetic nor found the row in L2 again. Above 1:
-something else cost more than both; attention waited for products of which it had none in flight.
+the front. The range is from everything overlapping with the second pass in L2 to nothing overlapping with all of it from
+memory. Near 1 over the upper bound: the kernel neither overlapped its loads with its arithmetic nor found the row in L2 again.
+Above 1: something else cost more than both; attention waited for products of which it had none in flight.
 """
 
 
