@@ -5,9 +5,10 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast import kd_loss, use_backend
+from kdfast import kd_loss, linear_kd_loss, use_backend
 from kdfast.backends.reference import linear as reference
 from kdfast.backends.triton import linear
 from kdfast.chunks import Chunking, Needs, Side
@@ -157,6 +158,32 @@ def test_float16_saturated_rows(device: str) -> None:
         torch.tensor([1.0, 1.99, 3e4, 0.1], device=device),
         options,
     )
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_heads_are_as_good_as_plain_ones(reduction: str, loss_scale: float, device: str) -> None:
+    """Through the public function, with what a gradient scaler, or the user's own reduction, sends back."""
+    student, teacher = side(6, 300, 32, torch.float16, device, True), side(6, 300, 48, torch.float16, device, False)
+    labels = torch.tensor([3, -100, 0, 299, 7, 8], device=device)
+    upstream = torch.tensor(1.0) if reduction == "mean" else torch.tensor([1.0, 5.0, 1e-3, 2.0, 0.3, 1e-5])
+    upstream = loss_scale * upstream.to(device) / 8
+
+    def run(dtype: torch.dtype, ours: bool) -> list[Tensor]:
+        hidden, weight, bias = (x.to(dtype).requires_grad_() for x in (student.hidden, student.weight, student.bias))
+        h_t, w_t = teacher.hidden.to(dtype), teacher.weight.to(dtype)
+        options = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7, "reduction": reduction}
+        if ours:
+            with use_backend("triton"):
+                loss = linear_kd_loss(hidden, weight, h_t, w_t, labels, student_bias=bias, workspace_mb=0.01, **options)
+        else:
+            with use_backend("reference"):
+                loss = kd_loss(F.linear(hidden, weight, bias), F.linear(h_t, w_t), labels, **options)
+        return list(torch.autograd.grad(loss, (hidden, weight, bias), upstream.to(loss.dtype)))
+
+    truth, eager = run(torch.float64, False), run(torch.float16, False)
+    for name, mine, theirs, true in zip(("hidden", "weight", "bias"), run(torch.float16, True), eager, truth, strict=True):
+        plain.assert_as_good(mine, theirs, true, torch.float16, name)
 
 
 @pytest.mark.parametrize("divergence", BOUNDED)
