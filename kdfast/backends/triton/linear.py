@@ -22,6 +22,7 @@ from kdfast.backends.triton.precision import tf32_products
 from kdfast.chunks import Chunking, Needs, RowKernel, Side, linear_rows
 from kdfast.options import RowOptions
 
+_HALVES = (torch.bfloat16, torch.float16)
 #: Rows of a weight gradient that are added at a time where the GEMM cannot add to float32 by itself.
 _SLAB = 8192
 #: Gradients in float16 are at most this: half its largest number, for rounding and targets a little above 1.
@@ -49,20 +50,19 @@ def _leaves_in_float32(device: torch.device, accumulate: bool, dtype: torch.dtyp
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b with float32 accumulation; `out` is float32."""
-    if a.dtype == b.dtype and a.dtype != torch.float32 and _leaves_in_float32(a.device, False, a.dtype):
+    halves = a.dtype in _HALVES and b.dtype in _HALVES
+    if halves and a.dtype == b.dtype and _leaves_in_float32(a.device, False, a.dtype):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
-    elif torch.float32 in (a.dtype, b.dtype):
+        return
+    with tf32_products() if halves else contextlib.nullcontext():
         torch.mm(a.float(), b.float(), out=out)
-    else:
-        with tf32_products():
-            torch.mm(a.float(), b.float(), out=out)
 
 
 def _add_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a @ b; `out` is float32."""
     if a.dtype == b.dtype == torch.float32:
         out.addmm_(a, b)
-    elif a.dtype == b.dtype and _leaves_in_float32(a.device, True, a.dtype):
+    elif a.dtype == b.dtype and a.dtype in _HALVES and _leaves_in_float32(a.device, True, a.dtype):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         room = out.new_empty(min(_SLAB, out.shape[0]), out.shape[1])
@@ -74,7 +74,7 @@ def _add_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def beside(operand: Tensor) -> contextlib.AbstractContextManager[None]:
     """For products of gradients with `operand`: TF32 beside a half. What float32 heads multiply in is the user's choice."""
-    return contextlib.nullcontext() if operand.dtype == torch.float32 else tf32_products()
+    return tf32_products() if operand.dtype in _HALVES else contextlib.nullcontext()
 
 
 class _Gemms:
