@@ -9,6 +9,7 @@ step       one step of kd_loss, for a profiler to look at from outside
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import platform
 import sys
 
@@ -31,10 +32,10 @@ def versions(device: str) -> None:
     if device == "cuda" and importlib.util.find_spec("triton"):
         from kdfast.backends.triton.linear import _leaves_in_float32
 
-        for accumulate in (False, True):
-            leaves = _leaves_in_float32(torch.device("cuda"), accumulate)
-            op = "addmm" if accumulate else "mm"
-            print(f"torch.{op}(out_dtype=float32) of bfloat16: {'there' if leaves else 'NOT there: the slow path is taken'}")
+        for accumulate, dtype in itertools.product((False, True), (torch.bfloat16, torch.float16)):
+            leaves = _leaves_in_float32(torch.device("cuda"), accumulate, dtype)
+            op, name = "addmm" if accumulate else "mm", str(dtype).removeprefix("torch.")
+            print(f"torch.{op}(out_dtype=float32) of {name}: {'there' if leaves else 'NOT there: the slow path is taken'}")
 
 
 def measure_all(dtypes: tuple[torch.dtype, ...], device: str) -> dict[torch.dtype, Limits]:

@@ -1,92 +1,33 @@
 """`kdfast bench issue`: how many instructions a column costs, from the machine code, and what that allows; no GPU needed.
 
 Each row kernel is compiled for sm_90 and its loops over columns are counted: instructions, those of the integer and compare
-pipe, and special functions (exp2). Over the card's rates they bound the time from below, as its bytes do. A kernel that needs
-more instructions a column than docs/gpu.md says fails the check.
+pipe, and special functions (exp2); of attention those over tiles of scores, with their products. Over the card's rates they
+bound the time from below, as its bytes do. A kernel that needs more a column than docs/gpu.md says fails the check.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
 import importlib.util
-import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from kdfast.files import write_text
 
-from .aot import _cuobjdump
-from .aot_cases import Case, cases
+from . import issue_model as model
+from .issue_counts import Count, count, count_scores, counts_csv, gram_launches, read_counts, row_case, score_cases
+from .issue_model import ALU, H100, H200, ISSUE, RESULTS, SPECIAL, Row
+from .issue_targets import attention_times, linear_before, targets
 
-RESULTS = Path(__file__).parent / "results"
-COUNTS, FIRST, MEASURED = RESULTS / "issue.csv", RESULTS / "issue-first.csv", RESULTS / "nvidia-h200-2026-11-27.csv"
+COUNTS, FIRST = RESULTS / "issue.csv", RESULTS / "issue-first.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 #: How far a count may lie above the committed one: what another ptxas makes of the same kernel.
 SLACK = 1.03
-
-
-_PER_COLUMN = ("instructions", "alu", "special")
-
-
-@dataclass(frozen=True)
-class Card:
-    """Rates of a card: bytes and FLOPs (bfloat16 products) a second measured by `kdfast bench gpu`, the rest from its sheet."""
-
-    name: str
-    bandwidth: float
-    products: float
-    processors: int = 132
-    clock: float = 1.755e9
-
-    def per_second(self, lanes: int) -> float:
-        return lanes * self.processors * self.clock
-
-
-H100, H200 = Card("H100", 3.0e12, 798e12), Card("H200", 4.278e12, 796e12)
-#: Lanes a clock and multiprocessor: any instruction; integers, compares, selects, moves of bytes; special functions.
-ISSUE, ALU, SPECIAL = 128, 64, 16
-_ALU_OPS = re.compile(r"(FMNMX|FSEL|FSETP|SEL|ISETP|PLOP3|LOP3|SHF|PRMT|IADD3|VIADD|VIMNMX|LEA|F2FP|MOV|POPC|HMNMX2|HSETP2)\b")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One public call at one shape: the kernel behind it, and what has to move.
-
-    Args:
-        case: label of `aot_cases`.
-        columns: of all rows together (scores for attention).
-        moved: bytes that must move, read or written once. again: those a second pass reads once more, where L2 has lost them.
-        per_column: bytes of a column that one pass loads.
-        measured: (op, shape) in the committed measurements.
-        reach: share of the floor this kernel is meant to come to.
-    """
-
-    name: str
-    kernel: str
-    case: str
-    columns: int
-    moved: int
-    again: int
-    per_column: int
-    measured: tuple[str, str, str]
-    reach: float
-    flops: int = 0
-
-
-@dataclass(frozen=True)
-class Count:
-    """Per column, all loops together."""
-
-    instructions: float
-    alu: float
-    special: float
-    registers: int
-    loops: int
+_PER_COLUMN = ("instructions", "alu", "special", "products")
+_ATTENTION = {f"attention_{kind} bf16 B=2 H=4 L=4096 D=64": kind for kind in ("scores", "probs", "kl")}
 
 
 def rows() -> Iterator[Row]:
@@ -97,9 +38,9 @@ def rows() -> Iterator[Row]:
                   2 * v * half, 4, ("logits", "bfloat16", f"N={n} V={vocab}"), reach)  # fmt: skip
     v = n * 128256
     yield Row(f"kd_loss bf16 T=3 {n} x 128256", "logits_rows.forward_kernel", "bf16 V=151936 hard", v, 3 * v * half,
-              2 * v * half, 4, ("", "", ""), 0.65)  # fmt: skip
+              2 * v * half, 4, reach=0.65)  # fmt: skip
     yield Row(f"kd_loss fp32 T=2 {n} x 128256", "logits_rows.forward_kernel", "fp32 V=151936 hard T=2", v, 3 * v * 4,
-              2 * v * 4, 8, ("", "", ""), 0.65)  # fmt: skip
+              2 * v * 4, 8, reach=0.65)  # fmt: skip
     v = n * 151936
     yield Row(f"topk_kd_loss bf16 {n} x 151936 k=64", "topk_rows.forward_kernel", "bf16 V=151936 k=64 hard T=2", v,
               2 * v * half, v * half, 2, ("topk", "bfloat16", f"N={n} V=151936 k=64"), 0.75)  # fmt: skip
@@ -107,6 +48,11 @@ def rows() -> Iterator[Row]:
     v = n * 128256
     yield Row(f"scale bf16 {n} x 128256", "scale.scale_kernel", "bf16", v, 2 * v * half, 0, 2,
               ("scale", "bfloat16", f"N={n} V=128256"), 0.9)  # fmt: skip
+    n, v = 8192, 8192 * 128256
+    for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        size = dtype.itemsize
+        yield Row(f"linear rows {short} {n} x 128256 T=2", "logits_rows.forward_kernel", f"{short} V=151936 hard T=2", v,
+                  v * (2 * size + half), 2 * v * size, 2 * size, rows=n, pointers=(("grad", torch.bfloat16),))  # fmt: skip
 
 
 def capture_rows(n: int, vocab: int) -> Iterator[Row]:
@@ -116,192 +62,125 @@ def capture_rows(n: int, vocab: int) -> Iterator[Row]:
               2 * v, 0, 2, measured, 0.6)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Loop:
-    """Innermost loop over a row: its instructions, one string each."""
-
-    first: int
-    body: tuple[str, ...]
-
-    @property
-    def loaded_bits(self) -> int:
-        """Of rows: those are the loads that say how long L2 should keep them."""
-        bits = 0
-        for op in self.body:
-            if re.match(r"LDG\S*\.E[FL]\b", op):
-                width = re.search(r"\.(128|64|[US]16|[US]8)\b", op)
-                bits += int(width.group(1).lstrip("US")) if width else 32
-        return bits
-
-
-def loops(sass: str) -> list[Loop]:
-    """Loops over columns: bodies of backward branches that load from memory and hold no such loop themselves."""
-    ops: list[tuple[int, str]] = []
-    for line in sass.splitlines():
-        found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);", line)
-        if found:
-            ops.append((int(found.group(1), 16), found.group(2) + found.group(3)))
-    spans = []
-    for at, op in ops:
-        target = re.match(r"BRA\s+(?:!?U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))", op)
-        if target and target.group(1) and int(target.group(1), 16) < at:
-            spans.append((int(target.group(1), 16), at))
-    skipped = [  # what a branch steps over inside a loop: the label's tile, a repeated id
-        (at + 16, int(target.group(1), 16) - 16)
-        for at, op in ops if (target := re.match(r"BRA\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)", op)) and int(target.group(1), 16) > at
-    ]  # fmt: skip
-    found_loops = [Loop(a, tuple(op for at, op in ops if a <= at <= b and not _within(at, skipped, a, b))) for a, b in spans]
-    found_loops = [loop for loop in found_loops if loop.loaded_bits]
-    ends = dict(spans)
-    return [
-        loop for loop in found_loops
-        if not any(o is not loop and loop.first <= o.first and ends[o.first] <= ends[loop.first] for o in found_loops)
-    ]  # fmt: skip
-
-
-def _within(at: int, spans: Sequence[tuple[int, int]], first: int, last: int) -> bool:
-    """Whether an address lies in one of the spans that lie in a loop."""
-    return any(first <= a and b <= last and a <= at <= b for a, b in spans)
-
-
-def count(case: Case, per_column: int) -> Count:
-    """Compiles a case for sm_90 and counts its loops over columns."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(case.kernel, case.signature(), case.constants, case.hints())
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(case.options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    total = [0.0, 0.0, 0.0]
-    passes = 0
-    before = (0, 0.0)
-    for loop in loops(sass):
-        columns = max(1, round(loop.loaded_bits / (8 * per_column)))
-        special = sum(op.startswith("MUFU") for op in loop.body) / columns
-        if before[0] > columns and abs(special - before[1]) < 0.3 * max(special, 0.1):
-            continue  # what an unrolled loop leaves over
-        before = (columns, special)
-        passes += 1
-        alu = sum(bool(_ALU_OPS.match(op)) for op in loop.body)
-        total = [a + b for a, b in zip(total, (len(loop.body) / columns, alu / columns, special), strict=True)]
-    return Count(*(round(x, 2) for x in total), int(registers.group(1)) if registers else 0, passes)
-
-
-def milliseconds(row: Row, found: Count, card: Card) -> dict[str, float]:
-    """Lower bounds of a call's time by what limits it."""
-    return {
-        "bytes": row.moved / card.bandwidth * 1e3,
-        "bytes, second pass from memory": (row.moved + row.again) / card.bandwidth * 1e3,
-        "issue": found.instructions * row.columns / card.per_second(ISSUE) * 1e3,
-        "alu": found.alu * row.columns / card.per_second(ALU) * 1e3,
-        "special": found.special * row.columns / card.per_second(SPECIAL) * 1e3,
-        "products": row.flops / card.products * 1e3,
-    }
-
-
-def predicted(row: Row, found: Count, card: Card) -> tuple[float, float]:
-    """(all of it overlapping and the second pass in L2; none of it overlapping and the second pass from memory), in ms."""
-    ms = milliseconds(row, found, card)
-    work = max(ms["issue"], ms["alu"], ms["special"])
-    return max(ms["bytes"], work, ms["products"]), ms["bytes, second pass from memory"] + work + ms["products"]
-
-
-def measure(wanted: Callable[[Row], bool]) -> Iterator[tuple[Row, Count]]:
-    by_label = {(f"{c.kernel.__module__.rsplit('.', 1)[-1]}.{c.kernel.__name__}", c.label): c for c in cases()}
+def measure(wanted: Callable[[str], bool]) -> Iterator[tuple[str, Count]]:
     for row in rows():
-        if wanted(row):
-            yield row, count(by_label[row.kernel, row.case], row.per_column)
+        if wanted(row.name):
+            yield row.name, count(row_case(row.kernel, row.case, **dict(row.pointers)), row.per_column)
+    for name, kind in _ATTENTION.items():
+        if wanted(name) and kind == "scores":
+            yield name, Count(0, 0, 0, 0, gram_launches())
+        elif wanted(name):
+            yield name, count_scores(score_cases(kind))
 
 
-def read_counts(path: Path) -> dict[str, Count]:
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {
-            r["row"]: Count(
-                float(r["instructions"]), float(r["alu"]), float(r["special"]), int(r["registers"]), int(r["loops"])
-            )
-            for r in csv.DictReader(file)
-        }
+def calls() -> list[str]:
+    """Names of all that is counted."""
+    return [*(row.name for row in rows()), *_ATTENTION]
 
 
-def _csv(found: dict[str, Count]) -> str:
-    names = [f.name for f in dataclasses.fields(Count)]
-    lines = [",".join(["row", *names])]
-    lines += [",".join([f'"{row}"', *(f"{getattr(c, name):g}" for name in names)]) for row, c in found.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _measured() -> dict[tuple[str, str, str], float]:
-    with MEASURED.open(newline="") as file:
-        return {
-            (r["op"], r["dtype"], r["shape"]): float(r["median_ms"])
-            for r in csv.DictReader(file) if r["contestant"] == "kdfast" and r["median_ms"]
-        }  # fmt: skip
+def _table(*heads: str) -> list[str]:
+    return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
 
 
 def page(now: dict[str, Count], first: dict[str, Count]) -> str:
     """docs/gpu.md."""
-    measured = _measured()
-    lines = [_HEAD, "## Counts", "", _COUNTS_HEAD]
-    lines.append("| call | instructions a column | integer, compare | special functions | registers | before |")
-    lines.append("|---|---|---|---|---|---|")
-    for row in rows():
-        c, b = now[row.name], first.get(row.name)
-        before = "" if b is None else f"{b.instructions:.1f}, {b.alu:.1f}, {b.special:.2f}"
-        lines.append(f"| `{row.name}` | {c.instructions:.1f} | {c.alu:.1f} | {c.special:.2f} | {c.registers} | {before} |")
+    lines = [_HEAD, "## Aims", "", _AIMS_HEAD]
+    lines += _table("call", "meant to reach", "before, H200", "predicted, H100", "predicted, H200", "by the model")
+    lines += ["| " + " | ".join(target.cells()) + " |" for target in targets(list(rows()), now, first)]
+    lines += ["", "## Counts", "", _COUNTS_HEAD]
+    lines += _table("call", "instructions", "integer, compare", "special functions", "products", "registers", "before")
+    for name in calls():
+        c, b = now[name], first.get(name)
+        if c.instructions == 0 and c.loops:
+            lines.append(f"| `{name}` | {c.loops} launches | | | | | {b.loops if b else ''} launches |")
+            continue
+        was = "" if b is None or not b.instructions else f"{b.instructions:.1f}, {b.alu:.1f}, {b.special:.2f}"
+        products = f"{c.products:.0f}" if c.products else ""
+        lines.append(
+            f"| `{name}` | {c.instructions:.1f} | {c.alu:.1f} | {c.special:.2f} | {products} | {c.registers} | {was} |"
+        )
     lines += ["", "## What they allow", "", _TIMES_HEAD]
-    lines.append("| call | card | bytes | issue | special | predicted ms | share of the floor | meant to reach |")
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines += _table("call", "card", "bytes", "with the second pass", "issue", "integer", "special", "ahead", "predicted ms")
     for row in rows():
         for card in (H100, H200):
-            ms = milliseconds(row, now[row.name], card)
-            low, high = predicted(row, now[row.name], card)
-            floor = max(ms["bytes"], ms["products"])
+            c = now[row.name]
+            low, high = model.predicted(row, c, card)
+            pipes = model.work(row.columns, c, card)
+            again = model.bytes_ms(row, model.kept(row, c, card, card.l2 / 2), card)
+            ahead = min(1.0, c.ahead * c.programs / card.to_be_ahead)
             lines.append(
-                f"| `{row.name}` | {card.name} | {ms['bytes']:.2f} | {ms['issue']:.2f} | {ms['special']:.2f} "
-                f"| {low:.2f} - {high:.2f} | {floor / high:.2f} - {floor / low:.2f} | {row.reach:g} |"
+                f"| `{row.name}` | {card.name} | {model.bytes_ms(row, 1, card):.2f} | {again:.2f} | {pipes['issue']:.2f} "
+                f"| {pipes['alu']:.2f} | {pipes['special']:.2f} | {ahead:.2f} | {low:.2f} - {high:.2f} |"
             )
     lines += ["", "## How far off the model is", "", _ERROR_HEAD]
-    lines.append("| call | predicted ms | measured ms | measured over the lower | over the upper |")
-    lines.append("|---|---|---|---|---|")
-    for row in rows():
-        if row.measured in measured and row.name in first:
-            low, high = predicted(row, first[row.name], H200)
-            was = measured[row.measured]
-            lines.append(f"| `{row.name}` | {low:.2f} - {high:.2f} | {was:.2f} | {was / low:.2f} | {was / high:.2f} |")
+    lines += _table("call", "predicted ms", "measured ms", "measured over the lower", "over the upper")
+    for name, (low, high), ms in _known(first):
+        lines.append(f"| `{name}` | {low:.2f} - {high:.2f} | {ms:.2f} | {ms / low:.2f} | {ms / high:.2f} |")
     return "\n".join(lines) + "\n"
 
 
-_HEAD = """# What the row kernels cost a GPU, counted
+def _known(first: dict[str, Count]) -> Iterator[tuple[str, tuple[float, float], float]]:
+    """Calls whose kernels of before were measured, with what the model says of those."""
+    ours = model.measured()
+    for row in rows():
+        if row.measured in ours and row.name in first:
+            yield row.name, model.before(row, first[row.name], H200), ours[row.measured]
+    linear = ("linear", "bfloat16", "N=8192 V=128256 Ds=2048 Dt=4096")
+    yield "linear_kd_loss bf16, fp32 logits", linear_before(first, list(rows())), ours[linear]
+    for name, kind in _ATTENTION.items():
+        if kind != "scores":
+            yield name, attention_times(first[name], H200), ours[f"attention_{kind}", "bfloat16", "B=2 H=4 L=4096 D=64"]
 
-Written by `kdfast bench issue --write`; `kdfast bench issue --check` fails where a kernel has come to need more. Nothing here
-is a measurement but the third column of the last table: those are in [performance.md](performance.md).
+
+_HEAD = """# What the kernels cost a GPU, counted
+
+Written by `kdfast bench issue --write`; `kdfast bench issue --check` fails where a kernel has come to need more. What is
+marked as measured was, on an H200 with kernels from before these (committed in `bench/results`;
+[performance.md](performance.md) has them beside their peers). Everything else is predicted: no kernel as it stands now has been
+timed.
 """
-_COUNTS_HEAD = """Machine code for sm_90 as the pinned Triton makes it: the loops over columns, all passes of a row
-together, per column. What a branch steps over in such a loop (the tile that holds the label) is not counted. *Before*: the
-first three counts of the kernels that the H200 measured; those of `topk_targets` are of its selection alone, without the shared
-atomics of its histograms and the passes for sums.
+_AIMS_HEAD = """Of a floor: the time that the bytes that must move take at the copy rate, or the products at the product rate;
+or as many times as fast as plain PyTorch. The range is of what L2 keeps between two passes, half of its 50 MB (each of its
+halves may keep a copy of what the other fetched) or all of it, and for attention of whether products and arithmetic overlap.
+The last column: *reached* by the lower end; *bound* where no kernel of this form can, with the arithmetic; *short* where it
+does not and nothing found here forbids it.
+"""
+_COUNTS_HEAD = """Machine code for sm_90 as the pinned Triton makes it: the loops over columns, all passes of a row together,
+per column; for attention the loops over tiles, forward and backward, per score, no mask. What a branch steps over in a row's
+loop (the tile that holds the label) is not counted. *Products*: FLOPs on tensor cores, in those of bfloat16 warpgroup products
+(TF32 takes twice as long, a product of a single warp 1.6 times). *Before*: the first three counts of the kernels that the H200
+measured; those of `topk_targets` are of its selection alone, without the shared atomics of its histograms and the passes for
+sums. `linear rows` are those behind `linear_kd_loss`, whose gradients leave in bfloat16.
 """
 _TIMES_HEAD = f"""Milliseconds. A multiprocessor issues {ISSUE} lanes a clock, {ALU} of them integers, compares and selects,
-and {SPECIAL} special functions; 132 of them at 1.755 GHz. Bytes at the copy rate (H100 3.0 TB/s, H200 4.28 TB/s). *Predicted*
-is a range: from the largest of these alone, when everything overlaps and the second pass over a row finds it in L2, to their
-sum with the second pass from memory. Reductions between passes, launches and the end of the grid are not in it, nor is what
+and {SPECIAL} special functions; 132 of them at 1.755 GHz. Bytes at the copy rate (H100 3.0 TB/s, H200 4.28 TB/s).
+
+- *With the second pass*: a program holds a row of each side between its passes, and 132 or 264 programs run at once. Were the
+  second pass to begin where the first did, rows of 128256 (68 MB together) would all be gone from L2, and 3 of 5 tensors,
+  0.60 of the bytes, would be the most. It walks a row from its end and finds what was read last: 25 of 68 MB with half of L2,
+  4.3 tensors. Rows of 32000 (34 MB) come to 3.5 tensors, or to 3.
+- *Ahead*: bytes on their way while the tile before is worked on, over what a multiprocessor needs for its share of the
+  bandwidth at 0.8 us from a load to its value (Little's law; the 0.8 us are assumed). At 1 memory and arithmetic overlap and
+  the larger counts; below, that share of the smaller is hidden.
+- What a row costs beside its columns (reductions over a block, first loads) is what a straight line through the measured times
+  over vocabularies leaves: {132e3 * model.row_cost():.1f} us a row and multiprocessor; a second program hides it.
+
+*Predicted*: with all of L2 for rows - with half of it. Launches and the end of the grid are not in it, nor is what
 `topk_targets` does after its pass over a row.
 """
-_ERROR_HEAD = """The kernels of *before* on an H200, whose measurements are committed. Near 1 over the upper bound: the kernel
-neither overlapped its loads with its arithmetic nor found the row in L2 again. Above 1: something else cost more than both.
+_ERROR_HEAD = """The kernels of *before* on an H200, whose measurements are committed: nothing loaded ahead, both passes from
+the front. The range is from everything overlapping with the second pass in L2 to nothing overlapping with all of it from
+memory. Near 1 over the upper bound: the kernel neither overlapped its loads with its arithmetic nor found the row in L2 again.
+Above 1: something else cost more than both; attention waited for products of which it had none in flight.
 """
 
 
 def _worse(now: Count, committed: Count) -> list[str]:
     pairs = [(name, getattr(now, name), getattr(committed, name)) for name in _PER_COLUMN]
-    return [f"{name} {a:g} a column, committed {b:g}" for name, a, b in pairs if a > SLACK * b + 0.05]
+    worse = [f"{name} {a:g} a column, committed {b:g}" for name, a, b in pairs if a > SLACK * b + 0.05]
+    if not committed.instructions and now.loops > committed.loops:
+        worse.append(f"{now.loops} launches, committed {committed.loops}")
+    return worse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -321,18 +200,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     committed, failed = read_counts(COUNTS), 0
     quick = ("kd_loss bf16 T=2 4096 x 128256", "topk")
     now = {}
-    for row, found in measure(lambda r: options.row in r.name and (not options.quick or r.name.startswith(quick))):
-        now[row.name] = found
-        low, high = predicted(row, found, H200)
-        worse = _worse(found, committed[row.name]) if options.check and row.name in committed else []
+    by_name = {row.name: row for row in rows()}
+    for name, found in measure(lambda name: options.row in name and (not options.quick or name.startswith(quick))):
+        now[name] = found
+        low, high = model.predicted(by_name[name], found, H200) if name in by_name else attention_times(found, H200)
+        worse = _worse(found, committed[name]) if options.check and name in committed else []
         failed += bool(worse)
         print(
-            f"{row.name:50} {found.instructions:6.1f} instructions, {found.alu:5.1f} alu, {found.special:5.2f} special, "
-            f"{found.loops} passes, {found.registers} registers; H200 {low:.2f} - {high:.2f} ms  {'; '.join(worse)}",
+            f"{name:50} {found.instructions:6.1f} instructions, {found.alu:5.1f} alu, {found.special:5.2f} special, "
+            f"{found.products:5.0f} products, {found.loops} loops, {found.registers} registers; "
+            f"H200 {low:.2f} - {high:.2f} ms  {'; '.join(worse)}",
             flush=True,
         )  # fmt: skip
     if options.write:
         counts = committed | now
-        write_text(COUNTS, _csv({row.name: counts[row.name] for row in rows()}))
+        write_text(COUNTS, counts_csv({name: counts[name] for name in calls()}))
         write_text(PAGE, page(counts, read_counts(FIRST)))
     return 1 if failed else 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 
-from .stand_in import INDEXED, WAITS
+from .stand_in import INDEXED, WAITS, replaced
 
 _PACKAGE = Path(kdfast.__file__).parent
 #: Where a wait of the host has no branch for CPUs to stand in.
 _NEVER = (str(_PACKAGE / "backends" / "triton"), str(_PACKAGE / "logit_grams.py"), str(_PACKAGE / "head_grams.py"))
 
+_FROZEN = operator.attrgetter("__dataclass_params__.frozen")
 #: Blocks along x, y and z of a CUDA grid.
 LARGEST_GRID = ((1 << 31) - 1, 65535, 65535)
 
@@ -31,7 +33,7 @@ def refused(name: str, value: Any) -> str:
         return ""
     if isinstance(value, tuple):
         return next((why for i, x in enumerate(value) if (why := refused(f"{name}[{i}]", x))), "")
-    if dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if dataclasses.is_dataclass(value) and _FROZEN(value):
         return ""  # a constant of flags
     if type(value).__name__ in ("constexpr", "dtype"):
         return ""
@@ -62,6 +64,36 @@ class NoWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _refusing(what: str, call: Callable[..., Any], waits: Callable[..., bool]) -> Callable[..., Any]:
+    """A way to a tensor's values, or to a copy of the host's, that torch's dispatcher does not see."""
+
+    def refused(*args: Any, **options: Any) -> Any:
+        if waits(*args, **options) and (line := _asking()):
+            raise RuntimeError(f"{line}: {what} would make the host wait for the device")
+        return call(*args, **options)
+
+    return refused
+
+
+@contextlib.contextmanager
+def no_waits() -> Iterator[None]:
+    """Within the block `NoWaits`, and what goes around torch's dispatcher: lists and arrays of a tensor's values, tensors of
+    the host's numbers for a device.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("tolist", "numpy"):
+            call = getattr(torch.Tensor, name)
+            stack.enter_context(replaced(torch.Tensor, **{name: _refusing(f"Tensor.{name}", call, lambda *_, **__: True)}))
+        for name in ("tensor", "as_tensor"):
+            call = getattr(torch, name)
+            told = _refusing(f"torch.{name}", call, lambda *_, device=None, **__: device is not None)
+            stack.enter_context(replaced(torch, **{name: told}))
+        new = _refusing("Tensor.new_tensor", torch.Tensor.new_tensor, lambda *_, **__: True)
+        stack.enter_context(replaced(torch.Tensor, new_tensor=new))
+        stack.enter_context(NoWaits())
+        yield
+
+
 def _asking() -> str:
     """The innermost line of kdfast, where that is one that must not ask; "" within a kernel."""
     frame: FrameType | None = sys._getframe(2)
@@ -77,7 +109,7 @@ def _asking() -> str:
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Within the block launches of the interpreter are held to the same rules, and the host code around them to `NoWaits`.
+    """Within the block launches of the interpreter are held to the same rules, and the host code around them to `no_waits`.
 
     Raises:
         TypeError, ValueError, RuntimeError: from the launch, or the line that waits.
@@ -90,14 +122,14 @@ def interpreted() -> Iterator[None]:
         why = arguments(self.arg_names, args, options)
         if why:
             raise TypeError(f"{self.fn.__name__}: {why}")
-        blocks = (self.grid,) if isinstance(self.grid, int) else self.grid
-        if not callable(blocks) and (why := grid(tuple(blocks))):
+        blocks = self.grid(dict(zip(self.arg_names, args, strict=False)) | options) if callable(self.grid) else self.grid
+        if why := grid((blocks,) if isinstance(blocks, int) else tuple(blocks)):
             raise ValueError(f"{self.fn.__name__}: {why}")
         return call(self, *args, **options)
 
     GridExecutor.__call__ = checked
     try:
-        with NoWaits():
+        with no_waits():
             yield
     finally:
         GridExecutor.__call__ = call

@@ -46,14 +46,14 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=held.device
         )
         self.held = held
         return self
 
-    device = property(lambda self: DEVICE)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: DEVICE)
+    is_cuda = property(lambda self: True)
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
@@ -86,7 +86,7 @@ class OnDevice(Tensor):
         return _host_to(self, dtype=dtype or self.dtype, copy=options.get("copy", False))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
 
@@ -94,7 +94,7 @@ _HostGenerator = torch.Generator
 
 
 class _Generator(_HostGenerator):
-    device = DEVICE  # type: ignore[assignment]
+    device = DEVICE
 
     def __new__(cls, device: Any = "cpu") -> Any:
         return super().__new__(cls) if torch.device(device).type == "cuda" else _HostGenerator(device)

@@ -119,10 +119,14 @@ def _cluster(size: Size, device: str) -> list[Job]:
 def _linear(size: Size, device: str) -> list[Job]:
     # bfloat16 logits beside ours: those are what Liger has.
     peers = functools.partial(linear_peers, device, compiled=size.compiled, half=size.dtypes[0] == torch.bfloat16)
-    return [
+    jobs = [
         Job(linear.contestants(size.linear_rows, *dims, size.dtypes[0], device, peers()), 40 if i == 0 else 30)
         for i, dims in enumerate(size.dims)
     ]
+    if size.dtypes[0] == torch.bfloat16:  # what float16 costs beside it: the products alone, and ours
+        few = [p for p in linear_peers(device, compiled=False) if p.name in ("kdfast", "four GEMMs alone")]
+        jobs.insert(1, Job(linear.contestants(size.linear_rows, *size.dims[0], torch.float16, device, few), 8))
+    return jobs
 
 
 def _attention(size: Size, device: str) -> list[Job]:

@@ -169,11 +169,13 @@ class _Room:
         waits = need_grad and grad_dtype != dtype
         vocabs = [side.vocab for side in (student, *teachers)]
         budget = workspace_bytes(chunking.workspace_mb, device)
-        grad_bytes = student.vocab * grad_dtype.itemsize if waits else 0
+        in_place = not waits or grad_dtype.itemsize == dtype.itemsize
+        grad_bytes = 0 if in_place else student.vocab * grad_dtype.itemsize
         self.rows, self.batch = cut(n, sum(vocabs) * dtype.itemsize, grad_bytes, budget)
         self.logits = [memory.empty((self.rows, vocab), dtype=dtype, device=device) for vocab in vocabs]
-        wait_shape = (self.batch, student.vocab)
-        self.grads = memory.empty(wait_shape, dtype=grad_dtype, device=device) if waits else self.logits[0]
+        self.grads = self.logits[0].view(grad_dtype if waits else dtype)
+        if not in_place:
+            self.grads = memory.empty((self.batch, student.vocab), dtype=grad_dtype, device=device)
 
 
 def linear_rows(
@@ -188,6 +190,7 @@ def linear_rows(
     need_parts: bool,
     needs: Needs,
     row_inputs: Sequence[Tensor] = (),
+    units: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, parts and the gradients of hidden, weight and bias, chunk by chunk.
 
@@ -195,6 +198,8 @@ def linear_rows(
         kernel: `forward` of the `logits` kernel on this device, or of one that compares with other things than logits.
         gemms: the products on this device.
         row_inputs: tensors `[N, ...]` whose rows the kernel gets after the teachers' logits.
+        units: `[N]` powers of two, None for 1: what the gradients of a row's logits are written in, where the dtype they are
+            written in has no range for them as they are.
     """
     n, device, index = student.hidden.shape[0], student.hidden.device, chunking.row_index
     computed = n if index is None else index.numel()
@@ -208,7 +213,11 @@ def linear_rows(
         grad_weight.zero_(), grad_bias.zero_()
         return loss, parts, grad_hidden, grad_weight, grad_bias
     room = _Room(gemms, student, teachers, computed, chunking, needs.any)
-    waiting = 0
+    waiting, relative = 0, None
+    if units is not None:
+        largest = units.max()
+        # What one row's unit is of the largest enters through the hidden states: products sum over rows of all units.
+        scale, relative = scale / units, (units / largest).to(student.hidden.dtype)[:, None]
     for begin in range(0, computed, room.rows):
         end = min(begin + room.rows, computed)
         rows = chunking.select(begin, end)
@@ -231,13 +240,22 @@ def linear_rows(
         if waiting == room.batch or end == computed:
             first = end - waiting
             batch, accumulate = room.grads[:waiting], first > 0
+            some = chunking.select(first, end)
             if needs.weight:
-                some = chunking.select(first, end)
-                gemms.grad_weight(batch, without_ignored(student.hidden[some], scale[some]), grad_weight, accumulate)
-            if needs.bias:
+                counted = without_ignored(student.hidden[some], scale[some])
+                counted = counted if relative is None else counted * relative[some]
+                gemms.grad_weight(batch, counted, grad_weight, accumulate)
+            if needs.bias and relative is not None:
+                gemms.grad_weight(batch, relative[some], grad_bias[:, None], accumulate)
+            elif needs.bias:
                 sums = batch.sum(0, dtype=grad_bias.dtype)
                 grad_bias.add_(sums) if accumulate else grad_bias.copy_(sums)
             waiting = 0
+    if units is not None:
+        loss *= units
+        for grad, unit in ((grad_hidden, units[:, None]), (grad_weight, largest), (grad_bias, largest)):
+            if grad.numel():
+                grad *= unit
     return loss, parts, grad_hidden, grad_weight, grad_bias
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import kdfast
+from bench import launch_lint
 from kdfast import Head, linear_topk_kd_loss, topk_kd_loss, topk_targets, use_backend
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -163,6 +166,28 @@ def check_errors() -> None:
         topk_targets(torch.randn(4, 5), 11, tp_group=group)
 
 
+def check_no_wait() -> None:
+    """Nothing between the exchanges is asked of the device, where slices hold more ids than the targets know."""
+    targets = [topk_targets(torch.randn(4, 8), 3), topk_targets(torch.randn(4, 8), 3)]
+    student = torch.randn(4, 5).requires_grad_()
+    options: dict[str, Any] = {"hard_weight": 0.5, "return_parts": True, "tp_group": dist.group.WORLD}
+    options["labels"] = torch.arange(4)
+    expected, _ = topk_kd_loss(student, targets, **options)
+    package = Path(kdfast.__file__).parent
+    between = (str(package / "ops" / "parallel"), str(package / "backends" / "reference" / "parallel"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_lint, "_NEVER", between)
+        patch.setattr("kdfast.ops.rows.values_are_checked", lambda _: False)
+        with launch_lint.no_waits():
+            loss, _ = topk_kd_loss(student, targets, **options)
+            loss.backward()
+            short = topk_kd_loss(torch.randn(4, 3), targets, tp_group=dist.group.WORLD)
+        with pytest.raises(RuntimeError, match="would make the host wait"), launch_lint.no_waits():
+            topk_targets(torch.randn(4, 5), 3, tp_group=dist.group.WORLD)
+    assert torch.equal(loss, expected)
+    assert short.isnan()  # slices of fewer ids than the targets' are named where values are looked at
+
+
 def cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for name, kw in OPTIONS.items():
@@ -171,12 +196,16 @@ def cases() -> dict[str, Callable[[], None]]:
         if "token_weight" not in kw:
             found[f"linear-topk-{name}"] = lambda kw=kw: check_linear(kw)
     found["topk-smaller-teacher"] = lambda: check_loss((38, 24), 1, torch.float32, {})
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        kw = {"divergence": kind, "student_head": Head(5.0, 0.8)}
+        found[f"topk-teacher-in-the-first-slice-{kind}"] = lambda kw=kw: check_loss((38, 10), 2, torch.float64, kw)
     found["topk-bf16"] = lambda: check_loss((38, 38), 1, torch.bfloat16, {})
     for k, ties in ((3, False), (9, True), (30, False), (38, False)):
         found[f"topk-capture-{k}"] = lambda k=k, ties=ties: check_capture(k, ties)
     for k, samples in ((0, 6), (4, 12), (0, 50), (38, 3)):
         found[f"topk-drawn-{k}-{samples}"] = lambda k=k, samples=samples: check_drawn(k, samples)
     found["topk-parts"] = check_parts
+    found["topk-no-wait"] = check_no_wait
     found["topk-dtensor"] = check_dtensor
     found["topk-no-distribution"] = check_no_distribution
     found["topk-row-without-entries"] = check_row_without_entries

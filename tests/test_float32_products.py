@@ -19,7 +19,7 @@ def tf32_allowed() -> bool:
 #: The ways to tell torch, the older ones first: the newer flag, once used, has the older one raise.
 WAYS = """
 import torch
-from kdfast.backends.triton.precision import exact_products, setting
+from kdfast.backends.triton.precision import exact_products, setting, tf32_products
 
 m = torch.backends.cuda.matmul
 
@@ -32,6 +32,9 @@ def check(allowed):
         assert not tf32_allowed()
         with exact_products():
             assert not tf32_allowed()
+        assert not tf32_allowed()
+        with tf32_products():
+            assert tf32_allowed()
         assert not tf32_allowed()
     assert tf32_allowed() is allowed
 
@@ -85,3 +88,37 @@ def test_gram_products_of_attention_are_exact(monkeypatch: pytest.MonkeyPatch) -
         assert tf32_allowed()
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounded"), [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False)], ids=["fp16", "bf16", "fp32"]
+)
+def test_gradients_beside_halves_may_run_in_tf32(dtype: torch.dtype, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 heads stay as the user told torch; halves are held exactly, whatever the product is made of."""
+    pytest.importorskip("triton")
+    from kdfast.backends.triton import linear
+
+    seen, add, multiply = [], torch.Tensor.addmm_, torch.mm
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: seen.append(tf32_allowed()) or add(*args))
+    monkeypatch.setattr(torch, "mm", lambda *args, **kw: seen.append(tf32_allowed()) or multiply(*args, **kw))
+    monkeypatch.setattr(linear, "_leaves_in_float32", lambda *_: False)
+    gemms, grad, hidden, weight = linear._Gemms(), torch.randn(4, 6), torch.randn(4, 3).to(dtype), torch.randn(6, 3).to(dtype)
+    gemms.logits(hidden, weight, None, torch.empty(4, 6))
+    gemms.grad_hidden(grad, weight, torch.empty(4, 3))
+    total = torch.zeros(6, 3)
+    gemms.grad_weight(grad, hidden, total, accumulate=False)
+    gemms.grad_weight(grad, hidden, total, accumulate=True)
+    assert len(seen) == 4
+    assert set(seen) == {rounded}
+    assert not tf32_allowed()
+    torch.testing.assert_close(total, 2 * grad.t() @ hidden.float())
+
+
+def test_a_float32_side_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from kdfast.backends.triton import linear
+
+    seen, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kw: seen.append(tf32_allowed()) or multiply(*args, **kw))
+    linear.mm(torch.randn(4, 6), torch.randn(6, 3).half(), torch.empty(4, 3))
+    assert seen == [False]

@@ -78,6 +78,30 @@ def test_the_stand_in_tells_of_nothing_else(name: str, waits: list[str]) -> None
     assert waits == []
 
 
+#: Where the tensor is a CPU's, the interpreter's, nothing is copied between host and device.
+COPIES = ("cpu", "host's index", "host's values")
+
+
+@pytest.mark.parametrize("name", [name for name in WAITING if name not in COPIES])
+def test_the_interpreter_refuses_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, here = torch.randn(3), Path(__file__).parent
+    with launch_lint.interpreted():
+        WAITING[name](x)  # a test's own lines may ask
+    monkeypatch.setattr(launch_lint, "_PACKAGE", here)
+    monkeypatch.setattr(launch_lint, "_NEVER", (str(here),))
+    with pytest.raises(RuntimeError, match=r"test_launch.py:\d+: .* would make the host wait"), launch_lint.interpreted():
+        WAITING[name](x)
+    WAITING[name](x)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_interpreter_refuses_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_lint, "_PACKAGE", Path(__file__).parent)
+    monkeypatch.setattr(launch_lint, "_NEVER", (str(Path(__file__).parent),))
+    with launch_lint.interpreted():
+        FREE[name](torch.randn(3))
+
+
 def test_the_stand_in_computes_what_a_cpu_does() -> None:
     x, w = torch.randn(3, 4), torch.randn(5, 4)
     leaf = x.clone().requires_grad_()

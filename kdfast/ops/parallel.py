@@ -75,11 +75,12 @@ def equal_slices(vocab: int, ranks: int) -> str:
 class Slices:
     """`forward` and `backward` of the `logits` contract on slices of the vocabulary; labels are ids of the whole one.
 
-    Between the exchanges a backend's module of the op `parallel` works on its slice.
+    Between the exchanges a backend's module of the op `parallel` works on its slice, of which `limit` `[]` says how many ids
+    the soft term is over where that is not the width of the teachers.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, limit: Tensor | None = None) -> None:
+        self.kernel, self.limit = kernel, limit
 
     def forward(
         self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, scale: Tensor, options: RowOptions,
@@ -91,7 +92,7 @@ class Slices:
         vocab = lengths[:, 0].sum()
         local = None if labels is None else labels - offset.long()
         names = (*self.kernel.SUMS, *self.kernel.PART_SUMS, *self.kernel.BESTS) if need_parts else self.kernel.SUMS
-        gathered = gather(self.kernel.row_sums(student, teachers, local, lses, options, need_parts), ranks)
+        gathered = gather(self.kernel.row_sums(student, teachers, local, lses, options, need_parts, self.limit), ranks)
         sums = dict(zip(names, gathered.sum(0).unbind(-1), strict=True))
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         counts = scale != 0
@@ -120,13 +121,13 @@ class Slices:
         known = 2 + (1 if options.teacher_mix == "logits" else len(teachers))
         slope, offset, vocab = stats[:, known], stats[0, known + 1], stats[0, known + 2]
         local = None if labels is None else labels - offset.long()
-        self.kernel.gradient(student, teachers, local, scale, stats[:, :known], slope, vocab, options, grad)
+        self.kernel.gradient(student, teachers, local, scale, stats[:, :known], slope, vocab, options, grad, self.limit)
 
     def _log_sums(
         self, student: Tensor, teachers: Sequence[Tensor], options: RowOptions, need_parts: bool, ranks: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         """Log-sum-exps over the whole vocabulary, and the lengths of all slices `[ranks, sides]`."""
-        own = self.kernel.log_sums(student, teachers, options, need_parts)
+        own = self.kernel.log_sums(student, teachers, options, need_parts, self.limit)
         widths = [x.shape[1] for x in (student, *teachers)]
         lengths = torch.cat([own.new_full((1,), w) for w in widths])
         packed = gather(torch.cat([own.flatten(), lengths]), ranks)

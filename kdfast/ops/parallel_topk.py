@@ -15,14 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.ops import parallel
+from kdfast.ops import parallel, rows
 from kdfast.options import MASS_ERROR, PARTS, Head, RowOptions
 
 
-def _offset(width: int, like: Tensor, ranks: dist.ProcessGroup) -> tuple[int, int]:
-    """(first id of this rank's slice, ids of all ranks)."""
-    widths = parallel.gather(torch.tensor([width], device=like.device), ranks)[:, 0]
-    return int(widths[: dist.get_rank(ranks)].sum()), int(widths.sum())
+def _offset(width: int, like: Tensor, ranks: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """(first id of this rank's slice, ids of all ranks), which the device knows and the host does not wait for."""
+    widths = parallel.gather(like.new_full((1,), width, dtype=torch.int64), ranks)[:, 0]
+    return widths[: dist.get_rank(ranks)].sum(), widths.sum()
+
+
+def _numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """`[len(values)]` float64, one by one: as a tensor they would be a copy from the host, which waits for it."""
+    return torch.stack([like.new_full((), x, dtype=torch.float64) for x in values])
 
 
 class SparseSlices:
@@ -37,18 +42,23 @@ class SparseSlices:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ranks, mass = parallel.group_of(group), targets[3]
         begin, vocab = _offset(student.shape[1], student, ranks)
-        if vocab < vocab_size:
-            raise ValueError(f"tp_group: expected slices of at least {vocab_size} ids like the targets', got {vocab}")
-        teachers = _teachers(student, targets, options, vocab_size, begin, spread, ranks)
+        checked = rows.values_are_checked(student.device)
+        if checked and bool(vocab < vocab_size):
+            raise ValueError(f"tp_group: expected slices of at least {vocab_size} ids like the targets', got {int(vocab)}")
+        limit = (vocab_size - begin).clamp(0, student.shape[1])
+        teachers = _teachers(student, targets, options, vocab_size, begin, limit, spread, ranks)
+        if not checked:
+            teachers = [torch.where(vocab < vocab_size, torch.nan, t) for t in teachers]
+        dense = parallel.Slices(self.dense.kernel, limit)
         plain = dataclasses.replace(options, teacher_weights=(1.0,), teacher_softcap=0.0, teacher_scale=1.0)
         of_student = dataclasses.replace(plain, soft_weight=0.0)
         soft_only = dataclasses.replace(plain, hard_weight=0.0, z_loss=0.0)
         total, part = (None if grad is None else torch.empty_like(student, dtype=scale.dtype) for _ in range(2))
-        loss, _, parts = self.dense.forward(student, teachers[:1], labels, scale, of_student, group, need_parts, total)
+        loss, _, parts = dense.forward(student, teachers[:1], labels, scale, of_student, group, need_parts, total)
         soft = torch.zeros_like(loss)
         for m, (weight, teacher) in enumerate(zip(options.teacher_weights, teachers, strict=True)):
             share = torch.where(scale == 0, scale, scale * weight * mass[:, m])
-            value, _, found = self.dense.forward(student, [teacher], None, share, soft_only, group, need_parts, part)
+            value, _, found = dense.forward(student, [teacher], None, share, soft_only, group, need_parts, part)
             constant = torch.where(share == 0, 0, mass[:, m].log())
             loss = loss + value + share * options.soft_scale * constant
             if need_parts:
@@ -73,22 +83,24 @@ class SparseSlices:
 
 
 def _teachers(
-    student: Tensor, targets: Sequence[Tensor], options: RowOptions, vocab_size: int, begin: int, spread: bool,
-    ranks: dist.ProcessGroup,
+    student: Tensor, targets: Sequence[Tensor], options: RowOptions, vocab_size: int, begin: Tensor, limit: Tensor,
+    spread: bool, ranks: dist.ProcessGroup,
 ) -> list[Tensor]:  # fmt: skip
-    """This rank's slice of every target's dense teacher, as logits."""
+    """This rank's slice of every target's dense teacher, as logits; -inf from `limit` on, where the targets have no ids."""
     ids, log_p, log_tail, mass = targets
-    width = max(0, min(student.shape[1], vocab_size - begin))
-    z = _through(student[:, :width].to(log_p.dtype), options) / options.temperature
+    width = student.shape[1]
+    beyond = torch.arange(width, device=student.device) >= limit
+    z = _through(student.to(log_p.dtype), options) / options.temperature
     local = ids.long() - begin
-    here = (ids >= 0) & (local >= 0) & (local < width)
+    here = (ids >= 0) & (local >= 0) & (local < limit)
     # One column more takes what belongs to other ranks.
     at = torch.where(here, local, width)
     p = log_p.new_zeros(*log_tail.shape, width + 1)
     p = p.scatter_add_(2, at[:, None].expand_as(log_p), torch.where(here[:, None], log_p.exp(), 0))[..., :width]
     listed = p > 0
-    rest = torch.where(listed, -torch.inf, z[:, None]).double().logsumexp(-1)
-    gathered = parallel.gather(torch.stack([rest, (~listed).sum(-1).double()]), ranks)
+    others = ~(listed | beyond)
+    rest = torch.where(others, z[:, None], -torch.inf).double().logsumexp(-1)
+    gathered = parallel.gather(torch.stack([rest, others.sum(-1).double()]), ranks)
     rest, log_others = gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0).log()
     outside = (ids >= vocab_size).any(-1)
     total = torch.where(ids[:, None] >= 0, log_p.exp(), 0).sum(-1) + log_tail.exp()
@@ -99,7 +111,7 @@ def _teachers(
         within = even if spread else torch.where(rest[:, m, None].isneginf(), even, z - rest[:, m, None].to(z.dtype))
         dense = torch.where(listed[:, m], p[:, m].log(), log_tail[:, m, None] + within)
         # A target without mass has no loss, whatever stands in for it.
-        dense = torch.where((mass[:, m] == 0)[:, None], 0, options.temperature * dense)
+        dense = torch.where((mass[:, m] == 0)[:, None], 0, options.temperature * dense).masked_fill(beyond, -torch.inf)
         teachers.append(torch.where((outside | none[:, m])[:, None], torch.nan, dense))
     return teachers
 
@@ -121,16 +133,17 @@ def merged_capture(
     ids, logprobs, log_z, log_tail, weights = captured
     ranks = parallel.group_of(group)
     begin, vocab = _offset(logits.shape[1], logits, ranks)
-    if k > vocab:
-        raise ValueError(f"k: expected 0 < k <= {vocab} (the vocabulary of all ranks), got {k}")
+    vocab_size = int(vocab)  # targets say it in a number of the host's: one wait of a capture, none of a loss
+    if k > vocab_size:
+        raise ValueError(f"k: expected 0 < k <= {vocab_size} (the vocabulary of all ranks), got {k}")
     options = RowOptions(student_softcap=head.softcap or 0.0, student_scale=head.scale)
     z = _through(logits.gather(1, ids.long()).to(logprobs.dtype), options).double()
     lse_1 = z[:, :1] - logprobs[:, :1].double()
-    at = logits.new_tensor(temperatures, dtype=torch.float64)
+    at = _numbers(temperatures, logits)
     lse = log_z.double() + lse_1 / at
     pad = (0, k - ids.shape[1])
     z = torch.nn.functional.pad(z, pad, value=-math.inf)
-    ids = torch.nn.functional.pad(ids.double() + begin, pad, value=vocab)
+    ids = torch.nn.functional.pad(ids.double() + begin, pad, value=vocab_size)
     packed = parallel.gather(torch.cat([z, ids, lse_1, lse, lse + log_tail.double()], -1), ranks)
     sizes = [k, k, 1, len(temperatures), len(temperatures)]
     z, ids, lse_1, lse, tail = (x.transpose(0, 1) for x in packed.split(sizes, -1))
@@ -141,7 +154,7 @@ def merged_capture(
     lse_1, lse, tail = lse_1.logsumexp(1), lse.logsumexp(1), tail.logsumexp(1)
     left = (z.gather(1, dropped)[..., None] / at).logsumexp(1) if dropped.shape[1] else torch.full_like(tail, -math.inf)
     values = (z.gather(1, kept) - lse_1, lse - lse_1 / at, tail.logaddexp(left) - lse)
-    return (ids.gather(1, kept).int(), *(v.to(logprobs.dtype) for v in values), weights), vocab
+    return (ids.gather(1, kept).int(), *(v.to(logprobs.dtype) for v in values), weights), vocab_size
 
 
 def with_draws(
@@ -172,7 +185,7 @@ def with_draws(
     logp = torch.where(there, z_drawn - lse_1, -math.inf)
     weights = counts / draws.shape[1] * (logp - torch.where(there, z_drawn / sample_temperature - total, 0)).exp()
     all_ids = torch.cat([ids, torch.where(there, drawn, -1).int()], 1)
-    at_t = z.new_tensor(temperatures)
+    at_t = _numbers(temperatures, z)
     rest = torch.stack([(_without(z, all_ids, begin) / t).logsumexp(-1) for t in temperatures], -1)
     tail = parallel.gather(rest, ranks).logsumexp(0) - (log_z.double() + lse_1 / at_t)
     values = (
@@ -184,7 +197,7 @@ def with_draws(
     return all_ids, *(v.to(dtype) for v in values)
 
 
-def _without(z: Tensor, ids: Tensor, begin: int) -> Tensor:
+def _without(z: Tensor, ids: Tensor, begin: Tensor) -> Tensor:
     """A slice of logits that starts at id `begin`, -inf at some ids of the whole vocabulary."""
     local = ids.long() - begin
     at = torch.where((ids >= 0) & (local >= 0) & (local < z.shape[1]), local, z.shape[1])

@@ -25,18 +25,23 @@ def _groups(student: Tensor) -> Iterator[slice]:
 
 
 class _Rows:
-    """Some rows of the slice, as the softmaxes see them; the soft term is over the first `common` ids of the slice."""
+    """Some rows of the slice, as the softmaxes see them; the soft term is over the first `common` ids of the slice, or the
+    first `limit` of those where only the device knows how many."""
 
-    def __init__(self, student: Tensor, teachers: Sequence[Tensor], options: RowOptions) -> None:
+    def __init__(self, student: Tensor, teachers: Sequence[Tensor], options: RowOptions, limit: Tensor | None) -> None:
         self.options, self.common = options, min(student.shape[1], *(t.shape[1] for t in teachers))
         self.z_s = through_head(poison(wide(student)), options.student_softcap, options.student_scale)
+        self.z_common = self.z_s[:, : self.common]
+        if limit is not None:
+            beyond = torch.arange(self.common, device=limit.device) >= limit
+            self.z_common = self.z_common.masked_fill(beyond, -math.inf)
         cut = [poison(wide(t)[:, : self.common]) for t in teachers]
         self.z_t = [through_head(t, options.teacher_softcap, options.teacher_scale) for t in cut]
         if options.teacher_mix == "logits":
             self.z_t = [sum(w * z for w, z in zip(options.teacher_weights, self.z_t, strict=True))]  # type: ignore[list-item]
 
     def log_q(self, lse: Tensor, temperature: float) -> Tensor:
-        return _minus(self.z_s[:, : self.common] / temperature, lse)
+        return _minus(self.z_common / temperature, lse)
 
     def log_p(self, lses: Tensor, temperature: float) -> Tensor:
         logs = [_minus(z / temperature, lse) for z, lse in zip(self.z_t, lses.unbind(1), strict=True)]
@@ -59,13 +64,19 @@ def lse_columns(teachers: int, options: RowOptions, need_parts: bool) -> int:
     return 1 + distributions * (2 if need_parts else 1)
 
 
-def log_sums(student: Tensor, teachers: Sequence[Tensor], options: RowOptions, need_parts: bool) -> Tensor:
-    """Log-sum-exps over the slice: `[N, lse_columns]` float64."""
+def log_sums(
+    student: Tensor, teachers: Sequence[Tensor], options: RowOptions, need_parts: bool, limit: Tensor | None = None
+) -> Tensor:
+    """Log-sum-exps over the slice: `[N, lse_columns]` float64.
+
+    Args:
+        limit: `[]`, ids of the slice that the soft term is over, where the device knows; teachers are -inf at all others.
+    """
     columns = lse_columns(len(teachers), options, need_parts)
     out = torch.empty(student.shape[0], columns, dtype=torch.float64, device=student.device)
     for rows in _groups(student):
-        r = _Rows(student[rows], [t[rows] for t in teachers], options)
-        sides = [r.z_s[:, : r.common], *r.z_t]
+        r = _Rows(student[rows], [t[rows] for t in teachers], options, limit)
+        sides = [r.z_common, *r.z_t]
         temperatures = (options.temperature, 1.0) if need_parts else (options.temperature,)
         sums = [r.z_s.logsumexp(-1), *((z / t).logsumexp(-1) for t in temperatures for z in sides)]
         out[rows] = torch.stack(sums, -1)
@@ -80,17 +91,19 @@ BESTS = ("student_best", "student_best_id", "teacher_best", "teacher_best_id")
 
 
 def row_sums(
-    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, lses: Tensor, options: RowOptions, need_parts: bool
-) -> Tensor:
+    student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, lses: Tensor, options: RowOptions, need_parts: bool,
+    limit: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sums over the slice, given the log-sum-exps over all ids: `[N, len(SUMS)]`, for parts all columns; float64.
 
     Args:
         labels: positions within the slice; outside [0, width) they belong to another rank.
+        limit: as in `log_sums`.
     """
     names = (*SUMS, *PART_SUMS, *BESTS) if need_parts else SUMS
     out = torch.zeros(student.shape[0], len(names), dtype=torch.float64, device=student.device)
     for rows in _groups(student):
-        r = _Rows(student[rows], [t[rows] for t in teachers], options)
+        r = _Rows(student[rows], [t[rows] for t in teachers], options, limit)
         part_labels = None if labels is None else labels[rows]
         columns = _sums(r, part_labels, lses[rows], options)
         if need_parts:
@@ -138,16 +151,16 @@ def _at(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def gradient(
     student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, scale: Tensor, lses: Tensor, slope: Tensor,
-    vocab: Tensor, options: RowOptions, grad: Tensor,
+    vocab: Tensor, options: RowOptions, grad: Tensor, limit: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes d(sum of loss)/d(student) of the slice into `grad`, which may be `student`.
 
     Args:
         lses: the first columns of `log_sums` over all ids. slope: `[N]`, of `row_sums` over all ids.
-        vocab: `[]`, student ids of all ranks together.
+        vocab: `[]`, student ids of all ranks together. limit: as in `log_sums`.
     """
     for rows in _groups(student):
-        r = _Rows(student[rows], [t[rows] for t in teachers], options)
+        r = _Rows(student[rows], [t[rows] for t in teachers], options, limit)
         out = torch.zeros_like(r.z_s)
         if options.soft_scale != 0:
             log_q = r.log_q(lses[rows, 1], options.temperature)

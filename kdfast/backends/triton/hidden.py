@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.backends.triton.linear import mm
+from kdfast.backends.triton.linear import beside, mm
 from kdfast.backends.triton.tiles import grid, on
 from kdfast.chunks import Needs, grad_hidden_dtype, rows_per_chunk, without_ignored
 
@@ -171,5 +171,8 @@ def mse(
     return loss, grad_hidden.to(grad_hidden_dtype(student)), grad_weight, grad_bias
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if a.dtype == b.dtype else a.float() @ b.float()
+def _product(grad: Tensor, operand: Tensor) -> Tensor:
+    if grad.dtype == operand.dtype:
+        return grad @ operand
+    with beside(operand):
+        return grad.float() @ operand.float()

@@ -17,15 +17,28 @@ def setting() -> tuple[str, str | bool]:
     return ("fp32_precision", "ieee") if newer else ("allow_tf32", False)
 
 
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
+def exact_products() -> contextlib.AbstractContextManager[None]:
     """Within the block products of float32 are not rounded to TF32, whatever the user allows: for sums whose terms cancel."""
-    settings, (name, exact) = torch.backends.cuda.matmul, setting()
+    return _products(setting()[1])
+
+
+def tf32_products() -> contextlib.AbstractContextManager[None]:
+    """Within the block products of float32 run in TF32: for halves, which it holds exactly, and gradients beside halves.
+
+    TF32 keeps 10 bits of a mantissa as float16 does, and the exponents of float32.
+    """
+    name, _ = setting()
+    return _products("tf32" if name == "fp32_precision" else True)
+
+
+@contextlib.contextmanager
+def _products(wanted: str | bool) -> Iterator[None]:
+    settings, (name, _) = torch.backends.cuda.matmul, setting()
     before = getattr(settings, name)
-    if before == exact:
+    if before == wanted:
         yield
         return
-    setattr(settings, name, exact)
+    setattr(settings, name, wanted)
     try:
         yield
     finally:
