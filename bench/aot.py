@@ -16,36 +16,18 @@ import itertools
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kdfast.files import json_text
 
+from . import aot_cuda
 from .aot_cases import Case, cases
+from .machine_code import Report, read_cubin
 
 GATED = ("sm_80", "sm_90")
 TARGETS = (*GATED, "sm_100", "gfx942")
-
-
-@dataclass
-class Report:
-    """What one case became on one target; counts are instructions in the machine code."""
-
-    kernel: str
-    case: str
-    target: str
-    warps: int
-    registers: int | None = None
-    spills: int = 0
-    shared_bytes: int = 0
-    loads_128: int | None = None
-    loads_narrower: int | None = None
-    seconds: float = 0.0
-    error: str = ""
 
 
 def compile_case(case: Case, target: str) -> Report:
@@ -74,7 +56,7 @@ def compile_case(case: Case, target: str) -> Report:
     if amd:
         _read_amdgcn(built.asm["amdgcn"], report)
     else:
-        _read_cubin(built.asm["cubin"], report)
+        read_cubin(built.asm["cubin"], report)
     return report
 
 
@@ -95,28 +77,6 @@ def _read_amdgcn(text: str, report: Report) -> None:
     report.registers, report.spills = found.get("vgpr_count"), found.get("vgpr_spill_count", 0)
 
 
-def _read_cubin(cubin: bytes, report: Report) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
-    match = re.search(r"REG:(\d+)", usage)
-    report.registers = int(match.group(1)) if match else None
-    report.spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    loads = re.findall(r"\bLDG\.([\w.]+)", sass)
-    report.loads_128 = sum(".128" in width for width in loads)
-    report.loads_narrower = len(loads) - report.loads_128
-
-
-def _cuobjdump(flag: str, path: str) -> str:
-    import triton
-
-    assert triton.__file__ is not None
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
-
-
 def _pick(all_cases: Sequence[Case], targets: Sequence[str], quick: bool) -> list[tuple[Case, str]]:
     """All of them on every target, or the first of each kernel; variants on sm_90 are the launch check's."""
     if not quick:
@@ -133,8 +93,6 @@ def _failed(report: Report) -> bool:
 
 def _cuda_targets(targets: Sequence[str], quick: bool, kernel: str) -> list[str]:
     """For which of the targets the CUDA sources are to be compiled."""
-    from . import aot_cuda
-
     wanted = aot_cuda.TARGETS[:1] if quick else aot_cuda.TARGETS
     return [target for target in wanted if target in targets and kernel in "cuda.logits"]
 
@@ -167,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .launch import gpu_tests
 
         return 1 if gpu_tests(["-k", options.kernel] if options.kernel else []) else 0
-    from . import aot_cuda
-
     targets = options.target or TARGETS
     chosen = [c for c in cases() if options.kernel in f"{_module(c.kernel)}.{c.kernel.__name__}"]
     in_cuda = [] if aot_cuda.missing() else _cuda_targets(targets, options.quick, options.kernel)

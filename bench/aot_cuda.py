@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .aot import Report
+from .machine_code import Report
 
 TARGETS = ("sm_90", "sm_100")
 _CSRC = Path(__file__).parent.parent / "csrc"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .aot import _cuobjdump
 from .aot_cases import Case, cases
+from .machine_code import cuobjdump
 
 _ALU_OPS = re.compile(r"(FMNMX|FSEL|FSETP|SEL|ISETP|PLOP3|LOP3|SHF|PRMT|IADD3|VIADD|VIMNMX|LEA|F2FP|MOV|POPC|HMNMX2|HSETP2)\b")
 #: Of the dense rate that warpgroup products reach, what those of a single warp do on this generation (published measurements).
@@ -129,7 +129,7 @@ def _compiled(case: Case) -> tuple[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage, sass = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+        usage, sass = cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     return sass, int(registers.group(1)) if registers else 0
 

@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from . import launch_lint, stand_in
+from .machine_code import Report, read_cubin
 
 #: Of an SM of sm_90: registers, threads, blocks, bytes of shared memory, and what each block takes of those for itself.
 _REGISTERS, _THREADS, _BLOCKS, _SHARED, _OWN = 65536, 2048, 32, 233472, 1024
@@ -53,10 +54,8 @@ class Variant:
 
     def read(self) -> None:
         """Registers, spills and what does each product, from the machine code."""
-        from .aot import Report, _read_cubin
-
         report = Report(self.kernel, self.bound, "sm_90", self.warps)
-        _read_cubin(self.built.asm["cubin"], report)
+        read_cubin(self.built.asm["cubin"], report)
         self.registers, self.spills, self.shared = report.registers or 0, report.spills, self.built.metadata.shared
         self.dots = dots(self.built.asm["ttgir"])
 
@@ -266,18 +265,18 @@ def report(found: Launches, failed: int, seconds: float, table: bool) -> int:
     return failed + len(found.wrong) + len(wrong)
 
 
-def smoke_calls(wanted: Sequence[str]) -> int:
-    """The kernels of the smoke calls; returns how much failed."""
-    from . import smoke
+def checked_calls(calls: Sequence[Any], check: Callable[..., str], trace: bool = False) -> int:
+    """The kernels of named calls; returns how much failed.
 
+    Args:
+        calls: each with a `name`. check: says what is wrong with one, given a device and a backend. trace: print how it came.
+    """
     failed, began = 0, time.perf_counter()
     with launches_only() as found:
-        for call in smoke.calls():
-            if wanted and not any(word in call.name for word in wanted):
-                continue
+        for call in calls:
             before, found.at = found.count, call.name
             try:
-                wrong = smoke.check(call, "cuda", backend="triton")
+                wrong = check(call, "cuda", backend="triton")
                 print(
                     f"{'FAIL' if wrong else 'ok  '}  {call.name}: {found.count - before} launches {wrong}".rstrip(), flush=True
                 )
@@ -285,7 +284,7 @@ def smoke_calls(wanted: Sequence[str]) -> int:
             except Exception as error:  # whatever a binder or compiler raises is the finding
                 failed += 1
                 print(f"FAIL  {call.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
-                if wanted:
+                if trace:
                     traceback.print_exc()
     return report(found, failed, time.perf_counter() - began, table=False)
 

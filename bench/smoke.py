@@ -20,6 +20,8 @@ from torch import Tensor
 import kdfast
 from kdfast.options import DIVERGENCES
 
+from .launch import checked_calls
+
 #: Largest error of a tensor over its largest value, by the dtype it is in.
 _ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 #: Products of float32 heads may run in TF32, which is what PyTorch allows or not.
@@ -275,15 +277,12 @@ def main(argv: list[str]) -> int:
     p.add_argument("--launch", action="store_true", help="compile for sm_90 what would be launched; needs no GPU")
     p.add_argument("--part", default="0/1", metavar="I/N", help="every N-th call, from the I-th")
     args = p.parse_args(argv)
+    wanted = [call for call in calls() if not args.calls or any(word in call.name for word in args.calls)]
     if args.launch:
-        from .launch import smoke_calls
-
-        return 1 if smoke_calls(args.calls) else 0
+        return 1 if checked_calls(wanted, check, trace=bool(args.calls)) else 0
     part, parts = map(int, args.part.split("/"))
     failed = 0
-    for i, call in enumerate(calls()):
-        if i % parts != part or (args.calls and not any(word in call.name for word in args.calls)):
-            continue
+    for call in wanted[part::parts]:
         began = time.perf_counter()
         try:
             wrong = check(call, "cuda")
