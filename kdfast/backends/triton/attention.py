@@ -1,8 +1,8 @@
 """Attention maps of student and teacher compared on a GPU. Contract: `kdfast.backends`.
 
 Scores of all pairs by Gram matrices are the kernels of `attention_grams`; causal ones are torch's GEMMs (see `kdfast.grams`),
-dozens of launches. Tiles are those of `attention_half` and `attention_wide`: one kernel walks the keys of a block of queries (statistics, loss, the
-queries' gradient), one the queries of a block of keys (the keys' gradient).
+dozens of launches. Tiles are those of `attention_half` and `attention_wide`: one kernel walks the keys of a block of queries
+(statistics, loss, the queries' gradient), one the queries of a block of keys (the keys' gradient).
 """
 
 from __future__ import annotations

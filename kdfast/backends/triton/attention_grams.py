@@ -3,12 +3,12 @@
 `kdfast.grams` has the algebra. Here the basis is never stored: a tile of it is formed from queries (or keys) of both sides as
 they are read. Three launches whatever the length:
 
-    gram_kernel       Q^T Q of each head, K^T K of each group of heads that share keys: slices of the length, one partial each
+    gram_kernel       Q^T Q of each head, K^T K of each group of heads that share keys: a partial for each slice of the length
     finish_kernel     the partials summed in the order of the slices; <Q^T Q, K^T K> by tiles; the gradients' small matrices
     gradients_kernel  Q (K^T Ks), K (Q^T Qs) by blocks of rows; the loss from its tiles
 
-A batched GEMM gives a head to a few blocks of threads, which walk its whole length: 8 heads leave most of a GPU idle. Slices fill
-it, and their sums do not depend on who comes first.
+A batched GEMM gives a head to a few blocks of threads, which walk its whole length: 8 heads leave most of a GPU idle. Slices
+fill it, and their sums do not depend on who comes first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.backends.triton import attention_tiles as tiles
-from kdfast.backends.triton.attention_tiles import counted
 from kdfast.backends.triton.tiles import multiprocessors, on
 from kdfast.options import AttentionOptions
 
@@ -40,7 +39,7 @@ def tile(dtype: torch.dtype) -> int:
 
 
 def slices(matrices: int, length: int, processors: int) -> int:
-    """Into how many parts to cut the length so that `matrices` tiles fill the multiprocessors. A pure function of its arguments."""
+    """Into how many parts to cut the length so that `matrices` tiles fill the multiprocessors. A pure function."""
     wanted = -(-PROGRAMS * processors // max(matrices, 1))
     return max(1, min(wanted, -(-length // LEAST)))
 
@@ -160,16 +159,15 @@ def finish_kernel(
     gram_k = summed(partial_ptr, group, i, j, parts, count, WIDE, TILE)
     tl.store(share_ptr + tl.program_id(0), tl.sum(gram_q * gram_k))
     halves = tl.cdiv(size_s, TILE)
-    if GRAD:
-        if j < halves:
-            if DIFFERENCE:  # Qs is the sum of both halves
-                gram_q += summed(partial_ptr, pair, i, j + halves, parts, count, WIDE, TILE)
-            scale = tl.load(scale_ptr + pair)
-            factor = 2 * scale_s * scale_s * scale
-            at = ((pair.to(tl.int64) * count + i) * TILE + tl.arange(0, TILE)[:, None]) * (halves * TILE)
-            at += j * TILE + tl.arange(0, TILE)[None, :]
-            tl.store(by_keys_ptr + at, tl.where(scale != 0, factor * gram_k, 0.0))
-            tl.store(by_queries_ptr + at, tl.where(scale != 0, factor * gram_q, 0.0))
+    if GRAD and j < halves:
+        if DIFFERENCE:  # Qs is the sum of both halves
+            gram_q += summed(partial_ptr, pair, i, j + halves, parts, count, WIDE, TILE)
+        scale = tl.load(scale_ptr + pair)
+        factor = 2 * scale_s * scale_s * scale
+        at = ((pair.to(tl.int64) * count + i) * TILE + tl.arange(0, TILE)[:, None]) * (halves * TILE)
+        at += j * TILE + tl.arange(0, TILE)[None, :]
+        tl.store(by_keys_ptr + at, tl.where(scale != 0, factor * gram_k, 0.0))
+        tl.store(by_queries_ptr + at, tl.where(scale != 0, factor * gram_q, 0.0))
 
 
 @triton.jit
@@ -279,13 +277,28 @@ def score_mse(
     own = {"DIFFERENCE": ds == dt, "WIDE": dtype == torch.float64, "GRAD": need_grad, "TILE": size}
     with on(q_s):
         gram_kernel[(owners * count * count * parts,)](
-            q_s, k_s, q_t, k_t, *masks, partial, *strides, pairs, heads, share_s, share_t, shared, lq, lk, ds, dt, near, ratio - near,
-            parts, count, **shared_flags, STEP=STEP, **OPTIONS,
+            q_s, k_s, q_t, k_t, *masks, partial, *strides, pairs, heads, share_s, share_t, shared, lq, lk, ds, dt,
+            near, ratio - near, parts, count, **shared_flags, STEP=STEP, **OPTIONS,
         )  # fmt: skip
         finish_kernel[(pairs * count * count,)](
-            partial, scale, shares, by_keys, by_queries, pairs, heads, shared, ds, options.scale_s, parts, count, **own, **FINISH_OPTIONS
+            partial,
+            scale,
+            shares,
+            by_keys,
+            by_queries,
+            pairs,
+            heads,
+            shared,
+            ds,
+            options.scale_s,
+            parts,
+            count,
+            **own,
+            **FINISH_OPTIONS,
         )
-        programs = halves * (pairs * triton.cdiv(lq, ROWS) + batch * k_s.shape[1] * triton.cdiv(lk, ROWS)) if need_grad else pairs
+        programs = (
+            halves * (pairs * triton.cdiv(lq, ROWS) + batch * k_s.shape[1] * triton.cdiv(lk, ROWS)) if need_grad else pairs
+        )
         gradients_kernel[(programs,)](
             q_s, k_s, q_t, k_t, *masks, scale, shares, by_keys, by_queries, loss, grad_q, grad_k, *strides,
             pairs, heads, share_s, share_t, lq, lk, ds, dt, options.scale_s, near, ratio - near, count,

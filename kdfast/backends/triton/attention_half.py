@@ -1,12 +1,12 @@
 """The two walks over a pair of attention maps in halves. `attention_wide` has those in float32.
 
-`queries_kernel` owns queries and walks their keys: the rows' statistics, the loss, the queries' gradient. `keys_kernel` owns keys
-and walks the queries that see them, with those statistics: the keys' gradient. A query that counts for nothing has the
+`queries_kernel` owns queries and walks their keys: the rows' statistics, the loss, the queries' gradient. `keys_kernel` owns
+keys and walks the queries that see them, with those statistics: the keys' gradient. A query that counts for nothing has the
 statistic +inf, so that its probabilities are 0 wherever they are formed again. Only tiles that hold pairs which do not count
 (the last, the diagonal's, all under a mask of keys) are masked entry by entry: a walk comes in two pieces.
 
-Halves cannot be so close that a difference of exponentials fails them. An entry costs two exponentials, in base 2 with the scale
-folded into one multiply-add each, and every sum that a loss can be had from is taken in the first walk.
+Halves cannot be so close that a difference of exponentials fails them. An entry costs two exponentials, in base 2 with the
+scale folded into one multiply-add each, and every sum that a loss can be had from is taken in the first walk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the kernels of `attention` share: sizes of programs, loads, products; and the kernel of maps that exist already.
 
-A program owns a block of queries (or of keys) and walks the keys (queries) a tile at a time. Products are of tensor cores: halves
-as they are with float32 sums (`attention_half`), float32 as three TF32 products (`attention_wide`).
+A program owns a block of queries (or of keys) and walks the keys (queries) a tile at a time. Products are of tensor cores:
+halves as they are with float32 sums (`attention_half`), float32 as three TF32 products (`attention_wide`), but for heads
+wider than 64.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def launch(ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 
         return Launch(32, 32, 8, 1) if of_keys else Launch(64, 32, 4, 1)
     if widest <= 64:
         return Launch(128, 64, 8, 3) if programs >= 2 * 132 else Launch(64, 64, 4, 3)
-    return Launch(64, 32, 4, 2) if widest <= 128 else Launch(64, 16, 4, 1)
+    other = 32 if widest <= 128 else 16
+    return Launch(32, other, 4, 1) if of_keys else Launch(64, other, 4, 2 if other == 32 else 1)
 
 
 def padded(size: int) -> int:
@@ -102,22 +104,22 @@ def counted(mask_ptr, batch, positions, length, MASK: tl.constexpr):
 def product(a, b, PRECISION: tl.constexpr):
     """a @ b in float32, both of a side's dtype."""
     if PRECISION == "half":
-        return tl.dot(a, b)
+        found = tl.dot(a, b)
     elif PRECISION == "widened":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+        found = tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        found = tl.dot(a, b, input_precision=PRECISION)
+    return found
 
 
 @triton.jit
 def weighted(g, x, PRECISION: tl.constexpr):
-    """g @ x in float32, g in float32: rounded to bfloat16 beside bfloat16, but float16 has not the range of a gradient."""
+    """g @ x of halves x and float32 g: rounded to bfloat16 beside bfloat16, but float16 has not the range of a gradient."""
     if x.dtype == tl.bfloat16:
-        return product(g.to(tl.bfloat16), x, PRECISION)
-    elif x.dtype == tl.float16:
-        return tl.dot(g, x.to(tl.float32), input_precision="tf32")  # which holds every float16 exactly
+        found = product(g.to(tl.bfloat16), x, PRECISION)
     else:
-        return product(g, x, PRECISION)
+        found = tl.dot(g, x.to(tl.float32), input_precision="tf32")  # which holds every float16 exactly
+    return found
 
 
 @triton.jit

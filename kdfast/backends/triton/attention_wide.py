@@ -1,8 +1,8 @@
 """The two walks over a pair of attention maps in float32; `attention_half` says what a walk is, and has those in halves.
 
-A tile holds d = student - teacher scores and t = teacher scores. With equal head sizes d is formed from differences of queries and
-keys, so that it is exact however close the two are. Where scores are close, q - p is p * expm1(log q - log p), not a difference of
-exponentials.
+A tile holds d = student - teacher scores and t = teacher scores. With equal head sizes d is formed from differences of
+queries and keys, so that it is exact however close the two are. Where scores are close, q - p is p * expm1(log q - log p),
+not a difference of exponentials.
 """
 
 from __future__ import annotations
