@@ -36,9 +36,9 @@ def forward(
     by_grams = options.kind == "scores" and grams.preferred(q_s, k_t, options, CAUSAL_COST if options.causal else 1)
     if by_grams and options.causal:
         return _causal_grams(q_s, k_s, q_t, k_t, query_mask, key_mask, scale, options, need_grad)
-    sides = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q_s, k_s, q_t, k_t))
+    q_s, k_s, q_t, k_t = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q_s, k_s, q_t, k_t))
     form = attention_grams.score_mse if by_grams else _tiled
-    return form(*sides, query_mask, key_mask, scale, options, need_grad)
+    return form(q_s, k_s, q_t, k_t, query_mask, key_mask, scale, options, need_grad)
 
 
 def _causal_grams(

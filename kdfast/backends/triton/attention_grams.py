@@ -219,6 +219,7 @@ def gradients_kernel(
             head, i = first + step // count, step % count
             x = basis_tile(s_ptr, t_ptr + head // t_share * t_head, s_row, t_row, positions, counts, i, size_s, size_t,
                            of_queries, ratio, ratio_rest, DIFFERENCE, UNIT, WIDE, TILE)  # fmt: skip
+            x = tl.where(tl.load(scale_ptr + batch * heads + head) != 0, x, 0.0)  # 0 * NaN of a head without weight
             at = ((batch * heads + head) * count + i) * TILE + tl.arange(0, TILE)[:, None]
             by = tl.load(by_ptr + at * (halves * TILE) + j * TILE + tl.arange(0, TILE)[None, :])
             total += tl.dot(x, by, input_precision=PRECISION, out_dtype=tl.float64 if WIDE else tl.float32)
