@@ -13,8 +13,8 @@ import torch
 
 from kdfast.options import DIVERGENCES
 
-_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_FLOATS = ("inv_t", "cap", "scale", "scale_s", "scale_t")
+_POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_FLOATS = ("inv_t", "cap", "scale", "scale_s", "scale_t", "ratio", "ratio_rest")
 #: What the row kernels' other pointers point to, by argument name.
 _FIXED = {"stats_ptr": "*fp64", "labels_ptr": "*i64", "ids_ptr": "*i32", "bits_ptr": "*i32", "kept_ptr": "*i32",
           "drawn_ptr": "*i32", "points_ptr": "*fp64", "total_ptr": "*fp64", "log_mass_ptr": "*fp64",
@@ -203,23 +203,46 @@ def _topk_variants() -> dict[str, Any]:
 
 
 def _attention_cases() -> Iterator[Case]:
-    from kdfast.backends.triton import attention
+    from kdfast.backends.triton import attention, attention_half, attention_wide
     from kdfast.backends.triton import attention_tiles as tiles
 
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    for (name, dtype), (ds, dt), kind in itertools.product(dtypes.items(), ((64, 64), (128, 128), (32, 256)), (2, 1, 0)):
+    sizes = itertools.product(dtypes.items(), ((64, 64), (128, 128), (32, 256)), (2, 1, 0))
+    for (name, dtype), (ds, dt), kind in [*sizes, (("fp16", torch.float16), (64, 64), 2)]:
         pointers = dict.fromkeys(("q_s", "k_s", "q_t", "k_t", "grad"), dtype)
-        flags = tiles.flags(kind, ds, dt, dtype, True, True, True)
-        size = tiles.launch(ds, dt, dtype)
-        label = f"{name} D={ds},{dt} {('scores', 'probs', 'kl')[kind]}"
-        constants = {**flags, **size.shape}
-        yield Case(tiles.queries_kernel, label, pointers, {**constants, "GRAD": True}, size.options)
-        yield Case(tiles.keys_kernel, label, pointers, constants, size.options)
+        small = dtype != torch.float32 and ds == dt == 64
+        variants = [(1 << 30, True), *([(1 << 30, False)] if kind == 1 else []), *([(1, True)] if small and kind else [])]
+        for programs, masks in variants:
+            flags = tiles.flags(kind, ds, dt, dtype, masks, masks, masks)
+            by_queries, by_keys = (tiles.launch(ds, dt, dtype, keys, programs) for keys in (False, True))
+            few = " few" if programs == 1 else ""
+            label = f"{name} D={ds},{dt} {('scores', 'probs', 'kl')[kind]}{few}{'' if masks else ' no masks'}"
+            kernels = attention_wide if dtype == torch.float32 else attention_half
+            queries = {**flags, **by_queries.of_queries, "GRAD": True}
+            yield Case(kernels.queries_kernel, label, pointers, queries, by_queries.options)
+            yield Case(kernels.keys_kernel, label, pointers, {**flags, **by_keys.of_keys}, by_keys.options)
+    yield from _gram_cases()
     for name, dtype in dtypes.items():
         flags = {"MASK": True, "GRAD": True, "BLOCK": attention.MAP_BLOCK}
         options = {"num_warps": attention.MAP_WARPS, "enable_fp_fusion": True}
         pointers = {"student": dtype, "teacher": dtype, "grad": dtype}
         yield Case(tiles.map_kernel, name, pointers, flags, options)
+
+
+def _gram_cases() -> Iterator[Case]:
+    """Sums in float32 of equal scales and of others, and in float64."""
+    from kdfast.backends.triton import attention_grams as grams
+
+    sides = ("q_s", "k_s", "q_t", "k_t", "grad_q", "grad_k")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for label, sums, unit in (("", torch.float32, True), (" scales", torch.float32, False), (" f64", torch.float64, False)):
+            flags = grams.flags(sums, sums == torch.float32, unit, True, True, True)
+            pointers = dict.fromkeys(sides, dtype) | dict.fromkeys(("partial", "share", "by_keys", "by_queries"), sums)
+            own = {key: flags[key] for key in ("DIFFERENCE", "WIDE", "TILE")} | {"GRAD": True}
+            yield Case(grams.gram_kernel, name + label, pointers, {**flags, "STEP": grams.STEP}, grams.OPTIONS)
+            yield Case(grams.finish_kernel, name + label, pointers, own, grams.FINISH_OPTIONS)
+            constants = {**flags, "GRAD": True, "ROWS": grams.ROWS, "SHARES": 4}
+            yield Case(grams.gradients_kernel, name + label, pointers, constants, grams.OPTIONS)
 
 
 def _hidden_cases() -> Iterator[Case]:

@@ -71,7 +71,7 @@ def test_it_is_put_back_after_an_error() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_gram_products_of_attention_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causal_gram_products_of_attention_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from kdfast.backends.triton import attention
     from kdfast.options import AttentionOptions
@@ -82,7 +82,7 @@ def test_gram_products_of_attention_are_exact(monkeypatch: pytest.MonkeyPatch) -
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        options = AttentionOptions(kind="scores", method="gram", causal=False, scale_s=1.0, scale_t=1.0)
+        options = AttentionOptions(kind="scores", method="gram", causal=True, scale_s=1.0, scale_t=1.0)
         attention.forward(x, x, x, x, None, None, torch.ones(1, 1), options, True)
         assert seen == [False]
         assert tf32_allowed()

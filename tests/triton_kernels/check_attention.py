@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast.backends.reference import attention as reference
-from kdfast.backends.triton import attention
+from kdfast.backends.triton import attention, attention_grams
 from kdfast.options import AttentionOptions
 
 KINDS = pytest.mark.parametrize(
@@ -71,6 +71,73 @@ def test_error_does_not_grow_near_agreement(distance: float, kind: str, method: 
     for student, teacher in ((0, 2), (1, 3)):
         tensors[student] = tensors[teacher] + distance * torch.randn_like(tensors[teacher])
     check(tensors, kind, method, (None, None), False, 1e-5, scales=(0.125, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes", "masked"),
+    [((1, 1, 1), (80, 80), False), ((1, 1, 1), (24, 70), True)],
+    ids=["tiles", "sizes-differ-padded"],
+)
+def test_grams_in_slices(
+    heads: tuple[int, int, int], sizes: tuple[int, int], masked: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three slices, of which the short side's last is empty."""
+    monkeypatch.setattr(attention_grams, "slices", lambda *_: 3)
+    lengths = (70, 40)
+    masks = tuple(torch.rand(2, n, device=device) > 0.3 if masked else None for n in lengths)
+    tensors = sides(heads, sizes, lengths, device)
+    check(tensors, "scores", "gram", masks, False, 5e-6)
+    scale, options = torch.ones(2, heads[0], device=device), AttentionOptions("scores", 0.3, 0.3, False, "gram")
+    once, again = (attention.forward(*tensors, *masks, scale, options, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("case", ["scales-differ", "sizes-differ"])
+def test_grams_near_agreement(case: str, device: str) -> None:
+    """A student at distance 1e-4: of a scale a third of the teacher's, which no float32 holds; with columns more."""
+    tensors, scales = sides((2, 2, 2), (32, 32), (40, 40), device), (0.125, 0.125)
+    if case == "sizes-differ":
+        tensors[0], tensors[1] = (torch.nn.functional.pad(x, (0, 8)) for x in tensors[2:])
+    else:
+        tensors[0], tensors[1], scales = 3 * tensors[2], tensors[3].clone(), (0.1 / 3, 0.1)
+    for x in tensors[:2]:
+        x += 1e-4 * torch.randn_like(x)
+    check(tensors, "scores", "gram", (None, None), False, 1e-5, scales=scales)
+
+
+@KINDS
+def test_one_pair_of_one_column(kind: str, method: str, device: str) -> None:
+    tensors = sides((2, 1, 2), (1, 1), (1, 1), device)
+    scale, options = torch.ones(2, 2, device=device), AttentionOptions(kind, 0.7, 0.7, False, method)
+    exact = reference.forward(*(x.double() for x in tensors), None, None, scale.double(), options, True)
+    got = attention.forward(*tensors, None, None, scale, options, True)
+    assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-7) for a, b in zip(got, exact, strict=True))
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_is_not_finite_stays_in_its_head(dtype: torch.dtype, kind: str, method: str, device: str) -> None:
+    """A NaN among the queries of head 1, which does not count in head 0, nor where its head's scale is 0."""
+    tensors = [x.to(dtype) for x in sides((2, 2, 2), (16, 16), (20, 20), device)]
+    tensors[0][0, 1, 3, 2] = torch.nan
+    scale, options = torch.ones(2, 2, device=device), AttentionOptions(kind, 0.3, 0.3, False, method)
+    loss, grad_q, grad_k = attention.forward(*tensors, None, None, scale, options, True)
+    assert loss.isfinite().tolist() == [[True, False], [True, True]]
+    assert grad_q[0, 0].isfinite().all()
+    assert grad_k[1].isfinite().all()
+    scale[0, 1] = 0
+    out = attention.forward(*tensors, None, None, scale, options, True)
+    assert all(x.isfinite().all() and x[0, 1].abs().max() == 0 for x in out)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_equal_maps(dtype: torch.dtype, kind: str, method: str, device: str) -> None:
+    """A student that is its teacher: nothing at all, not a rounding."""
+    q, k = (x.to(dtype) for x in sides((1, 1, 1), (16, 16), (35, 35), device)[:2])
+    options = AttentionOptions(kind, 0.3, 0.3, False, method)
+    out = attention.forward(q, k, q.clone(), k.clone(), None, None, torch.ones(2, 1, device=device), options, True)
+    assert all(x.abs().max() == 0 for x in out)
 
 
 def test_nothing_seen(device: str) -> None:

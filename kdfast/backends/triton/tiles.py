@@ -100,15 +100,15 @@ def launch_for(vocab: int, *rows: Tensor, heavy: int = 0, phased: bool = False) 
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; for the interpreter 2, which suffices to walk every loop: it runs programs one after the other."""
+    return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def grid(rows: int, device: torch.device, warps: int) -> tuple[int]:
     """Programs for `rows` rows: 16 warps a multiprocessor, which is what 128 registers allow; each walks rows with that
     stride."""
-    # The interpreter runs programs one after the other: two suffice to walk the loop.
-    programs = _multiprocessors(device) * max(1, 16 // warps) if device.type == "cuda" else 2
+    programs = multiprocessors(device) * (max(1, 16 // warps) if device.type == "cuda" else 1)
     return (min(rows, programs),)
 
 
