@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -231,7 +230,9 @@ def task_of(folder: Path, asked: str = "auto") -> str:
     """The task that was asked for, or the one that config.json tells."""
     if asked != "auto":
         return asked
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    from kdfast.models.load import read_config
+
+    config = read_config(folder)
     if config.get("is_encoder_decoder"):
         return "seq2seq"
     return "masked" if any("MaskedLM" in name for name in config.get("architectures") or ()) else "causal"
@@ -287,9 +288,11 @@ class _Job:
 
     def load(self, say: Callable[[str], None]) -> _Teacher:
         from kdfast.models.heads import find_head
+        from kdfast.models.load import check_ids, device_named
 
-        device = self._chosen.device or _default_device()
+        device = str(device_named(self._chosen.device or _default_device(), self._name("device")))
         module = load_teacher(self._folder, self.task, self._chosen.dtype).to(device)
+        check_ids(module, self.corpus.tokenizer.get_vocab_size(), "teacher")
         example = next(iter(self.corpus))
         inputs = _inputs(example, device)
         head = find_head(module, inputs)

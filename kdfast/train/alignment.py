@@ -9,7 +9,7 @@ from torch import nn
 
 from kdfast import linear_topk_targets, topk_targets
 from kdfast.cache import check_alignment
-from kdfast.models.load import vocab_of
+from kdfast.models.load import check_ids, vocab_of
 from kdfast.models.view import View
 from kdfast.train.batch import Batch
 from kdfast.train.tasks.language import LanguageTask
@@ -44,8 +44,12 @@ def targets_in(view: View) -> Any:
 
 
 def check_vocabulary(student_model: nn.Module, inputs: Inputs) -> None:
-    """Raises where student, teachers and data do not share one vocabulary."""
+    """Raises where student, teachers and data do not share one vocabulary, or one is too small for the data's tokens."""
     student, wanted = vocab_of(student_model), inputs.vocab_size
+    if wanted is not None and not isinstance(inputs.task, LanguageTask):
+        live = [teacher.model for teacher in inputs.teachers if teacher.info is None]
+        for key, model in (("student", student_model), *(("teacher", model) for model in live)):
+            check_ids(model, wanted, key)
     if student is None or wanted is None or not isinstance(inputs.task, LanguageTask):
         return
     if student < wanted:

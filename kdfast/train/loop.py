@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
 from kdfast.train.objective import Objective, Prepared, Setting
 from kdfast.train.optimizer import lr_at, make_optimizer, set_options
+from kdfast.train.positions import check_positions, shorter
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import make_objectives
 from kdfast.train.shard import fully_sharded, set_gradient_sync
@@ -145,6 +147,8 @@ class _Run:
         #: Of each phase: the rows it trains on, and the teachers it hears.
         self.rows = [inputs.train if found.train is None else found.train for found in prepared]
         self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
+        for rows in self.rows:
+            check_positions({"student": self.student}, rows, shorter(inputs.task, bool(inputs.caches)))
         self.orders = self._orders()
         self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
         self.first_step = 1
@@ -215,7 +219,8 @@ class _Run:
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown)
-        checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs.tokenizer_homes)
+        tokenizer, homes = self.inputs.tokenizer, self.inputs.tokenizer_homes
+        checkpoint.export(self.folder, accelerator, self.module, self.student, tokenizer, homes)
         if accelerator.is_main_process:
             for objective in self.step.objectives:
                 objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
@@ -354,7 +359,11 @@ class _Run:
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
         number, _ = recipe.place(step)
-        return Read.of([self.rows[number].batch(self.orders[number].take(start, size)) for start in starts])
+        batches = [self.rows[number].batch(self.orders[number].take(start, size)) for start in starts]
+        if not self.teachers[number] or self.step.objectives[number].teacher == "none":
+            # Nobody is heard on a row without a label: it does not count.
+            batches = [replace(batch, soft_mask=None) if batch.soft_mask is not None else batch for batch in batches]
+        return Read.of(batches)
 
     def _align(self) -> None:
         self._phase(self.first_step)

@@ -28,8 +28,9 @@ Metrics = dict[str, Metric]
 class Setting(NamedTuple):
     """What an objective is built for: the student, its teachers (`kdfast.train.teachers`), and the task.
 
-    recipe: the run's. bar: makes a progress bar for what `prepare` does (`kdfast.train.loop.Bar`), or None. earlier: the
-    objectives of the phases before this one, whose parameters it may share.
+    recipe: the run's. phase: the part of it that the objective is of, where there is a recipe. bar: makes a progress bar for
+    what `prepare` does (`kdfast.train.loop.Bar`), or None. earlier: the objectives of the phases before this one, whose
+    parameters it may share.
     """
 
     student: nn.Module
@@ -38,6 +39,7 @@ class Setting(NamedTuple):
     recipe: Any = None
     bar: Any = None
     earlier: Sequence[Any] = ()
+    phase: Any = None
 
 
 class Prepared(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import subprocess
@@ -15,7 +14,7 @@ import torch
 import yaml
 
 import kdfast
-from kdfast.files import write_json, write_text
+from kdfast.files import read_json, write_json, write_text
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks.task import Evaluation
 
@@ -52,7 +51,7 @@ def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None
     _check_same(folder, recipe, digest)
     if not (folder / "result.json").is_file():
         return None
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    result: dict[str, Any] = read_json(folder / "result.json")
     return result
 
 
@@ -80,7 +79,7 @@ def _check_same(folder: Path, recipe: Recipe, digest: str) -> None:
     for values in (before, now):  # a longer run is the same run, gone on
         values.pop(f"phases[{len(recipe.phases) - 1}].steps", None)
     differs = [k for k in sorted(before.keys() | now.keys()) if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)]
-    if not differs and json.loads((folder / "run.json").read_text())["data_hash"] != digest:
+    if not differs and read_json(folder / "run.json")["data_hash"] != digest:
         differs = ["the training data"]
     if differs:
         raise ValueError(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,7 +15,9 @@ from kdfast.extras import need
 from kdfast.models.grow import start_from
 from kdfast.models.load import from_config, from_function, load_folder, quiet, read_config, resolve_folder, tied
 from kdfast.models.shrink import cast_weights, cut_out
+from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.train.inputs import Inputs
+from kdfast.train.positions import check_positions, shorter
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Task
@@ -93,9 +94,12 @@ def check_models(student: nn.Module, inputs: Inputs) -> None:
     """Raises where the student, or a live teacher, does not fit the data as far as the task can see."""
     live = [getattr(teacher, "model", None) for teacher in inputs.teachers]
     keys = [f"teachers[{i}]" for i in range(len(live))] if len(live) > 1 else ["teacher"]
-    for key, model in (("student", student), *zip(keys, live, strict=False)):
+    models = {"student": student, **dict(zip(keys, live, strict=False))}
+    for key, model in models.items():
         if model is not None:
             inputs.task.check_model(model, inputs.train, key)
+    for rows in (inputs.train, inputs.validation):
+        check_positions(models, rows, shorter(inputs.task, bool(inputs.caches)))
 
 
 def _freeze(student: nn.Module, names: Sequence[str]) -> None:
@@ -122,7 +126,9 @@ def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:
     return adapted
 
 
-def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Sequence[Path] = ()) -> None:
+def save_folder(
+    student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Path | None = None, homes: Sequence[Path] = ()
+) -> None:  # fmt: skip
     """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors, which
     `load_state_dict(load_file(...))` takes: every weight by each of its names.
 
@@ -130,26 +136,26 @@ def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], to
     """
     if hasattr(student, "merge_and_unload"):
         student.load_state_dict(weights, strict=False)
-        with quiet():
+        with quiet(), writing_tensors(folder):
             student.save_pretrained(folder / "adapter")  # type: ignore[operator]
         student = student.merge_and_unload()  # type: ignore[operator]
         weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     if isinstance(student, PreTrainedModel):
         doubled = tied(student)
         weights = {name: value for name, value in weights.items() if name not in doubled}
-        with quiet():
+        with quiet(), writing_tensors(folder):
             student.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     else:
-        save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
-    copy_tokenizer(tokenizer, folder)
+        save_tensors({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, homes, folder)
 
 
-def copy_tokenizer(homes: Sequence[Path], folder: Path) -> None:
-    """The tokenizer that lies in `homes` with everything that belongs to it: its settings, special tokens, chat template.
-
-    Each file from the first home that has it.
-    """
-    for name in ("tokenizer.json", *_TOKENIZER_FILES):
+def copy_tokenizer(tokenizer: Path, homes: Sequence[Path], folder: Path) -> None:
+    """The file of a tokenizer, whatever it is called, with everything that belongs to it: settings, special tokens, chat
+    template, each from the first of `homes` that has it."""
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    for name in _TOKENIZER_FILES:
         home = next((home for home in homes if (home / name).is_file()), None)
         if home is not None:
             shutil.copyfile(home / name, folder / name)

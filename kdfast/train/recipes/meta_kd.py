@@ -155,7 +155,7 @@ class MetaKD(Objective):
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         now, teacher, mask = self.now, teachers[0], token_mask(batch)
         weight = self.weights(teacher, batch)
-        summed = torch.as_tensor(num_items, device=weight.device)
+        summed = torch.as_tensor(num_items, device=weight.device).clamp(min=1)
         metrics: Metrics = {"row_weight": Metric(weight.sum(), torch.tensor(len(weight), device=weight.device))}
         terms: list[Tensor] = []
 

@@ -150,7 +150,7 @@ def digest_of_tensors(*tensors: Tensor) -> str:
     """A hash of their values."""
     state = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        state.update(tensor.numpy().tobytes())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 
