@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from kdfast.train import Batch
 from kdfast.train.batch import IGNORE
-from kdfast.train.domains import DomainState, load_state, save_state, weights_of_rows
+from kdfast.train.domains import DomainState, load_state, mean_state, save_state, weights_of_rows
 from kdfast.train.objective import Setting
 from kdfast.train.recipe import Recipe
 from kdfast.train.recipes.meta_kd import MetaKD, MetaKDOptions
@@ -309,3 +309,30 @@ def test_faults_are_said_in_one_line_before_training(encoder: Path, tmp_path: Pa
     nobody = tmp_path / "nobody.jsonl"
     nobody.write_text(json.dumps({"text": "the film", "label": "pos"}) + "\n")
     fails(r"nobody\.jsonl, line 1: expected .*domain", {"name": "meta_teacher"}, data={"train": str(nobody)})
+
+
+def test_what_padding_holds_is_in_no_state() -> None:
+    hidden, mask = torch.randn(2, 4, 3), torch.tensor([[True, True, False, False], [True] * 4])
+    want = mean_state(hidden, mask)
+    torch.testing.assert_close(want[0], hidden[0, :2].mean(0))
+    hidden[0, 2:] = torch.nan
+    assert torch.equal(mean_state(hidden, mask), want)
+
+
+def test_weights_kept_by_a_stopped_preparation_are_those_of_their_model(encoder: Path, tmp_path: Path) -> None:
+    """A run that is killed before its first step binds nobody to its recipe: what it kept is known by what made it."""
+    files = write_reviews(tmp_path / "r")
+
+    def weights(seed: int) -> Tensor:
+        made = recipe(files, tmp_path / "run", encoder, "meta_teacher", steps=1, seed=seed,
+                      student={"model_type": "bert", "config": BERT})  # fmt: skip
+        for name in ("run.json", "result.json"):
+            (tmp_path / "run" / name).unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+        run({**made, "tokenizer": str(encoder)})
+        found: Tensor = load_file(tmp_path / "run" / "prepared" / "0" / "weights.safetensors")["weights"]
+        return found
+
+    first, other = weights(1), weights(2)
+    assert not torch.equal(first, other)
+    assert torch.equal(weights(1), first)

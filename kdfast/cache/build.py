@@ -36,6 +36,11 @@ TASKS = {"causal": "causal_lm", "seq2seq": "seq2seq", "masked": "masked_lm"}
 _FREE = ("paths", "streaming", "turns", "stopped")
 
 
+def _python_name(option: str) -> str:
+    """An option as a Python caller of `build` gives it: by itself, or as a field of `data`."""
+    return python_name(option) if option in {f.name for f in dataclasses.fields(TextData)} else option
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """How a cache is captured.
@@ -113,7 +118,7 @@ def build(
     resume: bool = False,
     progress: Callable[[int, float | None], None] | None = None,
     say: Callable[[str], None] = print,
-    name: Naming = python_name,
+    name: Naming = _python_name,
     **options: Any,
 ) -> Built:
     """Runs a teacher over a corpus and keeps its targets. Equals
@@ -181,7 +186,7 @@ def estimate(
     data: TextData,
     *,
     say: Callable[[str], None] = print,
-    name: Naming = python_name,
+    name: Naming = _python_name,
     **options: Any,
 ) -> dict[str, Any]:
     """Size and time of a `build`, from its first batch; nothing is kept. The corpus is walked through to be counted."""

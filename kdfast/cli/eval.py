@@ -7,6 +7,7 @@ import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 #: What a recipe calls otherwise than a flag is called.
@@ -82,7 +83,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     from kdfast.strict import build, override
     from kdfast.text.tokenizers import load_tokenizer
     from kdfast.train.evaluate import evaluate
-    from kdfast.train.positions import check_positions, shorter
+    from kdfast.train.positions import check_positions
     from kdfast.train.recipe import named
     from kdfast.train.tasks import task_class
 
@@ -115,7 +116,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
             model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype)
         if tokenizer is not None:
             check_ids(model, tokenizer.get_vocab_size(), "model")
-        check_positions({"model": model}, rows, shorter(task))
+        check_positions([("model", model)], rows, SimpleNamespace(task=task))
         model = model.to(device)
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
@@ -123,10 +124,11 @@ def from_config(model_type: str, fields: dict[str, Any], key: str, *, kind: str 
             raise ValueError(unknown_key(f"{key}.config.{name}", name, known))
     # Token ids of the architecture's own tokenizer mean nothing here and may lie outside the vocabulary.
     ids: dict[str, Any] = {k: None for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in known}
-    config = AutoConfig.for_model(model_type, **{**ids, **{k: v for k, v in defaults.items() if v is not None}, **fields})
+    given = {**ids, **{k: v for k, v in defaults.items() if v is not None}, **fields}
     try:
+        config = AutoConfig.for_model(model_type, **given)
         return auto_class(kind).from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{key}: {model_type} does not make a model for {kind}: {reason}") from None
 

@@ -12,6 +12,13 @@ from torch import Tensor
 IGNORE = -100
 
 
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raises where a label is neither a class nor `IGNORE`; looks at the values."""
+    outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]
+    if outside.numel():
+        raise ValueError(f"labels: expected numbers from 0 to {classes - 1}, or {IGNORE} for none, got {int(outside[0])}")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Inputs of both models, labels, and what a method or a task wants beside them.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from kdfast import files
 from kdfast.models.load import tied
 from kdfast.tensors import load_tensors, save_tensors
+from kdfast.train.inputs import Inputs
 from kdfast.train.students import save_folder
 
 # The optimiser's state is keyed by parameter names, so it survives another wrapping (none, DDP, FSDP).
@@ -146,21 +146,14 @@ def _load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: to
     return Resumed(state["step"], state["seconds"], state["rows"], same)
 
 
-def export(
-    folder: Path,
-    accelerator: Accelerator,
-    module: nn.Module,
-    student: nn.Module,
-    tokenizer: Path | None,
-    homes: Sequence[Path],
-) -> None:
+def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, inputs: Inputs) -> None:
     """Writes `folder/model`, the student to be loaded by anyone with its tokenizer, and what its method keeps beside it."""
     weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
 
     def fill(part: Path) -> None:
         if accelerator.is_main_process:
             own = {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
-            save_folder(student, part, own, tokenizer, homes)
+            save_folder(student, part, own, inputs.tokenizer, inputs.tokenizer_homes)
             for number, objective in enumerate(unwrapped(module).objectives):  # type: ignore[arg-type]
                 name = f"objectives.{number}."
                 objective.export(part, {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ import torch
 from kdfast.cache import CacheInfo, CacheMismatch, CacheWriter
 from kdfast.cache.capture_file import read_capture, write_capture
 from kdfast.cache.manifest import is_unfinished
+from kdfast.files import json_text
 from kdfast.models.load import check_ids, device_named, read_config, resolve_folder, weights_hash
 from kdfast.ops.topk import topk_targets
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, lengths_of, sizes_of
-from kdfast.train.positions import check_positions, shorter
+from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Recipe, Teacher
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import ClassTask
@@ -81,17 +83,18 @@ def capture_classes(
             task.check_config(read_config(folder), "teacher")
         described = {"task": recipe.task.name, "labels": task.names, "rows": digest_of(rows), "batch_size": batch_size}
         path = Path(out)
-        if is_unfinished(path) and read_capture(path) != described:
+        there = read_capture(path)  # nothing where a kill came before it was written, and before the first record
+        if is_unfinished(path) and there and there != described:
             raise CacheMismatch(f"{path}: holds an unfinished cache of other rows; capture these to another path")
         model = LiveTeacher.load(teacher, "teacher", task.kind)
         where = device_named(device, "device")
         model.to(where)
         if tokenizer is not None:
             check_ids(model.model, tokenizer.get_vocab_size(), "teacher")
-        check_positions({"teacher": model.model}, rows, shorter(task))
+        check_positions([("teacher", model.model)], rows, SimpleNamespace(task=task))
         classes = len(task.names)
         with CacheWriter(
-            path, vocab_size=classes, k=classes, teacher=str(teacher.function) if folder is None else weights_hash(folder),
+            path, vocab_size=classes, k=classes, teacher=_identity(teacher) if folder is None else weights_hash(folder),
             tokenizer_hash="none" if tokenizer_file is None else file_hash(tokenizer_file),
             temperatures=tuple(temperatures), max_kl=_EXACT, alignment="same",
         ) as writer:  # fmt: skip
@@ -102,6 +105,12 @@ def capture_classes(
                 if progress is not None:
                     progress(min(start + batch_size, len(rows)), len(rows))
         return CachedTeacher(path).info
+
+
+def _identity(teacher: Teacher) -> str:
+    """What a teacher that a function makes is known by: its name, its arguments and weights where it is given some."""
+    arguments = [json_text(teacher.arguments)] if teacher.arguments else []
+    return " ".join([str(teacher.function), *arguments, *([weights_hash(teacher.weights)] if teacher.weights else [])])
 
 
 def _add(writer: CacheWriter, model: LiveTeacher, batch: Batch, device: torch.device) -> None:

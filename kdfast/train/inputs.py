@@ -125,8 +125,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size()
     if vocab_size is None and cache_is_data:
         vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))
-    if pack and getattr(recipe.data, "group_by_length", False):
-        raise ValueError("data.group_by_length: beside data.pack, which leaves little padding, expected none; leave it out")
+    if pack:
+        refuse_unused(recipe.data, ("group_by_length",), "beside data.pack, which leaves little padding, expected none", "data")
     _check_labels(train, vocab_size, task)
     homes = () if tokenizer_file is None else _homes(recipe, tokenizer_file)
     return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train), homes)

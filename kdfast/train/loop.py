@@ -28,7 +28,7 @@ from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
 from kdfast.train.objective import Objective, Prepared, Setting
 from kdfast.train.optimizer import lr_at, make_optimizer, set_options
-from kdfast.train.positions import check_positions, shorter
+from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import make_objectives
 from kdfast.train.shard import fully_sharded, set_gradient_sync
@@ -147,8 +147,9 @@ class _Run:
         #: Of each phase: the rows it trains on, and the teachers it hears.
         self.rows = [inputs.train if found.train is None else found.train for found in prepared]
         self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
-        for rows in self.rows:
-            check_positions({"student": self.student}, rows, shorter(inputs.task, bool(inputs.caches)))
+        for rows, teachers in zip(self.rows, self.teachers, strict=True):
+            live = [teacher.model for teacher in teachers if isinstance(teacher, LiveTeacher)]
+            check_positions([("student", self.student), *(("teacher", model) for model in live)], rows, inputs)
         self.orders = self._orders()
         self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
         self.first_step = 1
@@ -219,8 +220,7 @@ class _Run:
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown)
-        tokenizer, homes = self.inputs.tokenizer, self.inputs.tokenizer_homes
-        checkpoint.export(self.folder, accelerator, self.module, self.student, tokenizer, homes)
+        checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs)
         if accelerator.is_main_process:
             for objective in self.step.objectives:
                 objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
@@ -255,8 +255,7 @@ class _Run:
                 saving = final or stopping or (recipe.save_every > 0 and step % recipe.save_every == 0)
                 if evaluating or saving or step % recipe.log_every == 0:
                     row = log.flush()
-                    if row["loss"] is None or not math.isfinite(row["loss"]):
-                        raise RuntimeError(f"step {step}: the loss is {row['loss']}; lower optimizer.lr or set optimizer.clip")
+                    self._check_finite(step, row)
                     if shown is not None:
                         shown.update(step)
                 if evaluating:
@@ -268,6 +267,13 @@ class _Run:
                 if stopping and not final:
                     raise KeyboardInterrupt(f"stopped after step {step}; run the same again to go on")
         return evaluation
+
+    def _check_finite(self, step: int, row: dict[str, Any]) -> None:
+        """Raises before weights that are NaN are saved; a loss scale's first steps may overflow, and are left out."""
+        found = {"loss": row["loss"], "gradient's norm": row["grad_norm"] if self.recipe.precision != "fp16" else 0.0}
+        for name, value in found.items():
+            if value is None or not math.isfinite(value):
+                raise RuntimeError(f"step {step}: the {name} is {value}; lower optimizer.lr or set optimizer.clip")
 
     def _evaluates(self, step: int) -> bool:
         every = self.recipe.eval_every
@@ -392,5 +398,4 @@ class _Run:
 
 
 class _Nothing:
-    def add(self, *args: Any) -> None:
-        """Metrics of a check are not kept."""
+    def add(self, *args: Any) -> None: ...

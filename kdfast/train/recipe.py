@@ -329,10 +329,10 @@ class _OnceLoader(yaml.SafeLoader):
     """A key that is written twice is an error: YAML's own reader takes the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        doubled = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if doubled is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{doubled!r} is there twice", node.start_mark)
+        seen = {"<<": 0}  # a merge, which may be repeated
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, id(key)) not in (id(key), 0):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -17,7 +17,7 @@ from kdfast.models.load import from_config, from_function, load_folder, quiet, r
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.train.inputs import Inputs
-from kdfast.train.positions import check_positions, shorter
+from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Task
@@ -99,7 +99,7 @@ def check_models(student: nn.Module, inputs: Inputs) -> None:
         if model is not None:
             inputs.task.check_model(model, inputs.train, key)
     for rows in (inputs.train, inputs.validation):
-        check_positions(models, rows, shorter(inputs.task, bool(inputs.caches)))
+        check_positions(models.items(), rows, inputs)
 
 
 def _freeze(student: nn.Module, names: Sequence[str]) -> None:

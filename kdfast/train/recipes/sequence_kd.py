@@ -168,8 +168,10 @@ class SequenceKD(WordKD):
             if options.interpolation:
                 group = [_most_like(group, asked_in(rows, row).gold, tokenizer)]
             group = group[: options.nbest]
-            best = max(line["score"] for line in group)
-            mass = [1.0 if options.sample else math.exp(line["score"] - best) for line in group]
+            scores = [-math.inf if line["score"] is None else line["score"] for line in group]  # JSON has no infinity
+            best = max(scores)
+            alike = options.sample or best == -math.inf
+            mass = [1.0 if alike else math.exp(score - best) for score in scores]
             for line, share in zip(group, mass, strict=True):
                 yield {**line, "weight": share / sum(mass)}
 

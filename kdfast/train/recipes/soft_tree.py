@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kdfast.models.soft_tree import SoftTree, TreeOutput
 from kdfast.models.view import Needs, View
+from kdfast.ops.rows import values_are_checked
 from kdfast.strict import ranged, refuse_unused
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, check_classes
 from kdfast.train.objective import Metric, Metrics, Objective, Setting
 from kdfast.train.schedule import Scheduled, scheduled
 
@@ -98,6 +99,8 @@ class SoftTreeMethod(Objective):
         terms: list[tuple[str, Tensor, Tensor]] = []  # name, target [B, C], rows that have one
         if batch.labels is not None and known is not None:
             classes = torch.arange(log_classes.shape[-1], device=leaves.device)
+            if values_are_checked(leaves.device):
+                check_classes(batch.labels, len(classes))
             one_hot = (batch.labels[:, None] == classes).to(leaves.dtype)  # of no class where there is no label
             terms.append(("hard", one_hot, rows if heard is known else known.sum()))
         if teachers:

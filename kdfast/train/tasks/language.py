@@ -20,7 +20,7 @@ from kdfast.strict import ranged, refuse_unused
 from kdfast.text.documents import Corpus
 from kdfast.text.files import list_files, split_files
 from kdfast.text.spec import TextData
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, check_classes
 from kdfast.train.data import SPLIT_SEED, Source, hold_out
 from kdfast.train.documents import Documents
 from kdfast.train.tasks.task import Evaluation, Splits, Task
@@ -111,6 +111,7 @@ class LanguageTask(Task[Data]):
         assert batch.labels is not None
         counted = batch.labels != IGNORE
         labels = batch.labels[counted]
+        check_classes(labels, view.logits.shape[-1] if view.head is None else view.head.weight.shape[0])
         if view.head is None or view.hidden is None:
             logits = view.logits[counted].float()
             nll = F.cross_entropy(logits, labels, reduction="sum") if len(labels) else logits.sum() * 0
