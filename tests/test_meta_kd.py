@@ -21,7 +21,9 @@ from test_tasks import BAD, BERT, GOOD, opened, run, tokenizer, values  # noqa: 
 from test_tinybert import batch, model, truth
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from kdfast.train import Batch
+from kdfast.cache import load_teacher
+from kdfast.models.load import load_folder
+from kdfast.train import Batch, distill
 from kdfast.train.batch import IGNORE
 from kdfast.train.domains import DomainState, load_state, mean_state, save_state, weights_of_rows
 from kdfast.train.objective import Setting
@@ -336,3 +338,35 @@ def test_weights_kept_by_a_stopped_preparation_are_those_of_their_model(encoder:
     first, other = weights(1), weights(2)
     assert not torch.equal(first, other)
     assert torch.equal(weights(1), first)
+
+
+def test_a_teacher_without_a_head_is_heard_by_nobody(encoder: Path, tmp_path: Path) -> None:
+    """Its head would be random: what it says is noise, its layers are not."""
+    files = write_reviews(tmp_path / "r")
+    small = {"student": {"model_type": "bert", "config": BERT}, "teacher": {"path": str(encoder)}, "steps": 1}
+    lacking = r"the folder has no weights classifier\.bias, classifier\.weight, which would be random; train it"
+    for method in ("word_kd", "tinybert", "distilbert", {"name": "meta_kd", "transfer_weight": 0.0}):
+        with pytest.raises(ValueError, match=rf"^teacher\.path: {lacking} for the task first"):
+            run(recipe(files, tmp_path / "run", encoder, method, **small))
+    two = {**small, "teacher": None, "teachers": [{"path": str(encoder)}] * 2}
+    with pytest.raises(ValueError, match=rf"^teachers\[0\]\.path: {lacking}"):
+        run(recipe(files, tmp_path / "run", encoder, "ensemble", **two))
+    for i, method in enumerate(({"name": "tinybert", "stage": "intermediate"}, {"name": "distilbert", "soft_weight": 0.0})):
+        assert run(recipe(files, tmp_path / f"layers-{i}", encoder, method, **small)).steps == 1
+
+
+def test_a_student_from_a_folder_without_a_head_says_so(encoder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    made = recipe(write_reviews(tmp_path / "r"), tmp_path / "run", encoder, "supervised", steps=1)
+    distill(Recipe.build(made), say=said.append)
+    assert "student: its folder has no weights classifier.bias, classifier.weight, which are random" in said
+
+
+def test_a_model_of_another_kind_is_neither_evaluated_nor_captured(encoder: Path) -> None:
+    """An encoder has no words to say; a head for them would be random."""
+    with pytest.raises(
+        ValueError, match=r"^model: .* has no weights cls\..*, \.\.\., which would be random; .* than causal_lm"
+    ):
+        load_folder(encoder, "model")
+    with pytest.raises(ValueError, match=r"^teacher: .* has no weights cls\."):
+        load_teacher(encoder, "masked")

@@ -517,5 +517,5 @@ def test_a_step_without_any_row_that_counts_is_0() -> None:
     method = make_method(tree, penalty=0.0)
     for items in (0, torch.tensor(0)):
         loss, _ = loss_of(method, tree, torch.randn(3, 6).double(), torch.full((3,), -100), num_items=items)  # type: ignore[arg-type]
-        assert float(loss) == 0
+        assert loss.item() == 0
         assert not any(grad.any() for grad in torch.autograd.grad(loss, list(tree.parameters())))

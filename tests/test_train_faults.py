@@ -454,3 +454,98 @@ def test_a_full_disk_names_the_file_and_loses_nothing(tokenizer: Path, tmp_path:
     assert not list(wanted.parent.glob(".*"))
     again = subprocess.run([*command, "steps=4"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
+
+
+class Unlabelled:
+    """Rows of token ids, the later ones shorter, of which nobody knows what follows."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        rows = torch.as_tensor(list(indices))
+        mask = torch.arange(12) < 12 - 2 * rows[:, None]
+        return Batch((torch.arange(48).view(4, 12) % 31)[rows] * mask, attention_mask=mask.long())
+
+
+def test_tokens_without_a_label_count_each(tokenizer: Path, tmp_path: Path) -> None:
+    """The loss is a mean over tokens, as it is with labels, and padding is none of them."""
+    models = {}
+    for name, seed in (("teacher", 1), ("student", 2)):
+        torch.manual_seed(seed)
+        folder = saved(tmp_path / name, None, resid_pdrop=0.0, initializer_range=0.5)
+        models[name] = GPT2LMHeadModel.from_pretrained(folder).double().eval()
+    batch = Unlabelled().batch(range(4))
+    with torch.no_grad():
+        log_t, log_s = (models[name](**batch.by_name).logits.log_softmax(-1) for name in ("teacher", "student"))
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1)
+    changes: dict[str, Any] = {"student": {"path": str(tmp_path / "student")}, "teacher": {"path": str(tmp_path / "teacher")},
+                               "steps": 1, "batch_size": 2, "accumulation": 2}  # fmt: skip
+    for method in ({"name": "word_kd"}, {"name": "word_kd", "z_loss": 1e-3}):
+        out = tmp_path / ("z" if "z_loss" in method else "plain")
+        config = {**models["student"].config.to_dict(), "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+        values = recipe_values(tokenizer, out, method=method, **changes)
+        distill(Recipe.build({**values, "data": {}}), train_data=Unlabelled(), say=quiet)
+        z = method.get("z_loss", 0.0) * log_s_squared(models["student"], batch)
+        truth = (kl + z)[batch.attention_mask.bool()].mean()  # type: ignore[union-attr]
+        assert rows_of(out)[0]["loss"] == pytest.approx(float(truth), rel=1e-4)
+    values = recipe_values(tokenizer, tmp_path / "hard", method={"name": "word_kd", "hard_weight": 0.5}, **changes)
+    with pytest.raises(ValueError, match=r"^labels: expected a tensor because hard_weight is 0\.5, got None"):
+        distill(Recipe.build({**values, "data": {}}), train_data=Unlabelled(), say=quiet)
+
+
+def log_s_squared(model: Any, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**batch.by_name).logits.logsumexp(-1) ** 2
+    return found
+
+
+def test_validation_data_without_labels_are_refused_before_training(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data\.validation: expected at least one labelled position in 4 rows, got none"):
+        distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run")), validation_data=Unlabelled(), say=quiet)
+
+
+@pytest.mark.parametrize("outside", [300, -3])
+def test_validation_labels_outside_the_vocabulary_are_one_line(outside: int, tokenizer: Path, tmp_path: Path) -> None:
+    labels = LABELLED.clone()
+    labels[7, 3] = outside
+    with pytest.raises(ValueError, match=rf"^labels: expected numbers from 0 to 299, or -100 for none, got {outside}$"):
+        distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=1)), validation_data=Rows(labels), say=quiet)
+
+
+def test_weights_that_are_nan_are_not_saved(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a step says nothing of its gradients, and the next one comes after the checkpoint."""
+    (tmp_path / "endless_gradient.py").write_text(ENDLESS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = recipe_values(tokenizer, tmp_path / "run", steps=1, student={"function": "endless_gradient:Endless"})
+    with pytest.raises(RuntimeError, match=r"^step 1: the gradient's norm is (nan|inf|None)"):
+        distill(Recipe.build(values), say=quiet)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+ENDLESS = """
+from torch import nn
+class Endless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.head = nn.Embedding(300, 4), nn.Linear(4, 300)
+        nn.init.zeros_(self.inputs.weight)
+    def forward(self, input_ids):
+        return self.head(self.inputs(input_ids).abs().sqrt())
+"""
+
+
+def test_a_run_is_not_gone_on_with_on_other_validation_data(tokenizer: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("import json\n" * 90)
+    data = {"train": [str(TEXT)], "validation": [str(held_out)], "glob": "*.py", "sequence_length": 16}
+    values = recipe_values(tokenizer, tmp_path / "run", data=data, steps=2)
+    distill(Recipe.build(values), say=quiet)
+    held_out.write_text("import this\n" * 90)
+    with pytest.raises(ValueError, match=r"^out: .* holds a run that differs in the validation data; set another out"):
+        distill(Recipe.build({**values, "steps": 4}), say=quiet)
+    known = json.loads((tmp_path / "run" / "run.json").read_text())
+    del known["validation_hash"]  # as runs before had it
+    (tmp_path / "run" / "run.json").write_text(json.dumps(known))
+    assert distill(Recipe.build({**values, "steps": 4}), say=quiet).steps == 4

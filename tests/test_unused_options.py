@@ -12,9 +12,8 @@ import pytest
 import yaml
 from tiny_runs import TEXT, make_tokenizer, recipe_values
 
-from kdfast.cache.build import BuildOptions
+from kdfast.cache.build import BuildOptions, _python_name
 from kdfast.strict import build, refuse_unused
-from kdfast.text.spec import python_name
 from kdfast.train import Recipe
 from kdfast.train.inputs import open_inputs
 from kdfast.train.objective import Setting
@@ -216,8 +215,8 @@ def test_how_files_are_read_that_are_of_another_kind(tokenizer: Path, tmp_path: 
 
 def test_the_temperature_of_draws_without_draws() -> None:
     with pytest.raises(ValueError, match=r"^sample_temperature: expected it with samples, got it without"):
-        BuildOptions(sample_temperature=2.0).check(python_name)
-    BuildOptions(samples=4, sample_temperature=2.0).check(python_name)
+        BuildOptions(sample_temperature=2.0).check(_python_name)
+    BuildOptions(samples=4, sample_temperature=2.0).check(_python_name)
 
 
 def test_the_message_names_the_key_and_the_remedy() -> None:

@@ -72,7 +72,7 @@ def start_from(
         return None
     if config is None or not (Path(path) / "config.json").is_file():
         return _grow_module(student, path, shapes, key)
-    small: Any = load_folder(path, key, kind=kind)
+    small: Any = load_folder(path, key, kind=kind, missing=[])
     if small.config.model_type != config.model_type:
         raise ValueError(f"{key}: expected a model of type {config.model_type} as the student, got {small.config.model_type}")
     if config.model_type not in (*_ANY_WIDTH, *_PRE_NORM, *_POST_NORM):

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +88,45 @@ def resolve_folder(name: str | Path, key: str) -> Path:
         ) from None
 
 
-def load_folder(path: str | Path, key: str, *, kind: str = "causal_lm", dtype: str = "float32", **config: Any) -> nn.Module:
+def load_folder(
+    path: str | Path, key: str, *, kind: str = "causal_lm", dtype: str = "float32", missing: list[str] | None = None,
+    **config: Any,
+) -> nn.Module:  # fmt: skip
     """The model in a local folder or of a hub name.
 
     Args:
         path: the folder or name. key: what an error calls it. kind: one of `AUTO_CLASSES`.
         dtype: one of `DTYPES`; weights are never widened unless asked for.
+        missing: takes the names of weights that the folder lacks, which are random then: the head of a model that was not
+            trained for `kind`. None: it may lack none.
         config: fields of the model's configuration to set, such as `num_labels`.
+
+    Raises:
+        ValueError: it does not load, or lacks weights.
     """
     folder = resolve_folder(path, key)
     with quiet():
         try:
             with reading_tensors(folder):
-                return auto_class(kind).from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, dtype=torch_dtype(dtype, folder), **config
-                )
+                model, found = auto_class(kind).from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, dtype=torch_dtype(dtype, folder),
+                    output_loading_info=True, **config,
+                )  # fmt: skip
         except (ValueError, OSError, RuntimeError) as error:
             raise ValueError(
                 f"{key}: {folder} does not load as a model for {kind}: {' '.join(str(error).split())[:300]}"
             ) from None
+    lacking = sorted(found["missing_keys"])
+    if missing is None and lacking:
+        raise ValueError(f"{key}: {folder} {lacks(lacking)}; it was trained for something else than {kind}")
+    if missing is not None:
+        missing += lacking
+    return model
+
+
+def lacks(missing: Sequence[str]) -> str:
+    """Which weights a folder has not, in words."""
+    return f"has no weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which would be random"
 
 
 def from_config(model_type: str, fields: dict[str, Any], key: str, *, kind: str = "causal_lm", **defaults: Any) -> nn.Module:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kdfast import linear_topk_targets, topk_targets
 from kdfast.cache import check_alignment
-from kdfast.models.load import check_ids, vocab_of
+from kdfast.models.load import check_ids, lacks, vocab_of
 from kdfast.models.view import View
 from kdfast.train.batch import Batch
 from kdfast.train.tasks.language import LanguageTask
@@ -41,6 +41,20 @@ def targets_in(view: View) -> Any:
         return topk_targets(view.logits, min(_K, view.logits.shape[-1]))
     k = min(_K, view.head.weight.shape[0])
     return linear_topk_targets(view.hidden, view.head.weight, k, bias=view.head.bias, head=view.head.form)
+
+
+def check_heads(objectives: Iterable[Any], inputs: Inputs) -> None:
+    """Raises where a method hears a teacher whose head its folder did not have."""
+    if not any(objective.teacher != "none" and objective.hears_teachers() for objective in objectives):
+        return
+    many = len(inputs.teachers) > 1
+    for i, teacher in enumerate(inputs.teachers):
+        missing = getattr(teacher, "missing", ())
+        if missing:
+            key = f"teachers[{i}].path" if many else "teacher.path"
+            raise ValueError(
+                f"{key}: the folder {lacks(missing)}; train it for task {inputs.task.kind} first (method: supervised)"
+            )
 
 
 def check_vocabulary(student_model: nn.Module, inputs: Inputs) -> None:

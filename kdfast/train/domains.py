@@ -174,7 +174,7 @@ def instance_weights(
     if home is not None:
         if inputs.tokenizer is not None:
             check_same_tokens(home, load_tokenizer(inputs.tokenizer)[0], "method.encoder")
-        model = load_folder(home, "method.encoder", kind=inputs.task.kind, dtype="auto")
+        model = load_folder(home, "method.encoder", kind=inputs.task.kind, dtype="auto", missing=[])
     was_training = model.training
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device

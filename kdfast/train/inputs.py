@@ -245,7 +245,7 @@ def _check_validation(validation: Source, recipe: Recipe) -> None:
     n = min(n, recipe.eval_sequences or n)
     for start in range(0, n, recipe.batch_size):
         labels = validation.batch(range(start, min(start + recipe.batch_size, n))).labels
-        if labels is None or bool((labels != IGNORE).any()):
+        if labels is not None and bool((labels != IGNORE).any()):
             return
     raise ValueError(f"data.validation: expected at least one labelled position in {n} rows, got none")
 

@@ -7,7 +7,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from kdfast.models.view import Needs, View
 from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
-from kdfast.train.alignment import align, check_vocabulary
+from kdfast.train.alignment import align, check_heads, check_vocabulary
 from kdfast.train.batch import Batch
 from kdfast.train.data import Order, PackedOrder, Source
 from kdfast.train.evaluate import evaluate
@@ -112,7 +111,7 @@ def _distill(
     )
     with accelerator.main_process_first():
         inputs = open_inputs(recipe, kept / "data", train_data, validation_data)
-    done = run_folder.finished(folder, recipe, inputs.digest)
+    done = run_folder.finished(folder, recipe, inputs)
     if done is not None and done["steps"] < recipe.total_steps and accelerator.is_main_process:
         say(f"{folder}: finished {done['steps']} steps before; going on to {recipe.total_steps}")
     if done is not None and done["steps"] >= recipe.total_steps:
@@ -141,6 +140,7 @@ class _Run:
         self.step = DistillStep(self.student, objectives, inputs.task).name_head()
         if inputs.task.through_head and self.step.head is None:
             self.say(f"student: {type(self.student).__name__} has no plain linear head to go through; logits are formed whole")
+        check_heads(objectives, inputs)
         self._open_teachers(inputs.teachers)
         with accelerator.main_process_first():
             prepared = [self._prepare(objective, kept / "prepared" / str(i)) for i, objective in enumerate(objectives)]
@@ -205,7 +205,7 @@ class _Run:
     def train(self) -> Result:
         recipe, accelerator = self.recipe, self.accelerator
         if accelerator.is_main_process:
-            run_folder.begin(self.folder, recipe, self.inputs.digest)
+            run_folder.begin(self.folder, recipe, self.inputs)
         accelerator.wait_for_everyone()
         log = MetricLog(recipe, self.folder, accelerator)
         start, seconds = 0, 0.0
@@ -365,11 +365,9 @@ class _Run:
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
         number, _ = recipe.place(step)
-        batches = [self.rows[number].batch(self.orders[number].take(start, size)) for start in starts]
-        if not self.teachers[number] or self.step.objectives[number].teacher == "none":
-            # Nobody is heard on a row without a label: it does not count.
-            batches = [replace(batch, soft_mask=None) if batch.soft_mask is not None else batch for batch in batches]
-        return Read.of(batches)
+        taught = bool(self.teachers[number]) and self.step.objectives[number].teacher != "none"
+        batches = (self.rows[number].batch(self.orders[number].take(start, size)) for start in starts)
+        return Read.of([batch.heard(taught, self.inputs.task) for batch in batches])
 
     def _align(self) -> None:
         self._phase(self.first_step)

@@ -75,6 +75,10 @@ class Objective(nn.Module):
         """None: no pass of the teachers is needed in a step, as what they said was kept by `prepare`."""
         return Needs()
 
+    def hears_teachers(self) -> bool:
+        """Whether what the teachers say of a row counts, and not their layers alone: a head of random weights says nothing."""
+        return True
+
     def begin_step(self, step: int, steps: int) -> None:
         """Sets `self.now`, the options with their schedules at `step` (1-based) of `steps`."""
         self.now = values_at(self.options, step, steps)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.models.grow import start_from
-from kdfast.models.load import from_config, from_function, load_folder, quiet, read_config, resolve_folder, tied
+from kdfast.models.load import from_config, from_function, lacks, load_folder, quiet, read_config, resolve_folder, tied
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.train.inputs import Inputs
@@ -35,7 +35,10 @@ def build_student(
     """The student of `recipe`, its random weights from torch's global generator; `say` takes a line about what it grew from."""
     spec = recipe.student
     _check_teachers(recipe, task)
-    student = _plain(spec, recipe, task, vocab_size)
+    missing: list[str] = []
+    student = _plain(spec, recipe, task, vocab_size, missing)
+    if missing:
+        say(f"student: its folder {lacks(missing).replace('which would be', 'which are')}")
     if recipe.init_from:
         example = task.example(student) if task.through_head else None
         grown = start_from(student, resolved(recipe.init_from, "init_from"), "init_from", kind=task.kind, example=example)
@@ -61,20 +64,21 @@ def resolved(path: str, key: str) -> str | Path:
     return resolve_folder(path, key)
 
 
-def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
+def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None, missing: list[str]) -> nn.Module:
     fields = task.model_fields(vocab_size)
     # Of a model in a folder what follows from the data; sizes are the folder's.
     settings = {k: v for k, v in fields.items() if k in ("id2label", "label2id", "pad_token_id") and v is not None}
     if spec.function:
         return from_function(spec.function, spec.arguments, "student.function")
     if spec.path:
-        return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, **settings)
+        return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
     if spec.from_teacher:
         source = spec.from_teacher.path or next((t.path for t in recipe.all_teachers if t.path), None)
         if source is None:
             raise ValueError("student.from_teacher.path: expected the teacher's folder, which teacher.path does not give")
         cut = spec.from_teacher
-        teacher = load_folder(source, "student.from_teacher.path", kind=task.kind, dtype=spec.dtype, **settings)
+        key = "student.from_teacher.path"
+        teacher = load_folder(source, key, kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
         return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
     return from_config(spec.model_type or "", spec.config, "student", kind=task.kind, **fields)
 

@@ -131,6 +131,9 @@ class MetaKD(Objective):
     def needs_of_teacher(self) -> Needs:
         return self._needs(of_teacher=True)
 
+    def hears_teachers(self) -> bool:
+        return self.options.instance_weights or self.options.predicts
+
     def _needs(self, of_teacher: bool) -> Needs:
         found = Needs() if self.match is None else self.match.needs(of_teacher)
         return found | Needs(layers=(-1,)) if self.options.transfers else found

@@ -19,7 +19,7 @@ from kdfast.strict import ranged, refuse_unused
 from kdfast.text.files import list_files
 from kdfast.text.rows import ROWS, Row, json_rows, parquet_rows
 from kdfast.text.specials import padding_id
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, token_positions
 from kdfast.train.tasks.classes import (
     ClassTask,
     check_share,
@@ -116,6 +116,9 @@ class TokenClassification(ClassTask[Data]):
         if not tags:
             raise ValueError(f"{key}: expected at least one word, got none")
         return Words(ids, firsts, self.ids_of(tags, key), self.pad_id or 0)
+
+    def positions(self, batch: Batch) -> Tensor | None:
+        return token_positions(batch)
 
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
