@@ -19,6 +19,7 @@ JSON has no NaN and no infinity; Python writes them all the same unless it is to
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -120,12 +121,16 @@ def _becoming(part: Path, target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(target: str | os.PathLike[str], part: Path | None = None) -> Iterator[None]:
-    """An error of the system in the block names `target` where it names nothing, or the temporary `part` or what lies in it."""
+    """An error of the system in the block names `target` where it is of a disk and names nothing, or where it names the
+    temporary `part` or what lies in it."""
     try:
         yield
     except OSError as error:
         named = error.filename
-        ours = named is None or (part is not None and Path(os.fsdecode(named)).is_relative_to(part))
+        if named is None:  # what is read in the block may fail too: a connection is no file
+            ours = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        else:
+            ours = part is not None and Path(os.fsdecode(named)).is_relative_to(part)
         if not ours or error.errno is None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error

@@ -291,6 +291,15 @@ def _writes(folder: Path) -> dict[str, Any]:
     }
 
 
+def test_an_error_of_something_else_is_itself(tmp_path: Path) -> None:
+    """What is written may be read from elsewhere meanwhile."""
+    for raised in (ConnectionResetError(errno.ECONNRESET, "reset"), FileNotFoundError(errno.ENOENT, "gone", "/data/x")):
+        with pytest.raises(OSError, match="reset|gone") as caught, files.written_folder(tmp_path / "made"):
+            raise raised
+        assert caught.value is raised
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_is_no_folder_is_named_as_asked(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed").chmod(0o500)

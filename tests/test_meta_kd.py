@@ -346,7 +346,7 @@ def test_a_teacher_without_a_head_is_heard_by_nobody(encoder: Path, tmp_path: Pa
     small = {"student": {"model_type": "bert", "config": BERT}, "teacher": {"path": str(encoder)}, "steps": 1}
     lacking = r"the folder has no weights classifier\.bias, classifier\.weight, which would be random; train it"
     for method in ("word_kd", "tinybert", "distilbert", {"name": "meta_kd", "transfer_weight": 0.0}):
-        with pytest.raises(ValueError, match=rf"^teacher\.path: {lacking} for the task first"):
+        with pytest.raises(ValueError, match=rf"^teacher\.path: {lacking} for task sequence_classification first"):
             run(recipe(files, tmp_path / "run", encoder, method, **small))
     two = {**small, "teacher": None, "teachers": [{"path": str(encoder)}] * 2}
     with pytest.raises(ValueError, match=rf"^teachers\[0\]\.path: {lacking}"):
