@@ -294,7 +294,7 @@ def _writes(folder: Path) -> dict[str, Any]:
 def test_an_error_of_something_else_is_itself(tmp_path: Path) -> None:
     """What is written may be read from elsewhere meanwhile."""
     for raised in (ConnectionResetError(errno.ECONNRESET, "reset"), FileNotFoundError(errno.ENOENT, "gone", "/data/x")):
-        with pytest.raises(OSError, match="reset|gone") as caught, files.written_folder(tmp_path / "made"):
+        with pytest.raises(OSError, match=r"reset|gone") as caught, files.written_folder(tmp_path / "made"):
             raise raised
         assert caught.value is raised
     assert not list(tmp_path.iterdir())
