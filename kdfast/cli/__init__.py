@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:  # a run that stops between two steps says where
-        print(f"kdfast{'' if name is None else ' ' + name}: {stop}" if str(stop) else "kdfast: interrupted", file=sys.stderr)
+        print(f"kdfast: interrupted: {stop}" if str(stop) else "kdfast: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has enough; nothing more is to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
