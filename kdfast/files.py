@@ -11,12 +11,15 @@ The temporary name is `.NAME.PID-RANDOM.part`: two processes that write one file
 what a killed one left is known by its name (`leftovers`). A name that is a link keeps being one: the file that it leads to is
 replaced. What is no regular file (`/dev/stdout`, a pipe) is written to directly.
 
+An error of the system names the file that was to be written: that of a full disk names none, others the temporary name.
+
 JSON has no NaN and no infinity; Python writes them all the same unless it is told not to. Here they become null (`json_value`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -58,6 +61,18 @@ def write_json(path: str | os.PathLike[str], values: Any, indent: int | None = 2
     write_text(path, json_text(values, indent) + "\n")
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a file of JSON.
+
+    Raises:
+        ValueError: it is not JSON; names it. OSError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got something else or a part of it ({error}); is the file damaged?") from None
+
+
 def write_parts(path: Path, parts: Iterable[Any], temporary: Path | None = None) -> None:
     """Writes bytes-like parts one after another as `write_text` does.
 
@@ -94,13 +109,31 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
 def _becoming(part: Path, target: Path) -> Iterator[None]:
     """At the end of the block the file `part` is flushed and takes the name `target`; an error in it removes `part`."""
     try:
-        yield
-        _sync(part)
-        os.replace(part, target)
+        with naming(target, part):
+            yield
+            _sync(part)
+            os.replace(part, target)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def naming(target: str | os.PathLike[str], part: Path | None = None) -> Iterator[None]:
+    """An error of the system in the block names `target` where it is of a disk and names nothing, or where it names the
+    temporary `part` or what lies in it."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename
+        if named is None:  # what is read in the block may fail too: a connection is no file
+            ours = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        else:
+            ours = part is not None and Path(os.fsdecode(named)).is_relative_to(part)
+        if not ours or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error
 
 
 @contextlib.contextmanager
@@ -113,8 +146,9 @@ def written_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     part = temporary_name(target)
     part.mkdir(parents=True)
     try:
-        yield part
-        replace_folder(part, target)
+        with naming(target, part):
+            yield part
+            replace_folder(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -150,7 +184,7 @@ def append_lines(path: str | os.PathLike[str], values: Iterable[Any], sync: bool
     if not data:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    with naming(path), open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # dies with the process
         _cut_torn_line(file)
         file.write(data)

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def ranged(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
-    """A field whose number must be >= low, > above and <= high."""
-    return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high})
+def ranged(
+    default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None, below: float | None = None
+) -> Any:  # fmt: skip
+    """A field whose number must be >= low, > above, <= high and < below."""
+    return dataclasses.field(default=default, metadata={"low": low, "above": above, "high": high, "below": below})
 
 
 def one_of(default: Any, *choices: str) -> Any:
@@ -167,6 +169,7 @@ def _check_range(limits: Mapping[str, Any], value: Any, where: str) -> None:
         ("low", ">=", lambda limit: value >= limit),
         ("above", ">", lambda limit: value > limit),
         ("high", "<=", lambda limit: value <= limit),
+        ("below", "<", lambda limit: value < limit),
     ):
         if limits.get(name) is not None and not holds(limits[name]):
             raise ValueError(f"{where}: expected a number {sign} {limits[name]}, got {value}")

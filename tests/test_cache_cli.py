@@ -124,6 +124,12 @@ def test_verify_with_a_teacher_tells_the_right_one(world: Path, tmp_path: Path, 
     assert main([*words, str(other)]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["verified"], found["same_weights"]) == (False, False)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path / "small")
+    assert main([*words, str(tmp_path / "small")]) == 2
+    assert "--teacher: its vocabulary has 20 ids, expected the cache's" in capsys.readouterr().err
+    assert main(["cache", "cat", str(tmp_path / "c"), "--records", "99999"]) == 2
+    assert capsys.readouterr().err.startswith("kdfast cache: --records: expected numbers from 0 to ")
 
 
 def test_ranks_build_side_by_side_and_merge(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -247,3 +249,78 @@ def test_leftovers_of_a_killed_writer_are_known_and_removed(tmp_path: Path) -> N
     assert files.leftovers(path) == []
     assert all(other.exists() for other in others)
     assert path.read_text() == "old"
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path: Path) -> None:
+    """That of a full disk names nothing, that of a temporary name something that nobody knows."""
+    read, write = multiprocessing.get_context("fork").Pipe(False)
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for number, (name, act) in enumerate(_writes(tmp_path).items()):
+            try:
+                act(tmp_path / f"{number}")
+            except OSError as error:
+                write.send((name, error.errno, str(error.filename)))
+        write.send(None)
+
+    process = multiprocessing.get_context("fork").Process(target=fill)
+    process.start()
+    found = list(iter(read.recv, None))
+    process.join()
+    assert found == [(name, errno.EFBIG, str(tmp_path / str(number))) for number, name in enumerate(_writes(tmp_path))]
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def _writes(folder: Path) -> dict[str, Any]:
+    import torch
+
+    from kdfast import tensors
+
+    def in_folder(path: Path) -> None:
+        with files.written_folder(path) as part, open(part / "some", "wb") as file:
+            file.write(bytes(9999))
+
+    return {
+        "text": lambda path: files.write_text(path, "x" * 9999),
+        "lines": lambda path: files.append_lines(path, ["x" * 9999]),
+        "parts": lambda path: files.write_parts(path, [bytes(9999)]),
+        "folder": in_folder,
+        "tensors": lambda path: tensors.save_tensors({"x": torch.zeros(9999)}, path),
+    }
+
+
+def test_an_error_of_something_else_is_itself(tmp_path: Path) -> None:
+    """What is written may be read from elsewhere meanwhile."""
+    for raised in (ConnectionResetError(errno.ECONNRESET, "reset"), FileNotFoundError(errno.ENOENT, "gone", "/data/x")):
+        with pytest.raises(OSError, match=r"reset|gone") as caught, files.written_folder(tmp_path / "made"):
+            raise raised
+        assert caught.value is raised
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_folder_is_named_as_asked(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed").chmod(0o500)
+    if os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    with pytest.raises(PermissionError) as caught:
+        files.write_text(tmp_path / "closed" / "x", "y")
+    assert caught.value.filename == str(tmp_path / "closed" / "x")
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    import torch
+
+    from kdfast import tensors
+
+    file = tmp_path / "x.safetensors"
+    tensors.save_tensors({"x": torch.arange(4.0)}, file, {"a": "b"})
+    assert torch.equal(tensors.load_tensors(file)["x"], torch.arange(4.0))
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}: expected a whole safetensors file"):
+        tensors.load_tensors(file)
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"x\.json: expected JSON, got something else or a part of it"):
+        files.read_json(tmp_path / "x.json")

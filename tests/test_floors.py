@@ -16,6 +16,7 @@ ROOMS = {
     "_cuda": set(),
     "files": set(),
     "extras": set(),
+    "tensors": set(),
     "options": set(),
     "dispatch": set(),
     "memory": set(),
@@ -31,10 +32,10 @@ ROOMS = {
     "losses": {"options", "ops"},
     "strict": set(),
     "integrations": set(),
-    "models": {"options", "files", "extras", "strict", "integrations"},
+    "models": {"options", "files", "extras", "strict", "tensors", "integrations"},
     "text": {"strict", "files", "extras"},
     "cache": {"options", "ops", "memory", "files", "extras", "strict", "text", "models", "_C"},
-    "train": {"options", "ops", "losses", "files", "extras", "text", "cache", "strict", "integrations", "models"},
+    "train": {"options", "ops", "losses", "files", "extras", "text", "cache", "strict", "tensors", "integrations", "models"},
     "cli": {
         *(
             "options",

@@ -18,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from kdfast.models.ensemble import Ensemble
 from kdfast.train import Recipe, distill, evaluate
+from kdfast.train.data import Sequences
 from kdfast.train.generations import agreement
 from kdfast.train.inputs import open_inputs
 
@@ -156,3 +157,51 @@ def test_faults_are_said_in_one_line(home: tuple[Path, Path], tmp_path: Path) ->
     fails(r"method\.generations: expected a number >= 1", method={"name": "ensemble", "members": SHAPES}, teacher=teacher)
     fails(r"method\.generations.*>= 2", method={"name": "born_again", "generations": 1})
     fails(r"weights: beside \w+ expected none, they are a function", method="word_kd", teacher={**teacher, "weights": "x"})
+
+
+def test_members_follow_the_phase_that_hears_them(home: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its steps and its optimizer, not those of the whole run, which has neither."""
+    tokenizer, data = home
+    values = recipe_values(tokenizer, data, tmp_path / "run")
+    del values["steps"], values["optimizer"]
+    own = {"lr": 0.02, "schedule": "constant"}
+    run({**values, "phases": [
+        {"steps": 1, "method": "supervised", "optimizer": {"lr": 0.5}}, {"steps": 2, "method": "born_again", "optimizer": own},
+    ]})  # fmt: skip
+    recipe = Recipe.load(tmp_path / "run" / "prepared" / "1" / "generation-1" / "member-0" / "recipe.yaml")
+    assert (recipe.steps, recipe.optimizer.lr, recipe.optimizer.schedule) == (2, 0.02, "constant")
+
+
+def test_every_member_is_cut_out_of_the_runs_teacher(home: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not out of the member that teaches it, which has fewer layers."""
+    tokenizer, data = home
+    teacher = save(marian(0, decoder_layers=3), tmp_path / "t", tokenizer)
+    method = {"name": "born_again", "generations": 3, "member_steps": 1}
+    run(recipe_values(
+        tokenizer, data, tmp_path / "run", method=method, teacher={"path": str(teacher)}, steps=1,
+        student={"from_teacher": {"decoder_layers": [0, 2]}},
+    ))  # fmt: skip
+    for number in (1, 2):
+        folder = tmp_path / "run" / "prepared" / "0" / f"generation-{number}" / "member-0"
+        recipe = Recipe.load(folder / "recipe.yaml")
+        assert recipe.student.from_teacher is not None
+        assert recipe.student.from_teacher.path == str(teacher)
+        assert AutoModelForSeq2SeqLM.from_pretrained(folder / "model").config.decoder_layers == 2
+
+
+class Excluding(torch.nn.Module):
+    """Says by a table, and never id 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(9, 9))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.table.index_fill(1, torch.tensor([3]), -torch.inf)[input_ids]
+
+
+def test_what_models_exclude_adds_nothing_to_their_divergence() -> None:
+    models, data = [Excluding(), Excluding()], Sequences(torch.randint(0, 3, (4, 6)))
+    p = torch.stack([model(data.ids[:, :-1]).softmax(-1) for model in models]).double()
+    kl = torch.xlogy(p, p).sum((0, -1)) / 2 - torch.xlogy(p.mean(0), p.mean(0)).sum(-1)
+    assert agreement(models, data)["js"] == pytest.approx(kl.mean().item(), rel=1e-5)

@@ -21,9 +21,11 @@ from test_tasks import BAD, BERT, GOOD, opened, run, tokenizer, values  # noqa: 
 from test_tinybert import batch, model, truth
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from kdfast.train import Batch
+from kdfast.cache import load_teacher
+from kdfast.models.load import load_folder
+from kdfast.train import Batch, distill
 from kdfast.train.batch import IGNORE
-from kdfast.train.domains import DomainState, load_state, save_state, weights_of_rows
+from kdfast.train.domains import DomainState, load_state, mean_state, save_state, weights_of_rows
 from kdfast.train.objective import Setting
 from kdfast.train.recipe import Recipe
 from kdfast.train.recipes.meta_kd import MetaKD, MetaKDOptions
@@ -309,3 +311,62 @@ def test_faults_are_said_in_one_line_before_training(encoder: Path, tmp_path: Pa
     nobody = tmp_path / "nobody.jsonl"
     nobody.write_text(json.dumps({"text": "the film", "label": "pos"}) + "\n")
     fails(r"nobody\.jsonl, line 1: expected .*domain", {"name": "meta_teacher"}, data={"train": str(nobody)})
+
+
+def test_what_padding_holds_is_in_no_state() -> None:
+    hidden, mask = torch.randn(2, 4, 3), torch.tensor([[True, True, False, False], [True] * 4])
+    want = mean_state(hidden, mask)
+    torch.testing.assert_close(want[0], hidden[0, :2].mean(0))
+    hidden[0, 2:] = torch.nan
+    assert torch.equal(mean_state(hidden, mask), want)
+
+
+def test_weights_kept_by_a_stopped_preparation_are_those_of_their_model(encoder: Path, tmp_path: Path) -> None:
+    """A run that is killed before its first step binds nobody to its recipe: what it kept is known by what made it."""
+    files = write_reviews(tmp_path / "r")
+
+    def weights(seed: int) -> Tensor:
+        made = recipe(files, tmp_path / "run", encoder, "meta_teacher", steps=1, seed=seed,
+                      student={"model_type": "bert", "config": BERT})  # fmt: skip
+        for name in ("run.json", "result.json"):
+            (tmp_path / "run" / name).unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+        run({**made, "tokenizer": str(encoder)})
+        found: Tensor = load_file(tmp_path / "run" / "prepared" / "0" / "weights.safetensors")["weights"]
+        return found
+
+    first, other = weights(1), weights(2)
+    assert not torch.equal(first, other)
+    assert torch.equal(weights(1), first)
+
+
+def test_a_teacher_without_a_head_is_heard_by_nobody(encoder: Path, tmp_path: Path) -> None:
+    """Its head would be random: what it says is noise, its layers are not."""
+    files = write_reviews(tmp_path / "r")
+    small = {"student": {"model_type": "bert", "config": BERT}, "teacher": {"path": str(encoder)}, "steps": 1}
+    lacking = r"the folder has no weights classifier\.bias, classifier\.weight, which would be random; train it"
+    for method in ("word_kd", "tinybert", "distilbert", {"name": "meta_kd", "transfer_weight": 0.0}):
+        with pytest.raises(ValueError, match=rf"^teacher\.path: {lacking} for task sequence_classification first"):
+            run(recipe(files, tmp_path / "run", encoder, method, **small))
+    two = {**small, "teacher": None, "teachers": [{"path": str(encoder)}] * 2}
+    with pytest.raises(ValueError, match=rf"^teachers\[0\]\.path: {lacking}"):
+        run(recipe(files, tmp_path / "run", encoder, "ensemble", **two))
+    for i, method in enumerate(({"name": "tinybert", "stage": "intermediate"}, {"name": "distilbert", "soft_weight": 0.0})):
+        assert run(recipe(files, tmp_path / f"layers-{i}", encoder, method, **small)).steps == 1
+
+
+def test_a_student_from_a_folder_without_a_head_says_so(encoder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    made = recipe(write_reviews(tmp_path / "r"), tmp_path / "run", encoder, "supervised", steps=1)
+    distill(Recipe.build(made), say=said.append)
+    assert "student: its folder has no weights classifier.bias, classifier.weight, which are random" in said
+
+
+def test_a_model_of_another_kind_is_neither_evaluated_nor_captured(encoder: Path) -> None:
+    """An encoder has no words to say; a head for them would be random."""
+    with pytest.raises(
+        ValueError, match=r"^model: .* has no weights cls\..*, \.\.\., which would be random; .* than causal_lm"
+    ):
+        load_folder(encoder, "model")
+    with pytest.raises(ValueError, match=r"^teacher: .* has no weights cls\."):
+        load_teacher(encoder, "masked")

@@ -8,10 +8,11 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from kdfast.models.heads import call, find_head, logits_in
 from kdfast.models.load import load_weights
+from kdfast.models.positions import positions_of
 
 IDS = torch.arange(8)[None] + 3
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
@@ -107,3 +108,35 @@ def test_sharded_and_tied_weights_load(tmp_path) -> None:
     other = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**LLAMA, "vocab_size": 60}))
     with pytest.raises(ValueError, match=r"init_from: .*is \[61, 32\], expected \[60, 32\]"):
         load_weights(other, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "distilbert", "bart", "marian", "llama", "t5"])
+def test_positions_are_as_many_as_a_model_takes(name: str) -> None:
+    """Tables that begin at an offset, behind the number of the padding or at 0; models without a table take any length."""
+    sizes: dict[str, dict[str, object]] = {
+        "gpt2": {**CAUSAL["gpt2"], "n_positions": 16}, "opt": {**CAUSAL["opt"], "max_position_embeddings": 16},
+        "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "vocab_size": 61,
+                       "max_position_embeddings": 16},
+        "bart": {**ENCODER_DECODER, "max_position_embeddings": 16},
+        "marian": {**ENCODER_DECODER, "max_position_embeddings": 16},
+        "llama": {**LLAMA, "max_position_embeddings": 16},
+        "t5": {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 61,
+               "decoder_start_token_id": 0},
+    }  # fmt: skip
+    config = AutoConfig.for_model(name, **sizes.get(name, {**SMALL, "max_position_embeddings": 16, "pad_token_id": 1}))
+    model = AutoModel.from_config(config).eval()
+    most = positions_of(model)
+    assert most == {"roberta": 14, "llama": None, "t5": None}.get(name, 16)
+
+    def run(length: int) -> None:
+        ids = torch.full((1, length), 7)
+        model(input_ids=ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {}))
+
+    run(most or 40)
+    if most is not None:
+        with pytest.raises((IndexError, RuntimeError)):
+            run(most + 1)
+
+
+def test_positions_of_a_plain_module_are_unknown() -> None:
+    assert positions_of(nn.Sequential(nn.Embedding(9, 4))) is None

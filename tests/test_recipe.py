@@ -56,6 +56,9 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
         pytest.param(
             {**GOOD, "method": "word_dk"}, r"^method 'word_dk': unknown method; did you mean 'word_kd'\?", id="word-of-a-choice"
         ),
+        pytest.param(
+            {**GOOD, "optimizer": {"beta1": 1.0}}, r"^optimizer\.beta1: expected a number < 1\.0, got 1", id="beta-of-1"
+        ),
         pytest.param({}, r"^student: expected one of model_type, path, function, from_teacher, got none$", id="no-student"),
         pytest.param(
             {"student": {"model_type": "gpt2", "path": "x"}},
@@ -115,3 +118,19 @@ def test_the_written_recipe_reads_back_equal(tmp_path: Path) -> None:
     )
     assert recipe.data.train == ("a",)
     assert _load(tmp_path, recipe.to_yaml()) == recipe
+
+
+def test_a_key_that_is_written_twice_is_refused(tmp_path: Path) -> None:
+    good = "student: {model_type: gpt2}\n"
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML: 'steps' is there twice in .*line 3, column 1"):
+        _load(tmp_path, f"{good}steps: 5\nsteps: 7\n")
+    with pytest.raises(ValueError, match=r"'lr' is there twice"):
+        _load(tmp_path, f"{good}optimizer: {{lr: 1.0, lr: 2.0}}\n")
+    shared = "student: {model_type: gpt2, config: &c {n_layer: 1}, arguments: {}}\noptimizer: {lr: 0.5}\n"
+    assert _load(tmp_path, shared).optimizer.lr == 0.5
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"out: \xe9\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML: 'utf-8' codec"):
+        Recipe.load(tmp_path / "recipe.yaml")

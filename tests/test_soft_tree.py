@@ -499,3 +499,23 @@ def test_a_tree_of_depth_six_reads_digits(tmp_path: Path) -> None:
     tree = {**TREE, "arguments": {"shape": [1, 28, 28], "classes": 10, "depth": 6}}
     changes = {"data": data, "student": tree, "steps": 1000, "batch_size": 64, "optimizer": {"lr": 0.003, "weight_decay": 0.0}}
     assert run(values(tmp_path, tmp_path / "digits", **changes)).evaluation["accuracy"] > 0.8
+
+
+def test_what_is_said_of_rows_that_nobody_hears_may_be_anything() -> None:
+    tree = make_tree(2)
+    method = make_method(tree, teachers=1, penalty=0.0)
+    x, said, labels = torch.randn(3, 6).double(), torch.randn(3, 5).double(), torch.tensor([1, -100, 2])
+    want, _ = loss_of(method, tree, x, labels, [said])
+    said[1] = torch.nan
+    got, metrics = loss_of(method, tree, x, labels, [said])
+    same(got, want, tree)
+    assert all(metric.total.isfinite() for metric in metrics.values())
+
+
+def test_a_step_without_any_row_that_counts_is_0() -> None:
+    tree = make_tree(2)
+    method = make_method(tree, penalty=0.0)
+    for items in (0, torch.tensor(0)):
+        loss, _ = loss_of(method, tree, torch.randn(3, 6).double(), torch.full((3,), -100), num_items=items)  # type: ignore[arg-type]
+        assert loss.item() == 0
+        assert not any(grad.any() for grad in torch.autograd.grad(loss, list(tree.parameters())))

@@ -427,6 +427,25 @@ def test_a_student_from_a_cache_of_classes_is_the_one_from_the_live_teacher(name
     assert run(both).evaluation == pytest.approx(want.evaluation, rel=1e-4)
 
 
+def test_rows_from_a_cache_of_classes_are_grouped_by_length(tokenizer: Path, tmp_path: Path) -> None:
+    task, data = "sequence_classification", make_tables("sequence_classification", tmp_path)
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, task, steps=2))
+    live = values(tokenizer, tmp_path / "live", {**data, "group_by_length": True}, task, steps=4, method=WORD_KD)
+    live["teacher"] = {"path": str(teacher.model)}
+    assert losses(run(cached(tmp_path, live, live["teacher"])).out) == [
+        {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in row.items()} for row in losses(run(live).out)
+    ]
+
+
+def test_rows_without_label_count_for_nothing_where_nobody_is_heard(tokenizer: Path, tmp_path: Path) -> None:
+    """The loss is the mean over the rows with a label, whatever stands beside them."""
+    task, data = "sequence_classification", make_tables("sequence_classification, unlabelled", tmp_path)
+    made = run(values(tokenizer, tmp_path / "run", data, task, steps=3, accumulation=2))
+    rows = [json.loads(line) for line in (made.out / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert [row["loss"] for row in trained] == pytest.approx([row["hard"] for row in trained], rel=1e-6)
+
+
 def test_images_from_a_cache_and_what_does_not_belong_to_it(tokenizer: Path, tmp_path: Path) -> None:
     images, labels = pictures(90)
     write_idx(tmp_path / "images-idx3-ubyte", images)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib
 import json
 import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +20,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_runs import STUDENT, TEXT, make_sequences, make_tokenizer, recipe_values
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from kdfast import topk_targets
-from kdfast.cache import AlignmentError, CacheWriter, check_alignment
-from kdfast.text import IGNORE
-from kdfast.text.tokenizers import file_hash
+from kdfast.cache import AlignmentError, CacheError, CacheMismatch, CacheWriter, build, check_alignment
+from kdfast.cli import eval as cli_eval
+from kdfast.text import IGNORE, TextData
+from kdfast.text.tokenizers import file_hash, train_tokenizer
 from kdfast.train import Batch, Recipe, distill
 from kdfast.train.ahead import Ahead, Read
 from kdfast.train.documents import Documents
@@ -316,3 +326,226 @@ def test_a_module_with_tied_weights_is_exported_by_every_name(
     module.load_state_dict(load_file(model / "model.safetensors"))
     again = recipe_values(tokenizer, tmp_path / "again", student=student, steps=2, init_from=str(model))
     assert distill(Recipe.build(again), say=quiet).evaluation is not None
+
+
+def saved(folder: Path, tokenizer: Path | None, **config: Any) -> Path:
+    """A GPT-2 in a folder, with its tokenizer."""
+    made = GPT2Config(**{"vocab_size": 300, **STUDENT, "bos_token_id": 0, "eos_token_id": 0, **config})
+    GPT2LMHeadModel(made).save_pretrained(folder)
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    return folder
+
+
+def test_rows_longer_than_the_positions_of_a_model_are_refused(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    """An index error in the midst of a step on a CPU; on a GPU the end of the process."""
+
+    def fails(match: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=match) as caught:
+            distill(Recipe.build({**recipe_values(tokenizer, tmp_path / "run"), **changes}), say=quiet)
+        assert "\n" not in str(caught.value)
+
+    long = {"train": [str(TEXT)], "glob": "*.py", "sequence_length": 48}
+    fails(
+        r"^data: a row has 48 tokens, expected at most the 32 positions of the student; lower data\.sequence_length", data=long
+    )
+    short = {"model_type": "gpt2", "config": {**STUDENT, "n_positions": 16}}
+    fails(r"^data: a row has 20 tokens, .* 16 positions of the student; capture shorter documents", student=short,
+          method="word_kd", teacher={"cache": str(cache)}, data={})  # fmt: skip
+    teacher = saved(tmp_path / "teacher", None, n_positions=24)
+    fails(r"^data: a row has 32 tokens, .* 24 positions of the teacher", method="word_kd", teacher={"path": str(teacher)})
+    packed = cached(tokenizer, tmp_path / "packed", cache, student=short, data={"pack": 16})
+    assert distill(packed, say=quiet).steps == 2  # documents are cut there
+    with pytest.raises(CacheError, match=r"^documents: one has 32 tokens, expected at most the 24 positions of the teacher"):
+        build_cache(saved(tmp_path / "teacher", tokenizer, n_positions=24), tmp_path, length=32)
+
+
+def build_cache(teacher: Path, folder: Path, length: int = 16, **options: Any) -> Any:
+    data = TextData(paths=(str(TEXT),), glob="*.py", sequence_length=length)
+    return build(teacher, data, folder / "built", k=4, say=quiet, **options)
+
+
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    small = saved(tmp_path / "small", tokenizer, vocab_size=50)
+    message = r"its vocabulary has 50 ids, expected at least the tokenizer's 300"
+    with pytest.raises(ValueError, match=f"^teacher: {message}"):
+        build_cache(small, tmp_path)
+    with pytest.raises(ValueError, match=f"^model: {message}"):
+        run_eval(str(small), "--data", str(TEXT), "--glob", "*.py", "--sequence-length", "16")
+
+
+def run_eval(*words: str) -> None:
+    parser = argparse.ArgumentParser()
+    cli_eval.add_parser(parser.add_subparsers())
+    cli_eval.run(parser.parse_args(["eval", *words]))
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu7", "expected cpu, cuda, cuda:1 or the like, got 'gpu7'"),
+                                                 ("cuda:99", "expected a device of this machine, which has")])  # fmt: skip
+def test_a_device_that_is_not_there_is_one_line(device: str, message: str, tokenizer: Path, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", tokenizer)
+    with pytest.raises(ValueError, match=f"^--device: {message}"):
+        run_eval(str(model), "--data", str(TEXT), "--glob", "*.py", "--sequence-length", "16", "--device", device)
+    with pytest.raises(ValueError, match=f"^device: {message}"):
+        build_cache(model, tmp_path, device=device)
+
+
+@pytest.mark.parametrize("named", ["another-name", "cache-alone"])
+def test_a_student_is_exported_with_its_tokenizer(named: str, tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    """A tokenizer's file may have any name; a cache needs none to train, a student from a folder has one all the same."""
+    student = saved(tmp_path / "student", tokenizer)
+    (student / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    changes: dict[str, Any] = {"student": {"path": str(student)}}
+    named_file = None
+    if named == "another-name":
+        other = tmp_path / "there" / "my_tokenizer.json"
+        other.parent.mkdir()
+        other.write_bytes(tokenizer.read_bytes())
+        changes, named_file = {}, str(other)
+    recipe = dataclasses.replace(cached(tokenizer, tmp_path / "run", cache, **changes), tokenizer=named_file)
+    model = distill(recipe, say=quiet).model
+    assert (model / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    assert (model / "tokenizer_config.json").is_file() == (named == "cache-alone")
+
+
+def test_a_student_with_another_tokenizer_than_the_cache_is_refused(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    """As many ids that mean other tokens: nothing else would tell."""
+    other = tmp_path / "other"
+    other.mkdir()
+    train_tokenizer(sorted(TEXT.glob("d*.py")), 300).save(str(other / "tokenizer.json"))
+    student = saved(tmp_path / "student", other / "tokenizer.json")
+    recipe = cached(tokenizer, tmp_path / "run", cache, student={"path": str(student)})
+    with pytest.raises(CacheMismatch, match=r"^student: tokenizer_hash: .*; or set tokenizer: PATH of the cache's$"):
+        distill(dataclasses.replace(recipe, tokenizer=None), say=quiet)
+
+
+def test_a_damaged_checkpoint_is_one_line_with_the_remedy(tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "run", steps=4, save_every=2)
+    distill(Recipe.build(values), say=quiet)
+    last = tmp_path / "run" / "checkpoints" / "step-00000004"
+    whole = (last / "training.safetensors").read_bytes()
+    more = Recipe.build({**values, "steps": 6})
+    for name, damaged in (("training.safetensors", whole[:-9]), ("state.json", b"{"), ("rng-00000.json", None)):
+        before = (last / name).read_bytes()
+        (last / name).unlink() if damaged is None else (last / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{name}.*; remove {re.escape(str(last))} to go on from the checkpoint before"):
+            distill(more, say=quiet)
+        (last / name).write_bytes(before)
+    shutil.rmtree(last)
+    assert distill(more, say=quiet).steps == 6
+
+
+def test_a_full_disk_names_the_file_and_loses_nothing(tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "run", steps=2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "kdfast.cli", "train", str(tmp_path / "recipe.yaml")]
+
+    def no_room() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
+    done = subprocess.run([*command, "steps=4"], capture_output=True, text=True, preexec_fn=no_room, check=False)
+    wanted = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2, f"kdfast train: {wanted}: file too large; make room and run the same again"
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert not list(wanted.parent.glob(".*"))
+    again = subprocess.run([*command, "steps=4"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+
+
+class Unlabelled:
+    """Rows of token ids, the later ones shorter, of which nobody knows what follows."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        rows = torch.as_tensor(list(indices))
+        mask = torch.arange(12) < 12 - 2 * rows[:, None]
+        return Batch((torch.arange(48).view(4, 12) % 31)[rows] * mask, attention_mask=mask.long())
+
+
+def test_tokens_without_a_label_count_each(tokenizer: Path, tmp_path: Path) -> None:
+    """The loss is a mean over tokens, as it is with labels, and padding is none of them."""
+    models = {}
+    for name, seed in (("teacher", 1), ("student", 2)):
+        torch.manual_seed(seed)
+        folder = saved(tmp_path / name, None, resid_pdrop=0.0, initializer_range=0.5)
+        models[name] = GPT2LMHeadModel.from_pretrained(folder).double().eval()
+    batch = Unlabelled().batch(range(4))
+    with torch.no_grad():
+        log_t, log_s = (models[name](**batch.by_name).logits.log_softmax(-1) for name in ("teacher", "student"))
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1)
+    changes: dict[str, Any] = {"student": {"path": str(tmp_path / "student")}, "teacher": {"path": str(tmp_path / "teacher")},
+                               "steps": 1, "batch_size": 2, "accumulation": 2}  # fmt: skip
+    for method in ({"name": "word_kd"}, {"name": "word_kd", "z_loss": 1e-3}):
+        out = tmp_path / ("z" if "z_loss" in method else "plain")
+        config = {**models["student"].config.to_dict(), "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+        values = recipe_values(tokenizer, out, method=method, **changes)
+        distill(Recipe.build({**values, "data": {}}), train_data=Unlabelled(), say=quiet)
+        z = method.get("z_loss", 0.0) * log_s_squared(models["student"], batch)
+        truth = (kl + z)[batch.attention_mask.bool()].mean()  # type: ignore[union-attr]
+        assert rows_of(out)[0]["loss"] == pytest.approx(float(truth), rel=1e-4)
+    values = recipe_values(tokenizer, tmp_path / "hard", method={"name": "word_kd", "hard_weight": 0.5}, **changes)
+    with pytest.raises(ValueError, match=r"^labels: expected a tensor because hard_weight is 0\.5, got None"):
+        distill(Recipe.build({**values, "data": {}}), train_data=Unlabelled(), say=quiet)
+
+
+def log_s_squared(model: Any, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**batch.by_name).logits.logsumexp(-1) ** 2
+    return found
+
+
+def test_validation_data_without_labels_are_refused_before_training(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data\.validation: expected at least one labelled position in 4 rows, got none"):
+        distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run")), validation_data=Unlabelled(), say=quiet)
+
+
+@pytest.mark.parametrize("outside", [300, -3])
+def test_validation_labels_outside_the_vocabulary_are_one_line(outside: int, tokenizer: Path, tmp_path: Path) -> None:
+    labels = LABELLED.clone()
+    labels[7, 3] = outside
+    with pytest.raises(ValueError, match=rf"^labels: expected numbers from 0 to 299, or -100 for none, got {outside}$"):
+        distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=1)), validation_data=Rows(labels), say=quiet)
+
+
+def test_weights_that_are_nan_are_not_saved(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a step says nothing of its gradients, and the next one comes after the checkpoint."""
+    (tmp_path / "endless_gradient.py").write_text(ENDLESS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = recipe_values(tokenizer, tmp_path / "run", steps=1, student={"function": "endless_gradient:Endless"})
+    with pytest.raises(RuntimeError, match=r"^step 1: the gradient's norm is (nan|inf|None)"):
+        distill(Recipe.build(values), say=quiet)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+ENDLESS = """
+from torch import nn
+class Endless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.head = nn.Embedding(300, 4), nn.Linear(4, 300)
+        nn.init.zeros_(self.inputs.weight)
+    def forward(self, input_ids):
+        return self.head(self.inputs(input_ids).abs().sqrt())
+"""
+
+
+def test_a_run_is_not_gone_on_with_on_other_validation_data(tokenizer: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("import json\n" * 90)
+    data = {"train": [str(TEXT)], "validation": [str(held_out)], "glob": "*.py", "sequence_length": 16}
+    values = recipe_values(tokenizer, tmp_path / "run", data=data, steps=2)
+    distill(Recipe.build(values), say=quiet)
+    held_out.write_text("import this\n" * 90)
+    with pytest.raises(ValueError, match=r"^out: .* holds a run that differs in the validation data; set another out"):
+        distill(Recipe.build({**values, "steps": 4}), say=quiet)
+    known = json.loads((tmp_path / "run" / "run.json").read_text())
+    del known["validation_hash"]  # as runs before had it
+    (tmp_path / "run" / "run.json").write_text(json.dumps(known))
+    assert distill(Recipe.build({**values, "steps": 4}), say=quiet).steps == 4

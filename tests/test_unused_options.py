@@ -12,9 +12,8 @@ import pytest
 import yaml
 from tiny_runs import TEXT, make_tokenizer, recipe_values
 
-from kdfast.cache.build import BuildOptions
+from kdfast.cache.build import BuildOptions, _python_name
 from kdfast.strict import build, refuse_unused
-from kdfast.text.spec import python_name
 from kdfast.train import Recipe
 from kdfast.train.inputs import open_inputs
 from kdfast.train.objective import Setting
@@ -56,6 +55,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "smoothing": (kd(label_smoothing=0.1), r"^method\.label_smoothing: without hard_weight expected none, got 0\.1"),
     "constant-steps": (kd(temperature={"start": 2, "end": 2, "shape": "constant", "steps": 9}),
                        r"^method\.temperature\.steps: with shape constant expected none, got 9"),
+    "draws": ({**GOOD, "teacher": {"path": "x"}, "method": {"name": "sequence_kd", "sample_top_k": 9}},
+              r"^method\.sample_top_k: without sample expected none, it is of draws, got 9"),
+    "beam-of-draws": ({**GOOD, "teacher": {"path": "x"}, "method": {"name": "sequence_kd", "sample": True, "beam": 9}},
+                      r"^method\.beam: with sample expected none"),
+    "penalty-of-draws": ({**GOOD, "teacher": {"path": "x"},
+                          "method": {"name": "sequence_kd", "sample": True, "length_penalty": 0.5}},
+                         r"^method\.length_penalty: with sample expected none"),
+    "beams": ({**GOOD, "task": {"name": "seq2seq", "max_tokens": 5}}, r"^task\.max_tokens: without beams expected none"),
+    "member-steps": ({**GOOD, "teachers": [{"path": "x"}, {"path": "y"}], "method": {"name": "ensemble", "member_steps": 5}},
+                     r"^method\.member_steps: without generations expected none, got 5"),
+    "mask": ({**kd(), "method": {"name": "tinybert", "augment": {"mask_token": "<mask>"}}},
+             r"^method\.augment\.mask_token: with by: embeddings expected none"),
     "share": (with_task("causal_lm", train="a", validation="b", validation_share=0.2),
               r"^data\.validation_share: beside validation expected none, got 0\.2"),
     "glob": (with_task("causal_lm", dataset="a", glob="*.md"), r"^data\.glob: beside dataset, which has no folders,"),
@@ -122,8 +133,12 @@ def cache(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"eval_every": 5}, r"^eval_every: without validation data \(data\.validation or .*\) expected none, got 5"),
         ({"eval_sequences": 5}, r"^eval_sequences: without validation data"),
         ({"method": {"name": "word_kd", "teacher_mix": "logits"}}, r"^method\.teacher_mix: of a cache expected probs"),
+        (
+            {"data": {"pack": 32, "group_by_length": True}},
+            r"^data\.group_by_length: beside data\.pack, which leaves little padding, expected none, got True",
+        ),
     ],
-    ids=["length", "glob", "prompt-loss", "eval-every", "eval-sequences", "mix"],
+    ids=["length", "glob", "prompt-loss", "eval-every", "eval-sequences", "mix", "group-and-pack"],
 )
 def test_refused_beside_a_cache(changes: dict[str, Any], message: str, tokenizer: Path, cache: Path, tmp_path: Path) -> None:
     values = recipe_values(tokenizer, tmp_path, method="word_kd", teacher={"cache": str(cache)}, data={})
@@ -199,9 +214,9 @@ def test_how_files_are_read_that_are_of_another_kind(tokenizer: Path, tmp_path: 
 
 
 def test_the_temperature_of_draws_without_draws() -> None:
-    with pytest.raises(ValueError, match=r"^data\.sample_temperature: expected it with data\.samples, got it without"):
-        BuildOptions(sample_temperature=2.0).check(python_name)
-    BuildOptions(samples=4, sample_temperature=2.0).check(python_name)
+    with pytest.raises(ValueError, match=r"^sample_temperature: expected it with samples, got it without"):
+        BuildOptions(sample_temperature=2.0).check(_python_name)
+    BuildOptions(samples=4, sample_temperature=2.0).check(_python_name)
 
 
 def test_the_message_names_the_key_and_the_remedy() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -35,6 +34,11 @@ if TYPE_CHECKING:
 TASKS = {"causal": "causal_lm", "seq2seq": "seq2seq", "masked": "masked_lm"}
 #: What changes nothing in the records: where the corpus lies and how it is fetched, and the places of turns.
 _FREE = ("paths", "streaming", "turns", "stopped")
+
+
+def _python_name(option: str) -> str:
+    """An option as a Python caller of `build` gives it: by itself, or as a field of `data`."""
+    return python_name(option) if option in {f.name for f in dataclasses.fields(TextData)} else option
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def build(
     resume: bool = False,
     progress: Callable[[int, float | None], None] | None = None,
     say: Callable[[str], None] = print,
-    name: Naming = python_name,
+    name: Naming = _python_name,
     **options: Any,
 ) -> Built:
     """Runs a teacher over a corpus and keeps its targets. Equals
@@ -182,7 +186,7 @@ def estimate(
     data: TextData,
     *,
     say: Callable[[str], None] = print,
-    name: Naming = python_name,
+    name: Naming = _python_name,
     **options: Any,
 ) -> dict[str, Any]:
     """Size and time of a `build`, from its first batch; nothing is kept. The corpus is walked through to be counted."""
@@ -231,7 +235,9 @@ def task_of(folder: Path, asked: str = "auto") -> str:
     """The task that was asked for, or the one that config.json tells."""
     if asked != "auto":
         return asked
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    from kdfast.models.load import read_config
+
+    config = read_config(folder)
     if config.get("is_encoder_decoder"):
         return "seq2seq"
     return "masked" if any("MaskedLM" in name for name in config.get("architectures") or ()) else "causal"
@@ -287,9 +293,11 @@ class _Job:
 
     def load(self, say: Callable[[str], None]) -> _Teacher:
         from kdfast.models.heads import find_head
+        from kdfast.models.load import check_ids, device_named
 
-        device = self._chosen.device or _default_device()
+        device = str(device_named(self._chosen.device or _default_device(), self._name("device")))
         module = load_teacher(self._folder, self.task, self._chosen.dtype).to(device)
+        check_ids(module, self.corpus.tokenizer.get_vocab_size(), "teacher")
         example = next(iter(self.corpus))
         inputs = _inputs(example, device)
         head = find_head(module, inputs)

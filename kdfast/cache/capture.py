@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kdfast.cache.format import IGNORE, CacheError, CacheFull, Settings
 from kdfast.cache.windows import Window, groups, windows
 from kdfast.cache.writer import CacheWriter
+from kdfast.models.positions import positions_of
 from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.linear_topk import linear_topk_targets
 from kdfast.ops.targets import TopKTargets
@@ -238,8 +239,10 @@ class _Teacher:
     def __init__(self, teacher: nn.Module | Callable[..., Any], device: torch.device | str, pad_id: int, head: Any) -> None:
         self._call, self.device, self._pad_id, self._head = teacher, device, pad_id, head
         self._modes: list[tuple[nn.Module, bool]] = []
+        self._positions: int | None = None
         target: Any = teacher
         if isinstance(teacher, nn.Module):
+            self._positions = positions_of(teacher)
             self._modes = [(m, m.training) for m in teacher.modules()]
             teacher.to(device).eval()
             target = teacher.forward
@@ -299,6 +302,11 @@ class _Teacher:
 
     def _padded(self, documents: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         lengths = torch.tensor([len(d) for d in documents])
+        if self._positions is not None and int(lengths.max()) > self._positions:
+            raise CacheError(
+                f"documents: one has {int(lengths.max())} tokens, expected at most the {self._positions} positions of the"
+                " teacher; lower sequence_length (--sequence-length)"
+            )
         ids = pad_sequence(documents, batch_first=True, padding_value=self._pad_id).to(self.device)
         # Without padding a mask says nothing, and teachers are faster without one.
         if not self._takes_mask or int(lengths.min()) == ids.shape[1]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(stop.code, file=sys.stderr)
             return 1
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("kdfast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # a run that stops between two steps says where
+        print(f"kdfast: interrupted: {stop}" if str(stop) else "kdfast: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has enough; nothing more is to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,7 +95,9 @@ def _unknown(name: str) -> str:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; check the path and its permissions"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room and run the same again" if full else "check the path and its permissions"
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; {remedy}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

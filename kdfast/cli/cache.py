@@ -125,7 +125,7 @@ def _compare(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
     import numpy as np
 
     from kdfast.cache import compare_with_teacher, load_teacher, read_capture
-    from kdfast.models.load import weights_hash
+    from kdfast.models.load import device_named, vocab_of, weights_hash
 
     if "rows" in read_capture(args.path):
         raise ValueError("--teacher: expected a cache of text, got one of rows with classes; leave --teacher out")
@@ -133,9 +133,12 @@ def _compare(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
     seq2seq = len(reader) and reader[0].context_ids is not None
     task = "seq2seq" if seq2seq else "masked" if reader.info.alignment == "same" else "causal"
     dtype = read_capture(args.path).get("dtype") or "float32"
-    teacher = load_teacher(folder, task, dtype).to(args.device)
+    device = device_named(args.device, "--device")
+    teacher = load_teacher(folder, task, dtype).to(device)
+    if (its := vocab_of(teacher)) is not None and its < reader.info.vocab_size:
+        raise ValueError(f"--teacher: its vocabulary has {its} ids, expected the cache's {reader.info.vocab_size}")
     records = np.unique(np.linspace(0, len(reader) - 1, min(args.records, len(reader))).astype(int)).tolist()
-    check = compare_with_teacher(reader, teacher, records, args.device)
+    check = compare_with_teacher(reader, teacher, records, device)
     failed = not check.kl_mean <= args.limit  # a teacher that says NaN fails too
     return {
         "verified": not failed, "same_weights": weights_hash(folder) == reader.info.teacher,
@@ -170,6 +173,8 @@ def _cat(args: argparse.Namespace) -> dict[str, Any]:
 
     records, lines = [], []
     for number in args.records:
+        if not -len(reader) <= number < len(reader):
+            raise ValueError(f"--records: expected numbers from 0 to {len(reader) - 1}, got {number}")
         rows = _rows(reader, number, args.rows, args.top)
         records.append({"record": number, "tokens": int(reader.lengths()[number]), "rows": rows})
         lines.append(f"record {number}: {records[-1]['tokens']} tokens")

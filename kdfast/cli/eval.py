@@ -7,6 +7,7 @@ import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 #: What a recipe calls otherwise than a flag is called.
@@ -78,12 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     """The scores, and what the task says of them."""
-    import torch
-
-    from kdfast.models.load import from_function, kind_of, load_folder, load_weights, resolve_folder
+    from kdfast.models.load import check_ids, device_named, from_function, kind_of, load_folder, load_weights, resolve_folder
     from kdfast.strict import build, override
     from kdfast.text.tokenizers import load_tokenizer
     from kdfast.train.evaluate import evaluate
+    from kdfast.train.positions import check_positions
     from kdfast.train.recipe import named
     from kdfast.train.tasks import task_class
 
@@ -102,7 +102,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     given = {name: value for name, value in known.items() if name in {f.name for f in fields(cls.Data)}}
     data = build(cls.Data, override({**given, "validation": args.data}, rest), "data")
     tokenizer, file = load_tokenizer(args.tokenizer or folder) if cls.needs_tokenizer else (None, None)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(args.device, "--device")
     task = cls(chosen.options, data)
     with tempfile.TemporaryDirectory() as kept:
         rows = task.open(tokenizer, file, Path(kept), needs_train=False).validation
@@ -114,6 +114,9 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
             task.check_model(model, rows, "model")
         else:
             model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype)
+        if tokenizer is not None:
+            check_ids(model, tokenizer.get_vocab_size(), "model")
+        check_positions([("model", model)], rows, SimpleNamespace(task=task))
         model = model.to(device)
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)

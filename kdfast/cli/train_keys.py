@@ -128,7 +128,7 @@ _PLAIN: Any = dataclasses.field()
 
 
 def _range(field: Any) -> str:
-    signs = (("low", ">="), ("above", ">"), ("high", "<="))
+    signs = (("low", ">="), ("above", ">"), ("high", "<="), ("below", "<"))
     limits = [f"{sign} {field.metadata[name]:g}" for name, sign in signs if field.metadata.get(name) is not None]
     return f" {', '.join(limits)}" if limits else ""
 

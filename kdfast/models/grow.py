@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kdfast.models.heads import call, logits_in
 from kdfast.models.load import load_folder, load_weights, tied, weight_files
 from kdfast.models.shrink import _DECODER_DEPTH, _DEPTH, _HEADS, _WIDTH, _name_of_first, _stacks
+from kdfast.tensors import reading_tensors
 
 #: Root-mean-square norms before each block: wider and deeper without a change of what the model says.
 _ANY_WIDTH = ("llama", "mistral", "qwen2", "qwen3", "t5")
@@ -71,7 +72,7 @@ def start_from(
         return None
     if config is None or not (Path(path) / "config.json").is_file():
         return _grow_module(student, path, shapes, key)
-    small: Any = load_folder(path, key, kind=kind)
+    small: Any = load_folder(path, key, kind=kind, missing=[])
     if small.config.model_type != config.model_type:
         raise ValueError(f"{key}: expected a model of type {config.model_type} as the student, got {small.config.model_type}")
     if config.model_type not in (*_ANY_WIDTH, *_PRE_NORM, *_POST_NORM):
@@ -305,7 +306,7 @@ def _depth(names: Mapping[str, Any], stack: str) -> int:
 def _shapes(path: str | Path, key: str) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path, key):
-        with safe_open(str(file), "pt") as opened:
+        with reading_tensors(f"{key}: {file}"), safe_open(str(file), "pt") as opened:
             found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     return found
 

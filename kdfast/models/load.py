@@ -6,20 +6,21 @@ import contextlib
 import hashlib
 import importlib
 import inspect
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from kdfast.files import read_json
 from kdfast.strict import unknown_key
+from kdfast.tensors import load_tensors, reading_tensors
 
 #: Kind of model -> the class of `transformers` that makes it.
 AUTO_CLASSES = {
@@ -42,15 +43,20 @@ def auto_class(kind: str) -> Any:
 def torch_dtype(name: str, folder: str | Path | None = None) -> torch.dtype:
     """`auto`: what the folder's config says its weights are, float32 where it says nothing."""
     if name == "auto":
-        config = Path(folder) / "config.json" if folder is not None else None
-        values = json.loads(config.read_text(encoding="utf-8")) if config is not None and config.is_file() else {}
+        values = read_config(Path(folder)) if folder is not None and (Path(folder) / "config.json").is_file() else {}
         name = values.get("dtype") or values.get("torch_dtype") or "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a folder's `config.json` says."""
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """What a folder's `config.json` says.
+
+    Raises:
+        ValueError: it is no object of JSON; names the file.
+    """
+    found = read_json(folder / "config.json")
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / 'config.json'}: expected an object of JSON, got {type(found).__name__}")
     return found
 
 
@@ -82,24 +88,45 @@ def resolve_folder(name: str | Path, key: str) -> Path:
         ) from None
 
 
-def load_folder(path: str | Path, key: str, *, kind: str = "causal_lm", dtype: str = "float32", **config: Any) -> nn.Module:
+def load_folder(
+    path: str | Path, key: str, *, kind: str = "causal_lm", dtype: str = "float32", missing: list[str] | None = None,
+    **config: Any,
+) -> nn.Module:  # fmt: skip
     """The model in a local folder or of a hub name.
 
     Args:
         path: the folder or name. key: what an error calls it. kind: one of `AUTO_CLASSES`.
         dtype: one of `DTYPES`; weights are never widened unless asked for.
+        missing: takes the names of weights that the folder lacks, which are random then: the head of a model that was not
+            trained for `kind`. None: it may lack none.
         config: fields of the model's configuration to set, such as `num_labels`.
+
+    Raises:
+        ValueError: it does not load, or lacks weights.
     """
     folder = resolve_folder(path, key)
     with quiet():
         try:
-            return auto_class(kind).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch_dtype(dtype, folder), **config
-            )
+            with reading_tensors(folder):
+                model, found = auto_class(kind).from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, dtype=torch_dtype(dtype, folder),
+                    output_loading_info=True, **config,
+                )  # fmt: skip
         except (ValueError, OSError, RuntimeError) as error:
             raise ValueError(
                 f"{key}: {folder} does not load as a model for {kind}: {' '.join(str(error).split())[:300]}"
             ) from None
+    lacking = sorted(found["missing_keys"])
+    if missing is None and lacking:
+        raise ValueError(f"{key}: {folder} {lacks(lacking)}; it was trained for something else than {kind}")
+    if missing is not None:
+        missing += lacking
+    return model
+
+
+def lacks(missing: Sequence[str]) -> str:
+    """Which weights a folder has not, in words."""
+    return f"has no weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which would be random"
 
 
 def from_config(model_type: str, fields: dict[str, Any], key: str, *, kind: str = "causal_lm", **defaults: Any) -> nn.Module:
@@ -117,10 +144,11 @@ def from_config(model_type: str, fields: dict[str, Any], key: str, *, kind: str 
             raise ValueError(unknown_key(f"{key}.config.{name}", name, known))
     # Token ids of the architecture's own tokenizer mean nothing here and may lie outside the vocabulary.
     ids: dict[str, Any] = {k: None for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in known}
-    config = AutoConfig.for_model(model_type, **{**ids, **{k: v for k, v in defaults.items() if v is not None}, **fields})
+    given = {**ids, **{k: v for k, v in defaults.items() if v is not None}, **fields}
     try:
+        config = AutoConfig.for_model(model_type, **given)
         return auto_class(kind).from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{key}: {model_type} does not make a model for {kind}: {reason}") from None
 
@@ -151,6 +179,30 @@ def from_function(name: str, arguments: dict[str, Any], key: str) -> nn.Module:
     return model
 
 
+def device_named(name: str | None, key: str) -> torch.device:
+    """The device that is asked for, by default a GPU where there is one.
+
+    Raises:
+        ValueError: there is none of that name, or this machine has none of its kind.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"{key}: expected cpu, cuda, cuda:1 or the like, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{key}: expected a device of this machine, which has {torch.cuda.device_count()} GPUs, got {name!r}")
+    return device
+
+
+def check_ids(model: nn.Module, ids: int, key: str) -> None:
+    """Raises where a model has fewer ids than the tokenizer whose texts it is to read: one outside is an index error."""
+    its = vocab_of(model)
+    if its is not None and its < ids:
+        raise ValueError(
+            f"{key}: its vocabulary has {its} ids, expected at least the tokenizer's {ids}; are they of one model?"
+        )
+
+
 def vocab_of(model: nn.Module) -> int | None:
     """The model's vocabulary size where it says so."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -159,7 +211,7 @@ def vocab_of(model: nn.Module) -> int | None:
 
 def kind_of(folder: Path) -> str:
     """Kind of the model in a folder, by the architecture its config names; `causal_lm` where that says nothing."""
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    names = read_config(folder).get("architectures") or [""]
     tables = {"masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
               "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}  # fmt: skip
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -179,7 +231,7 @@ def weight_files(path: str | Path, key: str) -> list[Path]:
     if path.is_file():
         return [path]
     index = path / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{key}: expected a safetensors file or a folder with {missing[0]}, got {str(path)!r}")
@@ -198,7 +250,7 @@ def weights_hash(path: str | Path) -> str:
 
 def load_weights(model: nn.Module, path: str | Path, key: str = "init_from") -> None:
     """Puts the weights of a folder (sharded or not) or a safetensors file into `model`; every one must fit, tied ones once."""
-    tensors = {name: tensor for file in weight_files(path, key) for name, tensor in load_file(str(file)).items()}
+    tensors = {name: tensor for file in weight_files(path, key) for name, tensor in load_tensors(file).items()}
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name in own and own[name].shape != tensor.shape:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kdfast import linear_topk_targets, topk_targets
 from kdfast.cache import check_alignment
-from kdfast.models.load import vocab_of
+from kdfast.models.load import check_ids, lacks, vocab_of
 from kdfast.models.view import View
 from kdfast.train.batch import Batch
 from kdfast.train.tasks.language import LanguageTask
@@ -43,9 +43,27 @@ def targets_in(view: View) -> Any:
     return linear_topk_targets(view.hidden, view.head.weight, k, bias=view.head.bias, head=view.head.form)
 
 
+def check_heads(objectives: Iterable[Any], inputs: Inputs) -> None:
+    """Raises where a method hears a teacher whose head its folder did not have."""
+    if not any(objective.teacher != "none" and objective.hears_teachers() for objective in objectives):
+        return
+    many = len(inputs.teachers) > 1
+    for i, teacher in enumerate(inputs.teachers):
+        missing = getattr(teacher, "missing", ())
+        if missing:
+            key = f"teachers[{i}].path" if many else "teacher.path"
+            raise ValueError(
+                f"{key}: the folder {lacks(missing)}; train it for task {inputs.task.kind} first (method: supervised)"
+            )
+
+
 def check_vocabulary(student_model: nn.Module, inputs: Inputs) -> None:
-    """Raises where student, teachers and data do not share one vocabulary."""
+    """Raises where student, teachers and data do not share one vocabulary, or one is too small for the data's tokens."""
     student, wanted = vocab_of(student_model), inputs.vocab_size
+    if wanted is not None and not isinstance(inputs.task, LanguageTask):
+        live = [teacher.model for teacher in inputs.teachers if teacher.info is None]
+        for key, model in (("student", student_model), *(("teacher", model) for model in live)):
+            check_ids(model, wanted, key)
     if student is None or wanted is None or not isinstance(inputs.task, LanguageTask):
         return
     if student < wanted:

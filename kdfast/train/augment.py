@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from kdfast import files
 from kdfast.models.heads import call, logits_in
-from kdfast.models.load import load_folder, resolve_folder
-from kdfast.strict import one_of, ranged
+from kdfast.models.load import load_folder, resolve_folder, weights_hash
+from kdfast.strict import one_of, ranged, refuse_unused
+from kdfast.tensors import load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, lengths_of
+from kdfast.train.tasks.classes import digest_of_tensors
 
 #: Rows that are kept together: what a killed stage does again.
 _WINDOW = 256
@@ -58,6 +58,8 @@ class Augment:
     def __post_init__(self) -> None:
         if (self.by == "masked_lm") != (self.path is not None):
             raise ValueError("path: expected the folder of a masked language model with by: masked_lm, and only with it")
+        if self.by != "masked_lm":
+            refuse_unused(self, ("mask_token",), f"with by: {self.by} expected none")
 
 
 def augmented(
@@ -72,10 +74,15 @@ def augmented(
         ValueError: a masked language model that does not fit.
     """
     words = load_tokenizer(tokenizer)[0]
-    about = files.json_value({**dataclasses.asdict(options), "rows": len(rows), "data": getattr(rows, "digest", "")})
+    said = digest_of_tensors(embeddings)
+    if options.path is not None:
+        said = weights_hash(resolve_folder(options.path, "method.augment.path"))
+    about = files.json_value(
+        {**dataclasses.asdict(options), "rows": len(rows), "data": getattr(rows, "digest", ""), "words": said}
+    )
     marker = folder / "augment.json"
     with files.locked(folder):
-        if not marker.is_file() or json.loads(marker.read_text()) != about:
+        if not marker.is_file() or files.read_json(marker) != about:
             for file in folder.glob("*.safetensors"):
                 file.unlink()
             files.write_json(marker, about)
@@ -87,7 +94,7 @@ def augmented(
                 for start, file in zip(starts, kept, strict=True):
                     if not file.is_file():
                         stage.write(range(start, min(start + _WINDOW, len(rows))), file)
-        parts = [load_file(file) for file in kept]
+        parts = [load_tensors(file) for file in kept]
     found = Augmented(rows, *(torch.cat([part[name] for part in parts]) for name in ("origin", "length", "ids")))
     say(f"{folder}: {len(found) - len(rows)} copies of {len(rows)} rows with other words")
     return found
@@ -156,7 +163,7 @@ class _Stage:
                     origin.append(i)
                     found.append(copy)
         with files.written(file) as part:
-            save_file({
+            save_tensors({
                 "origin": torch.tensor(origin, dtype=torch.int64), "length": torch.tensor([len(x) for x in found]).long(),
                 "ids": torch.cat([torch.empty(0, dtype=torch.int64), *found]),
             }, part)  # fmt: skip

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
+
+
+def token_positions(batch: Batch) -> Tensor:
+    """bool `[B, L]`: tokens that are no padding, a decoder's where there is one."""
+    inputs = batch.by_name
+    own = inputs.get("decoder_input_ids", inputs.get("input_ids", next(iter(inputs.values()))))
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    return torch.ones_like(own, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raises where a label is neither a class nor `IGNORE`; looks at the values."""
+    outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]
+    if outside.numel():
+        raise ValueError(f"labels: expected numbers from 0 to {classes - 1}, or {IGNORE} for none, got {int(outside[0])}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,14 @@ class Batch:
         if self.labels is not None:
             return int((self.labels != IGNORE).sum())
         return next(iter(self.by_name.values())).shape[0]
+
+    def heard(self, taught: bool, task: Any) -> Batch:
+        """The same for a step: without a teacher a row without a label does not count; with one, and without any labels, every
+        row does, as `task` counts them."""
+        if not taught:
+            return self if self.soft_mask is None else replace(self, soft_mask=None)
+        mask = task.positions(self) if self.labels is None and self.soft_mask is None else None
+        return self if mask is None else replace(self, soft_mask=mask)
 
     def share(self, num_items: int | Tensor) -> Tensor:
         """What part of an optimiser step's `num_items` this batch holds, on its device: the weight of a mean over the batch."""

@@ -9,10 +9,8 @@ A checkpoint is a folder `checkpoints/step-00000100` that appears by one rename:
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from kdfast import files
 from kdfast.models.load import tied
+from kdfast.tensors import load_tensors, save_tensors
+from kdfast.train.inputs import Inputs
 from kdfast.train.students import save_folder
 
 # The optimiser's state is keyed by parameter names, so it survives another wrapping (none, DDP, FSDP).
@@ -51,7 +50,12 @@ def write_folder(target: Path, accelerator: Accelerator, fill: Any) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    fill(part)
+    try:
+        with files.naming(target, part):
+            fill(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk has no room for it
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files.replace_folder(part, target)
@@ -74,7 +78,7 @@ def save(
         weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
         states: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
         rng_tensors, rng_plain = _rng_state()
-        save_file(rng_tensors, part / f"rng-{accelerator.process_index:05d}.safetensors")
+        save_tensors(rng_tensors, part / f"rng-{accelerator.process_index:05d}.safetensors")
         files.write_json(part / f"rng-{accelerator.process_index:05d}.json", rng_plain)
         if not accelerator.is_main_process:
             return
@@ -82,7 +86,7 @@ def save(
         tensors = {f"module.{k}": v for k, v in weights.items() if k not in doubled}
         for name, state in states["state"].items():
             tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items()}
-        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part / "training.safetensors")
+        save_tensors({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part / "training.safetensors")
         scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         rest = {"step": step, "seconds": seconds, "rows": rows, "world": accelerator.num_processes, "scaler": scaler,
                 "param_groups": states["param_groups"]}  # fmt: skip
@@ -104,9 +108,20 @@ class Resumed(NamedTuple):
 
 
 def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> Resumed:
-    """Puts a checkpoint back: weights, optimiser, and, by as many processes as it was written by, random states."""
-    state = json.loads((path / "state.json").read_text())
-    tensors = load_file(path / "training.safetensors")
+    """Puts a checkpoint back: weights, optimiser, and, by as many processes as it was written by, random states.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return _load(path, accelerator, module, optimizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}; remove {path} to go on from the checkpoint before it, or from the start") from None
+
+
+def _load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> Resumed:
+    state = files.read_json(path / "state.json")
+    tensors = load_tensors(path / "training.safetensors")
     weights: dict[str, Any] = {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
     states: dict[str, Any] = {}
     for key, value in tensors.items():
@@ -127,18 +142,18 @@ def load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: tor
     same = state["world"] == accelerator.num_processes
     if same:
         rng = path / f"rng-{accelerator.process_index:05d}.safetensors"
-        _set_rng_state(load_file(rng), json.loads(rng.with_suffix(".json").read_text()))
+        _set_rng_state(load_tensors(rng), files.read_json(rng.with_suffix(".json")))
     return Resumed(state["step"], state["seconds"], state["rows"], same)
 
 
-def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, tokenizer: Sequence[Path]) -> None:
-    """Writes `folder/model`, the student to be loaded by anyone, and what its method keeps beside it."""
+def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, inputs: Inputs) -> None:
+    """Writes `folder/model`, the student to be loaded by anyone with its tokenizer, and what its method keeps beside it."""
     weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
 
     def fill(part: Path) -> None:
         if accelerator.is_main_process:
             own = {k.removeprefix("student."): v for k, v in weights.items() if k.startswith("student.")}
-            save_folder(student, part, own, tokenizer)
+            save_folder(student, part, own, inputs.tokenizer, inputs.tokenizer_homes)
             for number, objective in enumerate(unwrapped(module).objectives):  # type: ignore[arg-type]
                 name = f"objectives.{number}."
                 objective.export(part, {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})

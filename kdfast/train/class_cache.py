@@ -10,18 +10,22 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdfast.cache import CacheInfo, CacheMismatch, CacheWriter
 from kdfast.cache.capture_file import read_capture, write_capture
 from kdfast.cache.manifest import is_unfinished
-from kdfast.models.load import read_config, resolve_folder, weights_hash
+from kdfast.files import json_text
+from kdfast.models.load import check_ids, device_named, read_config, resolve_folder, weights_hash
 from kdfast.ops.topk import topk_targets
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source
+from kdfast.train.data import Source, lengths_of, sizes_of
+from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Recipe, Teacher
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import ClassTask
@@ -79,27 +83,37 @@ def capture_classes(
             task.check_config(read_config(folder), "teacher")
         described = {"task": recipe.task.name, "labels": task.names, "rows": digest_of(rows), "batch_size": batch_size}
         path = Path(out)
-        if is_unfinished(path) and read_capture(path) != described:
+        there = read_capture(path)  # nothing where a kill came before it was written, and before the first record
+        if is_unfinished(path) and there and there != described:
             raise CacheMismatch(f"{path}: holds an unfinished cache of other rows; capture these to another path")
         model = LiveTeacher.load(teacher, "teacher", task.kind)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(torch.device(device))
+        where = device_named(device, "device")
+        model.to(where)
+        if tokenizer is not None:
+            check_ids(model.model, tokenizer.get_vocab_size(), "teacher")
+        check_positions([("teacher", model.model)], rows, SimpleNamespace(task=task))
         classes = len(task.names)
         with CacheWriter(
-            path, vocab_size=classes, k=classes, teacher=str(teacher.function) if folder is None else weights_hash(folder),
+            path, vocab_size=classes, k=classes, teacher=_identity(teacher) if folder is None else weights_hash(folder),
             tokenizer_hash="none" if tokenizer_file is None else file_hash(tokenizer_file),
             temperatures=tuple(temperatures), max_kl=_EXACT, alignment="same",
         ) as writer:  # fmt: skip
             write_capture(path, described)
             writer.begin_groups(batch_size)
             for start in range(len(writer), len(rows), batch_size):
-                _add(writer, model, rows.batch(range(start, min(start + batch_size, len(rows)))), device)
+                _add(writer, model, rows.batch(range(start, min(start + batch_size, len(rows)))), where)
                 if progress is not None:
                     progress(min(start + batch_size, len(rows)), len(rows))
         return CachedTeacher(path).info
 
 
-def _add(writer: CacheWriter, model: LiveTeacher, batch: Batch, device: str) -> None:
+def _identity(teacher: Teacher) -> str:
+    """What a teacher that a function makes is known by: its name, its arguments and weights where it is given some."""
+    arguments = [json_text(teacher.arguments)] if teacher.arguments else []
+    return " ".join([str(teacher.function), *arguments, *([weights_hash(teacher.weights)] if teacher.weights else [])])
+
+
+def _add(writer: CacheWriter, model: LiveTeacher, batch: Batch, device: torch.device) -> None:
     """A record for each row of the batch: one distribution, or one for each token."""
     logits = model(batch.to(device)).logits.float()
     labels = batch.labels
@@ -152,6 +166,12 @@ class TaughtRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def lengths(self) -> np.ndarray:
+        return lengths_of(self.rows)
+
+    def sizes(self) -> list[np.ndarray]:
+        return sizes_of(self.rows)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         batch = self.rows.batch(indices)

@@ -19,6 +19,8 @@ from kdfast.cache.dataset import pack_rows
 from kdfast.text.files import share_of
 from kdfast.text.packing import pack
 from kdfast.text.specials import Specials
+from kdfast.text.tokenizers import load_tokenizer as load_tokenizer  # found here by earlier callers
+from kdfast.text.tokenizers import train_tokenizer as train_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 
 #: A held-out part depends on this alone, so that runs with different seeds see the same validation data.
@@ -40,6 +42,10 @@ class Sequences:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def sizes(self) -> list[np.ndarray]:
+        """Tokens of each row."""
+        return [np.full(len(self), self.ids.shape[1])]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         ids = self.ids[torch.as_tensor(indices)].long()
@@ -67,6 +73,9 @@ class Subset:
         """Of a source whose rows have lengths."""
         return lengths_of(self.source)[self.rows]
 
+    def sizes(self) -> list[np.ndarray]:
+        return [size[self.rows] for size in sizes_of(self.source)]
+
     def _row(self, i: Any) -> Any:
         return [self.rows[j] for j in i] if isinstance(i, list) else self.rows[i]
 
@@ -86,6 +95,12 @@ def lengths_of(source: Source) -> np.ndarray:
     if not hasattr(source, "lengths"):
         raise ValueError(f"data.group_by_length: expected rows with lengths, got {type(source).__name__}; leave it out")
     found: np.ndarray = source.lengths()
+    return found
+
+
+def sizes_of(source: Source) -> list[np.ndarray]:
+    """Tokens of each row in each of the models' inputs; nothing of a source that does not say."""
+    found: list[np.ndarray] = source.sizes() if hasattr(source, "sizes") else []
     return found
 
 

@@ -101,7 +101,7 @@ def decode(
     whole, about, part = (folder / name for name in ("hypotheses.jsonl", "decoding.json", "hypotheses.part.jsonl"))
     with files.locked(folder):
         if about.is_file():
-            before = json.loads(about.read_text())["of"]
+            before = files.read_json(about)["of"]
             differs = [name for name in described if before.get(name) != described[name]]
             if differs:
                 raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ class Documents:
     """
 
     def __init__(self, folder: Path) -> None:
-        about = json.loads((folder / "documents.json").read_text())
+        about = files.read_json(folder / "documents.json")
         self.digest: str = about["digest"]
         self.tokens: int = about["tokens"]
         self._parts = {name: np.memmap(folder / f"{name}.bin", dtype=_PARTS[name], mode="r") for name in about["parts"]}
@@ -49,7 +48,7 @@ class Documents:
         """`examples` in `folder`; from there where what they are `described` by was written before."""
         about, described = folder / "documents.json", files.json_value(described)
         if about.is_file():
-            before = json.loads(about.read_text())
+            before = files.read_json(about)
             if {name: before.get(name) for name in described} == described:
                 return cls(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +62,11 @@ class Documents:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each row, an encoder's and a decoder's added up."""
-        read = [name for name in ("input_ids", "context_ids") if name in self._ends]
-        return np.asarray(sum(np.diff(self._ends[name], prepend=0) for name in read))
+        return np.asarray(sum(self.sizes()))
+
+    def sizes(self) -> list[np.ndarray]:
+        """Tokens of each row: the document's and, of an encoder-decoder, its source's."""
+        return [np.diff(self._ends[name], prepend=0) for name in ("input_ids", "context_ids") if name in self._ends]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         ids = [self._part("input_ids", i) for i in indices]

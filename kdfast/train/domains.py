@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdfast import files
-from kdfast.models.load import load_folder, resolve_folder
+from kdfast.models.load import load_folder, resolve_folder, weights_hash
 from kdfast.models.view import Needs, look
+from kdfast.tensors import load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, lengths_of
 from kdfast.train.match import token_mask
+from kdfast.train.tasks.classes import digest_of_tensors
 
 #: What a meta-teacher keeps beside its model.
 STATE_FILE = "domains.safetensors"
@@ -52,14 +53,14 @@ def mean_state(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """`[B, D]`: the mean over the tokens that are no padding."""
     if mask is None:
         return hidden.float().mean(1)
-    weight = mask.float()[..., None]
-    return (hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
+    counted = mask.bool()[..., None]  # what padding holds may be NaN
+    return hidden.float().masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
 def save_state(folder: Path, weights: dict[str, Tensor], domains: Sequence[str]) -> None:
     """A `DomainState` and the names of its domains, beside a model."""
     kept = {name: value.contiguous() for name, value in weights.items()}
-    save_file(kept, folder / STATE_FILE, {"domains": files.json_text(list(domains))})
+    save_tensors(kept, folder / STATE_FILE, {"domains": files.json_text(list(domains))})
 
 
 def load_state(folder: Path, domains: Sequence[str]) -> DomainState | None:
@@ -67,7 +68,7 @@ def load_state(folder: Path, domains: Sequence[str]) -> DomainState | None:
     file = folder / STATE_FILE
     if not file.is_file():
         return None
-    tensors = load_file(file)
+    tensors = load_tensors(file)
     with safe_open(str(file), "pt") as opened:
         theirs = json.loads(opened.metadata()["domains"])
     known = tensors["embedding.weight"]
@@ -164,15 +165,16 @@ def instance_weights(
         ValueError: a row without a label, or a domain without an example.
     """
     rows = inputs.train
-    about = {"data": getattr(rows, "digest", ""), "encoder": encoder or "", "alpha": alpha, "flavor": flavor}
+    home = resolve_folder(encoder, "method.encoder") if encoder else None
+    said = digest_of_tensors(*model.state_dict().values()) if home is None else weights_hash(home)
+    about = {"data": getattr(rows, "digest", ""), "encoder": said, "alpha": alpha, "flavor": flavor}
     file, marker = folder / "weights.safetensors", folder / "weights.json"
-    if marker.is_file() and json.loads(marker.read_text()) == files.json_value(about):
-        return WeightedRows(rows, load_file(file)["weights"])
-    if encoder is not None:
-        home = resolve_folder(encoder, "method.encoder")
+    if marker.is_file() and files.read_json(marker) == files.json_value(about):
+        return WeightedRows(rows, load_tensors(file)["weights"])
+    if home is not None:
         if inputs.tokenizer is not None:
             check_same_tokens(home, load_tokenizer(inputs.tokenizer)[0], "method.encoder")
-        model = load_folder(home, "method.encoder", kind=inputs.task.kind, dtype="auto")
+        model = load_folder(home, "method.encoder", kind=inputs.task.kind, dtype="auto", missing=[])
     was_training = model.training
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
@@ -190,6 +192,6 @@ def instance_weights(
         raise ValueError(f"data.train: expected a label in every row, which is weighed by its class, got {bare} without")
     found = weights_of_rows(torch.cat(encodings), label, torch.cat(domains), names, alpha=alpha, flavor=flavor)
     with files.written(file) as part:
-        save_file({"weights": found}, part)
+        save_tensors({"weights": found}, part)
     files.write_json(marker, about)
     return WeightedRows(rows, found)

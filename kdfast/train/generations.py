@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from kdfast.models.view import look
 from kdfast.train.batch import IGNORE
 from kdfast.train.data import Source
 from kdfast.train.evaluate import evaluate
-from kdfast.train.recipe import Model, Named, Recipe, Teacher
+from kdfast.train.objective import Setting
+from kdfast.train.recipe import Model, Named, Phase, Recipe, Teacher
 from kdfast.train.recipes.supervised import SupervisedOptions
 from kdfast.train.recipes.word_kd import WordKDOptions
 from kdfast.train.teachers import LiveTeacher
@@ -35,23 +35,19 @@ class Generations:
     """The generations of one run, kept in `folder`.
 
     Args:
-        recipe: the run's. steps: of each member. options: the row loss they learn by (`WordKDOptions` or a kin).
-        inputs: the run's (`kdfast.train.inputs.Inputs`). bar, say: as in `kdfast.train.distill`.
+        setting: of the method that asks. options: the row loss the members learn by (`WordKDOptions` or a kin), and
+            `member_steps`, without which they train as long as the phase that hears them.
+        inputs: the run's (`kdfast.train.inputs.Inputs`). say: as in `kdfast.train.distill`.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        options: WordKDOptions,
-        inputs: Any,
-        folder: Path,
-        *,
-        steps: int,
-        bar: Any,
-        say: Callable[[str], None],
-    ) -> None:
-        self.recipe, self.options, self.inputs, self.folder = recipe, options, inputs, folder
-        self._steps, self._bar, self._say = steps, bar, say
+        self, setting: Setting, options: Any, inputs: Any, folder: Path, say: Callable[[str], None]
+    ) -> None:  # fmt: skip
+        phase: Phase = setting.phase
+        self.recipe: Recipe = setting.recipe
+        self.options, self.inputs, self.folder = options, inputs, folder
+        self._steps, self._bar, self._say = options.member_steps or phase.steps, setting.bar, say
+        self._optimizer = phase.optimizer or setting.recipe.optimizer
         self._file = folder / "generations.json"
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world > 1:
@@ -65,8 +61,10 @@ class Generations:
         for i, student in enumerate(members):
             out = self.folder / f"generation-{number}" / f"member-{i}"
             recipe = dataclasses.replace(
-                self.recipe, method=self._method(bool(teachers)), phases=(), steps=self._steps, student=student, teacher=None,
-                teachers=tuple(teachers), out=str(out), seed=self.recipe.seed * 1000 + number * 100 + i, init_from=None,
+                self.recipe, method=self._method(bool(teachers)), phases=(), steps=self._steps, student=self._fixed(student),
+                optimizer=self._optimizer, teacher=None, teachers=tuple(teachers), out=str(out), init_from=None,
+                seed=self.recipe.seed * 1000 + number * 100 + i,
+                tokenizer=None if self.inputs.tokenizer is None else str(self.inputs.tokenizer),
             )  # fmt: skip
             # Data that the caller brought are in no recipe.
             own = not (getattr(recipe.data, "train", None) or getattr(recipe.data, "dataset", None))
@@ -76,6 +74,14 @@ class Generations:
             by_name = {"function": student.function, "arguments": student.arguments, "weights": model}
             found.append(Teacher(**by_name) if student.function else Teacher(path=model))  # type: ignore[arg-type]
         return found
+
+    def _fixed(self, student: Model) -> Model:
+        """The student as the run's recipe means it: cut out of the run's teacher, whoever teaches the member."""
+        cut, teachers = student.from_teacher, self.recipe.all_teachers
+        if cut is None or cut.path is not None:
+            return student
+        path = next((teacher.path for teacher in teachers if teacher.path), None)
+        return dataclasses.replace(student, from_teacher=dataclasses.replace(cut, path=path))
 
     def _said_by(self, name: str) -> Callable[[str], None]:
         return lambda line: self._say(f"{name}: {line}")
@@ -88,7 +94,7 @@ class Generations:
 
     def report(self, name: str, models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> dict[str, Any]:
         """Scores of the members, of their ensemble, and their agreement, on the validation data; found there when resumed."""
-        known = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        known = files.read_json(self._file) if self._file.is_file() else {}
         if self.inputs.validation is None:
             return {}
         if known.get(name, {}).get("steps") == self._steps:
@@ -144,6 +150,7 @@ def agreement(models: Sequence[nn.Module], data: Source, batch_size: int = 16, l
         best = [z.argmax(-1) for z in logs]
         mean = mean_logits(logs, [1 / len(models)] * len(models))
         same += sum(float((best[i] == best[j]).sum()) for i, j in pairs) / len(pairs)
-        apart += sum(float((z.exp() * (z - mean)).sum()) for z in logs) / len(models)
+        # What a model excludes adds nothing to its divergence from the mean.
+        apart += sum(float((z.exp() * (z - mean).masked_fill(z.isneginf(), 0)).sum()) for z in logs) / len(models)
         rows += float(counted.sum())
     return {"top1_agreement": same / max(rows, 1.0), "js": apart / max(rows, 1.0)}

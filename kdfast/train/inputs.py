@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kdfast.cache.format import CacheMismatch
 from kdfast.models.load import resolve_folder
 from kdfast.strict import refuse_unused
 from kdfast.text.tokenizers import check_same_tokens, file_hash, load_tokenizer
@@ -32,7 +33,8 @@ _LOOKED_AT = 16
 class Inputs:
     """Everything a run reads. `digest` is a hash of the training data.
 
-    `tokenizer_homes` are the folders that hold this very tokenizer: beside the file named, the student's, the teachers'.
+    `tokenizer_homes` are the folders that hold what belongs to the tokenizer: that of its file, and those of the student and
+    the teachers that have this very one.
     """
 
     task: Task[Any]
@@ -75,8 +77,10 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     held_out_of_text = cache_is_data and validation is None and _holds_out(recipe.data)
     reads = needs_train or held_out_of_text or (validation is None and bool(getattr(recipe.data, "validation", None)))
     tokenizer, tokenizer_file = None, None
-    if task.needs_tokenizer and (recipe.tokenizer or reads):
-        tokenizer, tokenizer_file = load_tokenizer(recipe.tokenizer or _own_tokenizer(recipe))
+    # A student from a folder has a tokenizer of its own: that of the cache, or its ids mean other tokens.
+    own = recipe.tokenizer or _own_tokenizer(recipe)
+    if task.needs_tokenizer and (own or reads):
+        tokenizer, tokenizer_file = load_tokenizer(own)
     identity = None if tokenizer_file is None else file_hash(tokenizer_file)
     pack = getattr(recipe.data, "pack", None)
     if pack and cached and task.kind != "causal_lm":
@@ -86,10 +90,15 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     if pack and not cached:
         raise ValueError("data.pack: expected a cached teacher; running text fills its sequences by itself, leave it out")
     many = len(recipe.all_teachers) > 1
-    teachers = [
-        open_teacher(spec, f"teachers[{i}]" if many else "teacher", task.kind, identity, pack)
-        for i, spec in enumerate(recipe.all_teachers)
-    ]
+    try:
+        teachers = [
+            open_teacher(spec, f"teachers[{i}]" if many else "teacher", task.kind, identity, pack)
+            for i, spec in enumerate(recipe.all_teachers)
+        ]
+    except CacheMismatch as error:
+        if recipe.tokenizer:
+            raise
+        raise CacheMismatch(f"student: {error} ({tokenizer_file}); or set tokenizer: PATH of the cache's") from None
     if tokenizer is not None:
         _check_tokenizers(recipe, tokenizer, identity)
     if not task.needs_tokenizer:
@@ -116,6 +125,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size()
     if vocab_size is None and cache_is_data:
         vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))
+    if pack:
+        refuse_unused(recipe.data, ("group_by_length",), "beside data.pack, which leaves little padding, expected none", "data")
     _check_labels(train, vocab_size, task)
     homes = () if tokenizer_file is None else _homes(recipe, tokenizer_file)
     return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train), homes)
@@ -160,10 +171,10 @@ def _model_folders(recipe: Recipe) -> list[Path]:
 
 
 def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
-    """The folders with this `tokenizer.json`: a file named by itself may lack what the model's folder has beside it."""
+    """Its folder, and those with this `tokenizer.json`: a file by itself may lack what the model's folder has beside it."""
     same = file_hash(tokenizer)
-    held = ((folder, folder / "tokenizer.json") for folder in [tokenizer.parent, *_model_folders(recipe)])
-    return tuple(folder for folder, file in held if file.is_file() and file_hash(file) == same)
+    held = ((folder, folder / "tokenizer.json") for folder in _model_folders(recipe))
+    return (tokenizer.parent, *(folder for folder, file in held if file.is_file() and file_hash(file) == same))
 
 
 def _check_tokenizers(recipe: Recipe, tokenizer: Any, identity: str | None) -> None:
@@ -212,6 +223,9 @@ class _SideBySide:
     def lengths(self) -> Any:
         return self.caches[0].lengths()
 
+    def sizes(self) -> Any:
+        return self.caches[0].sizes()
+
     def batch(self, indices: Sequence[int]) -> Any:
         first, *others = [cache.batch(indices) for cache in self.caches]
         for i, other in enumerate(others, 1):
@@ -231,7 +245,7 @@ def _check_validation(validation: Source, recipe: Recipe) -> None:
     n = min(n, recipe.eval_sequences or n)
     for start in range(0, n, recipe.batch_size):
         labels = validation.batch(range(start, min(start + recipe.batch_size, n))).labels
-        if labels is None or bool((labels != IGNORE).any()):
+        if labels is not None and bool((labels != IGNORE).any()):
             return
     raise ValueError(f"data.validation: expected at least one labelled position in {n} rows, got none")
 

@@ -72,7 +72,9 @@ def _unlabelled(
     workspace_mb: float | None, options: dict[str, Any],
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
     """A row loss ignores a row without label altogether: so the soft term is one call, the hard term another."""
-    names = ("hard_weight", "z_loss", "label_smoothing")
+    names = ("hard_weight", "label_smoothing", *(("z_loss",) if labels is not None else ()))
+    if labels is None and options.get("hard_weight"):
+        raise ValueError(f"labels: expected a tensor because hard_weight is {options['hard_weight']}, got None")
     on_labels = {name: options[name] for name in names if name in options}
     loss, metrics = distillation(
         student, teachers, None, num_items, tail=tail, workspace_mb=workspace_mb, token_weight=soft_mask.float(),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdfast.models.view import Needs, View
 from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
-from kdfast.train.alignment import align, check_vocabulary
+from kdfast.train.alignment import align, check_heads, check_vocabulary
 from kdfast.train.batch import Batch
 from kdfast.train.data import Order, PackedOrder, Source
 from kdfast.train.evaluate import evaluate
@@ -27,6 +27,7 @@ from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog
 from kdfast.train.objective import Objective, Prepared, Setting
 from kdfast.train.optimizer import lr_at, make_optimizer, set_options
+from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import make_objectives
 from kdfast.train.shard import fully_sharded, set_gradient_sync
@@ -110,7 +111,7 @@ def _distill(
     )
     with accelerator.main_process_first():
         inputs = open_inputs(recipe, kept / "data", train_data, validation_data)
-    done = run_folder.finished(folder, recipe, inputs.digest)
+    done = run_folder.finished(folder, recipe, inputs)
     if done is not None and done["steps"] < recipe.total_steps and accelerator.is_main_process:
         say(f"{folder}: finished {done['steps']} steps before; going on to {recipe.total_steps}")
     if done is not None and done["steps"] >= recipe.total_steps:
@@ -139,12 +140,16 @@ class _Run:
         self.step = DistillStep(self.student, objectives, inputs.task).name_head()
         if inputs.task.through_head and self.step.head is None:
             self.say(f"student: {type(self.student).__name__} has no plain linear head to go through; logits are formed whole")
+        check_heads(objectives, inputs)
         self._open_teachers(inputs.teachers)
         with accelerator.main_process_first():
             prepared = [self._prepare(objective, kept / "prepared" / str(i)) for i, objective in enumerate(objectives)]
         #: Of each phase: the rows it trains on, and the teachers it hears.
         self.rows = [inputs.train if found.train is None else found.train for found in prepared]
         self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
+        for rows, teachers in zip(self.rows, self.teachers, strict=True):
+            live = [teacher.model for teacher in teachers if isinstance(teacher, LiveTeacher)]
+            check_positions([("student", self.student), *(("teacher", model) for model in live)], rows, inputs)
         self.orders = self._orders()
         self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
         self.first_step = 1
@@ -200,7 +205,7 @@ class _Run:
     def train(self) -> Result:
         recipe, accelerator = self.recipe, self.accelerator
         if accelerator.is_main_process:
-            run_folder.begin(self.folder, recipe, self.inputs.digest)
+            run_folder.begin(self.folder, recipe, self.inputs)
         accelerator.wait_for_everyone()
         log = MetricLog(recipe, self.folder, accelerator)
         start, seconds = 0, 0.0
@@ -215,7 +220,7 @@ class _Run:
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown)
-        checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs.tokenizer_homes)
+        checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs)
         if accelerator.is_main_process:
             for objective in self.step.objectives:
                 objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
@@ -250,8 +255,7 @@ class _Run:
                 saving = final or stopping or (recipe.save_every > 0 and step % recipe.save_every == 0)
                 if evaluating or saving or step % recipe.log_every == 0:
                     row = log.flush()
-                    if row["loss"] is None or not math.isfinite(row["loss"]):
-                        raise RuntimeError(f"step {step}: the loss is {row['loss']}; lower optimizer.lr or set optimizer.clip")
+                    self._check_finite(step, row)
                     if shown is not None:
                         shown.update(step)
                 if evaluating:
@@ -263,6 +267,13 @@ class _Run:
                 if stopping and not final:
                     raise KeyboardInterrupt(f"stopped after step {step}; run the same again to go on")
         return evaluation
+
+    def _check_finite(self, step: int, row: dict[str, Any]) -> None:
+        """Raises before weights that are NaN are saved; a loss scale's first steps may overflow, and are left out."""
+        found = {"loss": row["loss"], "gradient's norm": row["grad_norm"] if self.recipe.precision != "fp16" else 0.0}
+        for name, value in found.items():
+            if value is None or not math.isfinite(value):
+                raise RuntimeError(f"step {step}: the {name} is {value}; lower optimizer.lr or set optimizer.clip")
 
     def _evaluates(self, step: int) -> bool:
         every = self.recipe.eval_every
@@ -354,7 +365,9 @@ class _Run:
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
         number, _ = recipe.place(step)
-        return Read.of([self.rows[number].batch(self.orders[number].take(start, size)) for start in starts])
+        taught = bool(self.teachers[number]) and self.step.objectives[number].teacher != "none"
+        batches = (self.rows[number].batch(self.orders[number].take(start, size)) for start in starts)
+        return Read.of([batch.heard(taught, self.inputs.task) for batch in batches])
 
     def _align(self) -> None:
         self._phase(self.first_step)
@@ -383,5 +396,4 @@ class _Run:
 
 
 class _Nothing:
-    def add(self, *args: Any) -> None:
-        """Metrics of a check are not kept."""
+    def add(self, *args: Any) -> None: ...

@@ -28,8 +28,9 @@ Metrics = dict[str, Metric]
 class Setting(NamedTuple):
     """What an objective is built for: the student, its teachers (`kdfast.train.teachers`), and the task.
 
-    recipe: the run's. bar: makes a progress bar for what `prepare` does (`kdfast.train.loop.Bar`), or None. earlier: the
-    objectives of the phases before this one, whose parameters it may share.
+    recipe: the run's. phase: the part of it that the objective is of, where there is a recipe. bar: makes a progress bar for
+    what `prepare` does (`kdfast.train.loop.Bar`), or None. earlier: the objectives of the phases before this one, whose
+    parameters it may share.
     """
 
     student: nn.Module
@@ -38,6 +39,7 @@ class Setting(NamedTuple):
     recipe: Any = None
     bar: Any = None
     earlier: Sequence[Any] = ()
+    phase: Any = None
 
 
 class Prepared(NamedTuple):
@@ -72,6 +74,10 @@ class Objective(nn.Module):
     def needs_of_teacher(self) -> Needs | None:
         """None: no pass of the teachers is needed in a step, as what they said was kept by `prepare`."""
         return Needs()
+
+    def hears_teachers(self) -> bool:
+        """Whether what the teachers say of a row counts, and not their layers alone: a head of random weights says nothing."""
+        return True
 
     def begin_step(self, step: int, steps: int) -> None:
         """Sets `self.now`, the options with their schedules at `step` (1-based) of `steps`."""

@@ -136,8 +136,8 @@ class Optimizer:
 
     lr: float = ranged(1e-3, above=0.0)
     weight_decay: float = ranged(0.1, low=0.0)
-    beta1: float = ranged(0.9, low=0.0, high=1.0)
-    beta2: float = ranged(0.95, low=0.0, high=1.0)
+    beta1: float = ranged(0.9, low=0.0, below=1.0)
+    beta2: float = ranged(0.95, low=0.0, below=1.0)
     eps: float = ranged(1e-8, above=0.0)
     clip: float = ranged(1.0, low=0.0)
     warmup_steps: int = ranged(0, low=0)
@@ -282,8 +282,8 @@ class Recipe:
             OSError: the file cannot be read.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a YAML mapping of recipe keys, got {type(values).__name__}")
@@ -323,6 +323,17 @@ class Recipe:
         if self.phases:
             del values["method"], values["steps"]
         return yaml.safe_dump(values, sort_keys=False)
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A key that is written twice is an error: YAML's own reader takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = {"<<": 0}  # a merge, which may be repeated
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, id(key)) not in (id(key), 0):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def named(value: Any, key: str, where: str | None = None) -> Named:

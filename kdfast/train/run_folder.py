@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import subprocess
@@ -15,7 +14,8 @@ import torch
 import yaml
 
 import kdfast
-from kdfast.files import write_json, write_text
+from kdfast.files import read_json, write_json, write_text
+from kdfast.train.inputs import Inputs, digest_of
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks.task import Evaluation
 
@@ -23,17 +23,17 @@ from kdfast.train.tasks.task import Evaluation
 _FREE = ("steps", "ahead", "alignment", "log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")
 
 
-def begin(folder: Path, recipe: Recipe, digest: str) -> None:
+def begin(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
     """Writes `recipe.yaml` and `run.json`.
 
     Raises:
         ValueError: the folder holds a run of another recipe or of other data, which this one must not continue.
     """
     if (folder / "run.json").is_file():
-        _check_same(folder, recipe, digest)
+        _check_same(folder, recipe, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
-    write_json(folder / "run.json", {"seed": recipe.seed, "data_hash": digest, **environment()})
+    write_json(folder / "run.json", {"seed": recipe.seed, **_hashes(inputs), **environment()})
 
 
 def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | None) -> None:
@@ -41,7 +41,7 @@ def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | No
     write_json(folder / "result.json", {"steps": steps, "seconds": seconds, "evaluation": evaluation})
 
 
-def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None:
+def finished(folder: Path, recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
     """The result of a finished run of this very recipe and data, or None; it may have been of fewer steps.
 
     Raises:
@@ -49,10 +49,10 @@ def finished(folder: Path, recipe: Recipe, digest: str) -> dict[str, Any] | None
     """
     if not (folder / "run.json").is_file() or recipe.check:
         return None
-    _check_same(folder, recipe, digest)
+    _check_same(folder, recipe, inputs)
     if not (folder / "result.json").is_file():
         return None
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    result: dict[str, Any] = read_json(folder / "result.json")
     return result
 
 
@@ -73,15 +73,21 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _check_same(folder: Path, recipe: Recipe, digest: str) -> None:
+def _hashes(inputs: Inputs) -> dict[str, str | None]:
+    return {"data_hash": inputs.digest, "validation_hash": None if inputs.validation is None else digest_of(inputs.validation)}
+
+
+def _check_same(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
     # Read as a recipe, what was written before a key existed has that key's default.
     before = _flat(yaml.safe_load(Recipe.load(folder / "recipe.yaml").to_yaml()))
     now = _flat(yaml.safe_load(recipe.to_yaml()))
     for values in (before, now):  # a longer run is the same run, gone on
         values.pop(f"phases[{len(recipe.phases) - 1}].steps", None)
     differs = [k for k in sorted(before.keys() | now.keys()) if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)]
-    if not differs and json.loads((folder / "run.json").read_text())["data_hash"] != digest:
-        differs = ["the training data"]
+    known = read_json(folder / "run.json")
+    if not differs:  # evaluations of other data than before would be no continuation either
+        differs = [f"the {'training' if name == 'data_hash' else 'validation'} data"
+                   for name, value in _hashes(inputs).items() if known.get(name, value) != value]  # fmt: skip
     if differs:
         raise ValueError(
             f"out: {folder} holds a run that differs in {', '.join(differs[:4])}; set another out, or remove the folder"

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.models.grow import start_from
-from kdfast.models.load import from_config, from_function, load_folder, quiet, read_config, resolve_folder, tied
+from kdfast.models.load import from_config, from_function, lacks, load_folder, quiet, read_config, resolve_folder, tied
 from kdfast.models.shrink import cast_weights, cut_out
+from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.train.inputs import Inputs
+from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Task
@@ -34,7 +35,10 @@ def build_student(
     """The student of `recipe`, its random weights from torch's global generator; `say` takes a line about what it grew from."""
     spec = recipe.student
     _check_teachers(recipe, task)
-    student = _plain(spec, recipe, task, vocab_size)
+    missing: list[str] = []
+    student = _plain(spec, recipe, task, vocab_size, missing)
+    if missing:
+        say(f"student: its folder {lacks(missing).replace('which would be', 'which are')}")
     if recipe.init_from:
         example = task.example(student) if task.through_head else None
         grown = start_from(student, resolved(recipe.init_from, "init_from"), "init_from", kind=task.kind, example=example)
@@ -60,20 +64,21 @@ def resolved(path: str, key: str) -> str | Path:
     return resolve_folder(path, key)
 
 
-def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None) -> nn.Module:
+def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None, missing: list[str]) -> nn.Module:
     fields = task.model_fields(vocab_size)
     # Of a model in a folder what follows from the data; sizes are the folder's.
     settings = {k: v for k, v in fields.items() if k in ("id2label", "label2id", "pad_token_id") and v is not None}
     if spec.function:
         return from_function(spec.function, spec.arguments, "student.function")
     if spec.path:
-        return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, **settings)
+        return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
     if spec.from_teacher:
         source = spec.from_teacher.path or next((t.path for t in recipe.all_teachers if t.path), None)
         if source is None:
             raise ValueError("student.from_teacher.path: expected the teacher's folder, which teacher.path does not give")
         cut = spec.from_teacher
-        teacher = load_folder(source, "student.from_teacher.path", kind=task.kind, dtype=spec.dtype, **settings)
+        key = "student.from_teacher.path"
+        teacher = load_folder(source, key, kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
         return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
     return from_config(spec.model_type or "", spec.config, "student", kind=task.kind, **fields)
 
@@ -93,9 +98,12 @@ def check_models(student: nn.Module, inputs: Inputs) -> None:
     """Raises where the student, or a live teacher, does not fit the data as far as the task can see."""
     live = [getattr(teacher, "model", None) for teacher in inputs.teachers]
     keys = [f"teachers[{i}]" for i in range(len(live))] if len(live) > 1 else ["teacher"]
-    for key, model in (("student", student), *zip(keys, live, strict=False)):
+    models = {"student": student, **dict(zip(keys, live, strict=False))}
+    for key, model in models.items():
         if model is not None:
             inputs.task.check_model(model, inputs.train, key)
+    for rows in (inputs.train, inputs.validation):
+        check_positions(models.items(), rows, inputs)
 
 
 def _freeze(student: nn.Module, names: Sequence[str]) -> None:
@@ -122,7 +130,9 @@ def _with_lora(student: nn.Module, spec: Lora) -> nn.Module:
     return adapted
 
 
-def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Sequence[Path] = ()) -> None:
+def save_folder(
+    student: nn.Module, folder: Path, weights: dict[str, Tensor], tokenizer: Path | None = None, homes: Sequence[Path] = ()
+) -> None:  # fmt: skip
     """Fills `folder`: a `transformers` model as `save_pretrained` does, any other as model.safetensors, which
     `load_state_dict(load_file(...))` takes: every weight by each of its names.
 
@@ -130,26 +140,26 @@ def save_folder(student: nn.Module, folder: Path, weights: dict[str, Tensor], to
     """
     if hasattr(student, "merge_and_unload"):
         student.load_state_dict(weights, strict=False)
-        with quiet():
+        with quiet(), writing_tensors(folder):
             student.save_pretrained(folder / "adapter")  # type: ignore[operator]
         student = student.merge_and_unload()  # type: ignore[operator]
         weights = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     if isinstance(student, PreTrainedModel):
         doubled = tied(student)
         weights = {name: value for name, value in weights.items() if name not in doubled}
-        with quiet():
+        with quiet(), writing_tensors(folder):
             student.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
     else:
-        save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
-    copy_tokenizer(tokenizer, folder)
+        save_tensors({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, homes, folder)
 
 
-def copy_tokenizer(homes: Sequence[Path], folder: Path) -> None:
-    """The tokenizer that lies in `homes` with everything that belongs to it: its settings, special tokens, chat template.
-
-    Each file from the first home that has it.
-    """
-    for name in ("tokenizer.json", *_TOKENIZER_FILES):
+def copy_tokenizer(tokenizer: Path, homes: Sequence[Path], folder: Path) -> None:
+    """The file of a tokenizer, whatever it is called, with everything that belongs to it: settings, special tokens, chat
+    template, each from the first of `homes` that has it."""
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    for name in _TOKENIZER_FILES:
         home = next((home for home in homes if (home / name).is_file()), None)
         if home is not None:
             shutil.copyfile(home / name, folder / name)

@@ -42,6 +42,7 @@ def objective_class(name: str) -> type[Objective]:
 def make_objectives(methods: Sequence[Any], setting: Setting) -> list[Objective]:
     """The objective of each phase; a later one is shown those before it."""
     made: list[Objective] = []
-    for method in methods:
-        made.append(objective_class(method.name)(method.options, setting._replace(earlier=tuple(made))))
+    phases = setting.recipe.parts if setting.recipe is not None else [None] * len(methods)
+    for method, phase in zip(methods, phases, strict=True):
+        made.append(objective_class(method.name)(method.options, setting._replace(earlier=tuple(made), phase=phase)))
     return made

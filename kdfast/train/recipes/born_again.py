@@ -25,7 +25,7 @@ class BornAgainOptions(WordKDOptions):
 
     Args:
         generations: students one after another, the run's own the last.
-        member_steps: steps of those before it; null: as many as the run's.
+        member_steps: steps of those before it; null: as many as the run's, or its phase's.
     """
 
     generations: int = ranged(2, low=2)
@@ -48,9 +48,7 @@ class BornAgain(WordKD):
         options, recipe = self.options, self._setting.recipe
         if recipe.check:
             return Prepared(teachers=stand_ins(self._setting.student, 1))
-        generations = Generations(
-            recipe, options, inputs, folder, steps=options.member_steps or recipe.total_steps, bar=self._setting.bar, say=say
-        )
+        generations = Generations(self._setting, options, inputs, folder, say)
         device, before = next(self._setting.student.parameters()).device, recipe.all_teachers
         opened = []
         for number in range(1, options.generations):

@@ -76,6 +76,9 @@ class DistilBERT(Objective):
     def needs_of_teacher(self) -> Needs:
         return self.needs_of_student()
 
+    def hears_teachers(self) -> bool:
+        return self.options.soft_weight != 0
+
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         now, share = self.now, batch.share(num_items)
         workspace = now["workspace_mb"]

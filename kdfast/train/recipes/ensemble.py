@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdfast.strict import ranged
+from kdfast.strict import ranged, refuse_unused
 from kdfast.train.generations import Generations, stand_ins
 from kdfast.train.objective import Prepared, Setting
 from kdfast.train.recipe import Model
@@ -25,7 +25,7 @@ class EnsembleOptions(WordKDOptions):
     Args:
         generations: how often members are taught by the generation before; 0: the teachers teach the run's student.
         members: the students of each generation, written like `student`; several shapes stay unlike each other longer.
-        member_steps: steps of each; null: as many as the run's student.
+        member_steps: steps of each; null: as many as the run's student, or its phase.
     """
 
     generations: int = ranged(0, low=0)
@@ -38,6 +38,8 @@ class EnsembleOptions(WordKDOptions):
             raise ValueError(f"members: expected at least two students for a generation, got {len(self.members)}")
         if self.members and not self.generations:
             raise ValueError("generations: expected a number >= 1 for the members, got 0")
+        if not self.generations:
+            refuse_unused(self, ("member_steps",), "without generations expected none")
 
 
 class EnsembleKD(WordKD):
@@ -61,9 +63,7 @@ class EnsembleKD(WordKD):
         live = [teacher for teacher in inputs.teachers if teacher.info is None]
         if recipe.check:
             return Prepared(teachers=stand_ins(self._setting.student, len(options.members))) if options.generations else None
-        generations = Generations(
-            recipe, options, inputs, folder, steps=options.member_steps or recipe.total_steps, bar=self._setting.bar, say=say
-        )
+        generations = Generations(self._setting, options, inputs, folder, say)
         if len(live) > 1:
             generations.report("teachers", [teacher.model for teacher in live], [teacher.weight for teacher in live])
         device, before = next(self._setting.student.parameters()).device, recipe.all_teachers

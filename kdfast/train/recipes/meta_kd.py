@@ -131,6 +131,9 @@ class MetaKD(Objective):
     def needs_of_teacher(self) -> Needs:
         return self._needs(of_teacher=True)
 
+    def hears_teachers(self) -> bool:
+        return self.options.instance_weights or self.options.predicts
+
     def _needs(self, of_teacher: bool) -> Needs:
         found = Needs() if self.match is None else self.match.needs(of_teacher)
         return found | Needs(layers=(-1,)) if self.options.transfers else found
@@ -155,7 +158,7 @@ class MetaKD(Objective):
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         now, teacher, mask = self.now, teachers[0], token_mask(batch)
         weight = self.weights(teacher, batch)
-        summed = torch.as_tensor(num_items, device=weight.device)
+        summed = torch.as_tensor(num_items, device=weight.device).clamp(min=1)
         metrics: Metrics = {"row_weight": Metric(weight.sum(), torch.tensor(len(weight), device=weight.device))}
         terms: list[Tensor] = []
 

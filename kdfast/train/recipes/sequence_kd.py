@@ -25,7 +25,7 @@ from kdfast.extras import need
 from kdfast.models.generate import Decoding
 from kdfast.models.load import resolve_folder, weights_hash
 from kdfast.models.view import Needs, View
-from kdfast.strict import ranged
+from kdfast.strict import ranged, refuse_unused
 from kdfast.text import Example
 from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.batch import Batch
@@ -84,6 +84,11 @@ class SequenceKDOptions(WordKDOptions):
             raise ValueError(
                 "interpolation: expected it with nbest: 1 and without sample: it learns one hypothesis of the beam"
             )
+        if self.sample:
+            refuse_unused(self, ("beam", "length_penalty"), "with sample expected none, they are a beam's")
+        else:
+            names = ("sample_temperature", "sample_top_k", "sample_top_p")
+            refuse_unused(self, names, "without sample expected none, it is of draws")
 
 
 class SequenceKD(WordKD):
@@ -140,10 +145,10 @@ class SequenceKD(WordKD):
     def _rows(self, whole: Path, inputs: Any, folder: Path, tokenizer: Any, most: int | None) -> Source:
         """The hypotheses that are learned, as `targets.jsonl` and as rows to train on."""
         chosen = folder / "targets.jsonl"
-        about = {"hypotheses": str(whole), "of": json.loads((whole.parent / "decoding.json").read_text())["of"],
+        about = {"hypotheses": str(whole), "of": files.read_json(whole.parent / "decoding.json")["of"],
                  "nbest": self.options.nbest, "interpolation": self.options.interpolation}  # fmt: skip
         marker = folder / "targets.json"
-        if not (marker.is_file() and json.loads(marker.read_text()) == files.json_value(about)):
+        if not (marker.is_file() and files.read_json(marker) == files.json_value(about)):
             with files.written(chosen) as part, open(part, "w", encoding="utf-8") as file:
                 for line in self._chosen(whole, inputs.train, tokenizer):
                     file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
@@ -163,8 +168,10 @@ class SequenceKD(WordKD):
             if options.interpolation:
                 group = [_most_like(group, asked_in(rows, row).gold, tokenizer)]
             group = group[: options.nbest]
-            best = max(line["score"] for line in group)
-            mass = [1.0 if options.sample else math.exp(line["score"] - best) for line in group]
+            scores = [-math.inf if line["score"] is None else line["score"] for line in group]  # JSON has no infinity
+            best = max(scores)
+            alike = options.sample or best == -math.inf
+            mass = [1.0 if alike else math.exp(score - best) for score in scores]
             for line, share in zip(group, mass, strict=True):
                 yield {**line, "weight": share / sum(mass)}
 
@@ -217,6 +224,9 @@ class Hypotheses:
 
     def lengths(self) -> Any:
         return self._documents.lengths()
+
+    def sizes(self) -> Any:
+        return self._documents.sizes()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         batch = self._documents.batch(indices)

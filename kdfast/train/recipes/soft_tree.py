@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kdfast.models.soft_tree import SoftTree, TreeOutput
 from kdfast.models.view import Needs, View
+from kdfast.ops.rows import values_are_checked
 from kdfast.strict import ranged, refuse_unused
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, check_classes
 from kdfast.train.objective import Metric, Metrics, Objective, Setting
 from kdfast.train.schedule import Scheduled, scheduled
 
@@ -98,13 +99,15 @@ class SoftTreeMethod(Objective):
         terms: list[tuple[str, Tensor, Tensor]] = []  # name, target [B, C], rows that have one
         if batch.labels is not None and known is not None:
             classes = torch.arange(log_classes.shape[-1], device=leaves.device)
+            if values_are_checked(leaves.device):
+                check_classes(batch.labels, len(classes))
             one_hot = (batch.labels[:, None] == classes).to(leaves.dtype)  # of no class where there is no label
             terms.append(("hard", one_hot, rows if heard is known else known.sum()))
         if teachers:
             target = self._target(teachers, leaves.dtype)
             agrees = target.argmax(-1) == tree.logits.argmax(-1)
-            if heard is not None:
-                target, agrees = target * heard[:, None], agrees & heard
+            if heard is not None:  # what is said of other rows may be NaN
+                target, agrees = target.masked_fill(~heard[:, None], 0), agrees & heard
             terms.append(("soft", target, rows))
             metrics["top1_agreement"] = Metric(agrees.sum(), rows)
         if not terms:
@@ -113,10 +116,11 @@ class SoftTreeMethod(Objective):
         shown = sums.detach().unbind()
         metrics |= {name: Metric(total, count) for (name, _, count), total in zip(terms, shown, strict=True)}
         weights = [self.now[f"{name}_weight"] for name, _, _ in terms]
-        loss = torch.stack([weight * total for weight, total in zip(weights, sums.unbind(), strict=True)]).sum() / num_items
+        items = torch.as_tensor(num_items, device=leaves.device).clamp(min=1)
+        loss = torch.stack([weight * total for weight, total in zip(weights, sums.unbind(), strict=True)]).sum() / items
         if self.now["penalty"]:
             penalty = self.now["penalty"] * self.penalty(tree)
-            share = rows / num_items  # of the optimiser step, where that has several batches
+            share = rows / items  # of the optimiser step, where that has several batches
             metrics["penalty"] = Metric(penalty.detach() * share, share)
             loss = loss + share * penalty
         metrics["likeliest_leaf"] = Metric(leaves.detach().amax(1).sum(), torch.tensor(len(leaves), device=leaves.device))

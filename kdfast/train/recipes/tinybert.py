@@ -113,6 +113,9 @@ class TinyBERT(Objective):
     def needs_of_teacher(self) -> Needs:
         return Needs() if self.match is None else self.match.needs(of_teacher=True)
 
+    def hears_teachers(self) -> bool:
+        return self.options.predicts
+
     def prepare(self, inputs: Any, folder: Path, say: Any) -> Prepared:
         options = self.options
         rows: Source | None = None
@@ -136,7 +139,7 @@ class TinyBERT(Objective):
         folder = resolve_folder(self.options.teacher, "method.teacher")
         if inputs.tokenizer is not None:
             check_same_tokens(folder, load_tokenizer(inputs.tokenizer)[0], "method.teacher")
-        model = load_folder(folder, "method.teacher", kind=self._task.kind, dtype="auto")
+        model = load_folder(folder, "method.teacher", kind=self._task.kind, dtype="auto", missing=[])
         found = shape_of(model, "method.teacher")
         if found != self._shape:
             layers, width = self._shape

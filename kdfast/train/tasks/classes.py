@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kdfast.models.heads import call, logits_in
 from kdfast.models.view import View
 from kdfast.strict import refuse_unused
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, check_classes
 from kdfast.train.data import Source, hold_out
 from kdfast.train.tasks.task import Evaluation, Splits, Task
 
@@ -150,7 +150,7 @@ def digest_of_tensors(*tensors: Tensor) -> str:
     """A hash of their values."""
     state = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        state.update(tensor.numpy().tobytes())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 
@@ -159,6 +159,7 @@ def class_scores(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
     classes = logits.shape[-1]
     if labels is None:
         return {"confusion": torch.zeros(classes, classes), "nll": torch.zeros(())}
+    check_classes(labels, classes)
     counted = labels != IGNORE
     logits, labels = logits[counted].float(), labels[counted]
     nll = F.cross_entropy(logits, labels, reduction="sum")

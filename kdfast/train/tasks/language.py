@@ -20,7 +20,7 @@ from kdfast.strict import ranged, refuse_unused
 from kdfast.text.documents import Corpus
 from kdfast.text.files import list_files, split_files
 from kdfast.text.spec import TextData
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, check_classes, token_positions
 from kdfast.train.data import SPLIT_SEED, Source, hold_out
 from kdfast.train.documents import Documents
 from kdfast.train.tasks.task import Evaluation, Splits, Task
@@ -107,10 +107,15 @@ class LanguageTask(Task[Data]):
         device = next(model.parameters()).device
         return {"input_ids": torch.tensor([[1, 2, 1, 2]], device=device)}
 
+    def positions(self, batch: Batch) -> Tensor | None:
+        return token_positions(batch)
+
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
-        assert batch.labels is not None
+        if batch.labels is None:
+            return dict.fromkeys(("nll", "hits", "tokens"), torch.zeros((), dtype=torch.float64))
         counted = batch.labels != IGNORE
         labels = batch.labels[counted]
+        check_classes(labels, view.logits.shape[-1] if view.head is None else view.head.weight.shape[0])
         if view.head is None or view.hidden is None:
             logits = view.logits[counted].float()
             nll = F.cross_entropy(logits, labels, reduction="sum") if len(labels) else logits.sum() * 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdfast.extras import need
 from kdfast.models.generate import Decoding, end_ids, write
-from kdfast.strict import ranged
+from kdfast.strict import ranged, refuse_unused
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.tasks.language import LanguageTask
@@ -36,6 +36,8 @@ class Seq2SeqOptions:
     def __post_init__(self) -> None:
         if any(beam < 1 for beam in self.beams):
             raise ValueError(f"beams: expected widths >= 1, got {min(self.beams)}")
+        if not self.beams:
+            refuse_unused(self, ("max_tokens", "length_penalty"), "without beams expected none, nothing is written")
 
 
 class Seq2Seq(LanguageTask):

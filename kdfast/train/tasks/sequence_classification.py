@@ -162,6 +162,10 @@ class Texts:
         """Tokens of each row."""
         return self.ends.diff().numpy()
 
+    def sizes(self) -> list[np.ndarray]:
+        """The same, of the one input of a model."""
+        return [self.lengths()]
+
     def batch(self, indices: Sequence[int]) -> Batch:
         spans = [slice(int(self.ends[i]), int(self.ends[i + 1])) for i in indices]
         inputs = {"input_ids": pad_sequence([self.ids[s].long() for s in spans], True, self.pad_id)}

@@ -73,6 +73,11 @@ class Task(Generic[D]):
             ValueError: it does not; one line with `key`, what the recipe calls the model.
         """
 
+    def positions(self, batch: Batch) -> Tensor | None:
+        """bool, the rows of a batch without labels on which a teacher is heard, aligned with the logits; None: the batch's own,
+        each of which is one."""
+        return None
+
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch, on the device; runs inside the wrapped module."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ from kdfast.strict import ranged, refuse_unused
 from kdfast.text.files import list_files
 from kdfast.text.rows import ROWS, Row, json_rows, parquet_rows
 from kdfast.text.specials import padding_id
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, token_positions
 from kdfast.train.tasks.classes import (
     ClassTask,
     check_share,
@@ -117,6 +117,9 @@ class TokenClassification(ClassTask[Data]):
             raise ValueError(f"{key}: expected at least one word, got none")
         return Words(ids, firsts, self.ids_of(tags, key), self.pad_id or 0)
 
+    def positions(self, batch: Batch) -> Tensor | None:
+        return token_positions(batch)
+
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
         logits = view.logits
@@ -164,6 +167,10 @@ class Words:
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return self.ends.diff().numpy()
+
+    def sizes(self) -> list[np.ndarray]:
+        """The same, of the one input of a model."""
+        return [self.lengths()]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         spans = [slice(int(self.ends[i]), int(self.ends[i + 1])) for i in indices]

@@ -38,7 +38,14 @@ class CachedTeacher:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each record, its context's among them."""
-        return self.reader.lengths().astype(np.int64) + self.reader.context_lengths().astype(np.int64)
+        return np.asarray(sum(self._sizes()))
+
+    def sizes(self) -> list[np.ndarray]:
+        """Tokens of each record and of its context, as far as `pack` leaves them."""
+        return [np.minimum(size, self.pack) if self.pack else size for size in self._sizes()]
+
+    def _sizes(self) -> list[np.ndarray]:
+        return [size.astype(np.int64) for size in (self.reader.lengths(), self.reader.context_lengths())]
 
     def to(self, device: torch.device) -> None:
         """A cache has no place; its batches are sent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ class LiveTeacher:
     def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
         self.model, self.weight = model.eval().requires_grad_(False), weight
         self.head: LinearHead | None = None
+        #: Weights that its folder lacked, which are random.
+        self.missing: Sequence[str] = ()
 
     @classmethod
     def load(cls, spec: Any, key: str, kind: str) -> LiveTeacher:
@@ -31,7 +33,11 @@ class LiveTeacher:
             if spec.weights:
                 load_weights(model, spec.weights, f"{key}.weights")
         else:
-            model = load_folder(spec.path, f"{key}.path", kind=kind, dtype=spec.dtype)
+            missing: list[str] = []
+            model = load_folder(spec.path, f"{key}.path", kind=kind, dtype=spec.dtype, missing=missing)
+            found = cls(model, spec.weight)
+            found.missing = missing
+            return found
         return cls(model, spec.weight)
 
     def name_head(self, example: Mapping[str, Tensor]) -> None:
