@@ -35,7 +35,7 @@ def build(cls: type, values: Any, path: str = "") -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in values:
         if key not in fields:
-            raise ValueError(unknown_key(_join(path, str(key)), str(key), fields))
+            raise ValueError(unknown_key(_join(path, str(key)), str(key), fields, _below(hints, str(key), path)))
     made = {}
     for name, field in fields.items():
         where = _join(path, name)
@@ -53,6 +53,15 @@ def build(cls: type, values: Any, path: str = "") -> Any:
         raise ValueError(_join(path, said) if own or not path else f"{path}: {said}") from None
 
 
+def _below(hints: Mapping[str, Any], key: str, path: str) -> str:
+    """Where a mapping under one of these keys has a key of this name."""
+    for name, hint in hints.items():
+        for kind in (hint, *typing.get_args(hint)):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and key in {f.name for f in dataclasses.fields(kind)}:
+                return _join(_join(path, name), key)
+    return ""
+
+
 def refuse_unused(options: Any, names: typing.Iterable[str], why: str, path: str = "") -> None:
     """Raises for the first of these fields that was given something else than its default, which has no effect.
 
@@ -66,10 +75,10 @@ def refuse_unused(options: Any, names: typing.Iterable[str], why: str, path: str
             raise ValueError(f"{_join(path, name)}: {why}, got {plain(value)!r}, which nothing would read; leave it out")
 
 
-def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> str:
-    """The message for a key that does not exist."""
+def unknown_key(where: str, key: str, valid: typing.Iterable[str], below: str = "") -> str:
+    """The message for a key that does not exist. `below`: a key of that name which lies deeper."""
     valid = list(valid)
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    near = [below] if below else difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}"
     return f"{where}: unknown key; {hint}"
 
@@ -84,17 +93,29 @@ def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"override {setting!r}: expected key=value with a dotted key, e.g. optimizer.lr=1e-3")
         *parents, last = key.split(".")
         node = values
-        for parent in parents:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
+        for i, parent in enumerate(parents):
+            if isinstance(node, list):
+                node = node[_place(node, parent, key)]
+            else:
+                if node.get(parent) is None:
+                    node[parent] = {}
+                node = node[parent]
+            if isinstance(node, list):
+                _place(node, (*parents, last)[i + 1], key)
+            elif not isinstance(node, dict):
                 raise ValueError(f"{key}: {parent} holds {_show(node)}, not a mapping, so nothing can be set inside it")
         try:
-            node[last] = yaml.safe_load(text)
+            node[_place(node, last, key) if isinstance(node, list) else last] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{key}: expected a YAML value, got {text!r} ({error.__class__.__name__})") from None
     return values
+
+
+def _place(items: list[Any], word: str, key: str) -> int:
+    """The number of one of a list's items."""
+    if not word.isdigit() or int(word) >= len(items):
+        raise ValueError(f"{key}: expected the number of one of {len(items)} items, from 0, got {word!r}")
+    return int(word)
 
 
 def plain(value: Any) -> Any:
@@ -121,7 +142,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise ValueError(f"{where}: expected a list, got {_show(value)}")
+            raise ValueError(f"{where}: expected {_type_name(args[0])} or a list of it, got {_show(value)}")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if origin is dict:
         if not isinstance(value, Mapping):

@@ -32,7 +32,9 @@ class Alignment(NamedTuple):
     after: float
 
     def __str__(self) -> str:
-        return f"teacher's loss on the labels: {self.at:.3f} (one earlier {self.before:.3f}, one later {self.after:.3f}) nats"
+        said = f"teacher's loss on the labels: {self.at:.3f} (one earlier {self.before:.3f}, one later {self.after:.3f}) nats"
+        fits = self.at <= min(self.before, self.after)
+        return f"{said}; {'they fit as they are' if fits else 'too close to a guess to tell, or to another shift'}"
 
 
 def check_alignment(
@@ -69,7 +71,9 @@ def check_alignment(
         if nll < result.at - margin and nll < _KNOWS_THE_TEXT * limit:
             raise AlignmentError(
                 f"targets: the teacher's rows fit the labels shifted by {shift:+d} better ({nll:.3f} nats) than as they are"
-                f" ({result.at:.3f}); expected row t to predict labels[t]. Shift the labels, or capture anew"
+                f" ({result.at:.3f}); expected row t to predict labels[t]. Shift the labels, or capture anew; a teacher that"
+                " has learnt next to nothing repeats its input, which looks the same: train it longer, or compare nothing"
+                " (a recipe's alignment: false)"
             )
     if result.at > limit + margin:
         raise AlignmentError(

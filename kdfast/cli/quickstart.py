@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(Path(args.out), plan, seeds, bar, lambda line: print(line, file=lines, flush=True))
     job.prepare(args.fresh)
     summary = measure(job)
+    summary["short"] = args.short
     summary["seconds"] = time.perf_counter() - began
     write_json(job.out / "summary.json", summary)
     draw(job.out, seeds, summary)

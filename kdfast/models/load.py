@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def resolve_folder(name: str | Path, key: str) -> Path:
         except LocalEntryNotFoundError:
             return Path(snapshot_download(str(name), allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(" ".join(str(error).split()), 120, placeholder=" ...")
         raise ValueError(
-            f"{key}: expected a folder with config.json and safetensors weights, or a name the model hub knows, got"
-            f" {str(name)!r}: {reason}"
+            f"{key}: expected a folder with config.json and safetensors weights, got {str(name)!r}: there is no such folder,"
+            f" and the model hub has none of that name ({reason})"
         ) from None
 
 

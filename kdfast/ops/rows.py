@@ -98,7 +98,8 @@ def is_dtensor(x: Any) -> bool:
 def check_float(name: str, tensor: Tensor, *, like: Tensor | None = None, like_name: str = "") -> None:
     """Raises unless `tensor` is a floating tensor, on the device of `like` when that is given."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        remedy = "; pass its .weight" if isinstance(tensor, torch.nn.Module) else ""
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}{remedy}")
     if is_dtensor(tensor):
         raise ValueError(
             f"{name}: expected this rank's tensor, got a DTensor placed {tensor.placements};"  # type: ignore[attr-defined]

@@ -74,6 +74,12 @@ class TopKTargets:
         if self.weights is not None and self.weights.shape != self.ids.shape:
             raise ValueError(f"targets.weights: expected shape {list(self.ids.shape)}, got {list(self.weights.shape)}")
 
+    def __repr__(self) -> str:
+        """Shapes in the place of numbers."""
+        drawn = "" if self.weights is None else ", drawn"
+        shape = f"shape={list(self.ids.shape[:-1])}, k={self.k}, temperatures={self.temperatures}"
+        return f"TopKTargets({shape}, vocab_size={self.vocab_size}{drawn}, device={str(self.ids.device)!r})"
+
     @property
     def k(self) -> int:
         return self.ids.shape[-1]

@@ -54,11 +54,17 @@ def write_summary(
 
 
 def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: Path, title: str) -> None:
-    """A panel for the terms of the loss, their running mean over a fiftieth of the run, and one for each score."""
-    terms = dict.fromkeys(name for row in steps for name in row if name not in _UNDRAWN and not name.endswith("_ppl"))
-    scores = dict.fromkeys(name for row in evaluations for name in row if name not in ("step", "tokens"))
-    panels = [(terms, steps, "training")] if steps else []
-    panels += [({name: None}, evaluations, _PREFIX.strip("_")) for name in scores]
+    """A panel for every metric of a step, its running mean over a fiftieth of the run, and one for every score.
+
+    One each: a loss of 6 nats and a KL of 0.001 on the same axis show neither.
+    """
+    panels = [
+        ("training", name, _points(steps, name)) for name in _names(steps) if name not in _UNDRAWN and name[-4:] != "_ppl"
+    ]
+    panels += [
+        ("validation", name, _points(evaluations, name)) for name in _names(evaluations) if name not in ("step", "tokens")
+    ]
+    panels = [panel for panel in panels if len(panel[2]) > 1]
     if not panels:
         return
     columns = min(len(panels), 3)
@@ -67,23 +73,26 @@ def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: P
         figsize=(4.5 * columns, 3.2 * lines), layout="constrained"
     )
     figure.suptitle(title, fontsize=9)
-    for number, (names, rows, what) in enumerate(panels):
+    for number, (what, name, points) in enumerate(panels):
         axes = figure.add_subplot(lines, columns, number + 1)
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            mean = _running_mean(y, len(steps) // 50) if rows is steps else y
-            axes.plot(x, mean, label=name, marker="" if len(x) > 60 or rows is steps else ".", linewidth=1.2)
+        x, y = zip(*points, strict=True)
+        of_steps = what == "training"
+        mean = _running_mean(y, len(steps) // 50) if of_steps else y
+        axes.plot(x, mean, marker="" if len(x) > 60 or of_steps else ".", color="C0" if of_steps else "C1", linewidth=1.2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
-        axes.set_title(what if rows is steps else f"{what}: {next(iter(names))}", fontsize=9)
+        axes.set_title(f"{what}: {name}", fontsize=9)
         axes.grid(alpha=0.3)
-        if rows is steps:
-            axes.legend(fontsize=7)
-            axes.set_ylim(bottom=0)
     with written(file) as part:
         figure.savefig(part, format="png", dpi=110)
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
 def _running_mean(values: tuple[float, ...], window: int) -> list[float]:

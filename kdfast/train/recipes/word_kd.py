@@ -35,8 +35,13 @@ class WordKDOptions:
     """What every row loss takes (`kdfast.kd_loss` has the equations).
 
     Args:
-        temperature, soft_weight, hard_weight: numbers, or schedules `{start, end, shape, steps}`.
-        divergence, beta, skew, ab_alpha, ab_beta: the soft term.
+        temperature: what both sides' logits are divided by in the soft term; a number or a schedule
+            `{start, end, shape, steps}`, its shape linear or cosine.
+        soft_weight: of the divergence from the teacher, number or schedule.
+        hard_weight: of the cross-entropy of the labels, number or schedule.
+        divergence: of the teacher's distribution and the student's.
+        beta: of jsd: the teacher's share of the mixture. skew: of the skewed KLs: the first side's own share of the mixture.
+        ab_alpha: first exponent of alpha_beta. ab_beta: the second.
         scale_by_t2: multiply it by T^2.
         tail: what stands for the ids a cache does not hold; `auto`: as the cache's kind wants (`none` where ids were drawn).
         teacher_mix: of several teachers, their probabilities or their logits.

@@ -59,8 +59,11 @@ class ClassTask(Task[D]):
         unknown = next((name for name in found if name is not None and name not in ids), None)
         if unknown is not None:
             raise ValueError(f"{key}: expected one of the labels {_some(self.names)}, got {unknown!r}; list all in task.labels")
+        if not ids:
+            remedy = "; name their column in data.label" if hasattr(self.data, "label") else ""
+            raise ValueError(f"{key}: expected at least two different labels, got none: no row has one{remedy}")
         if len(ids) < 2:
-            raise ValueError(f"{key}: expected at least two different labels, got {_some(self.names) or 'none'}")
+            raise ValueError(f"{key}: expected at least two different labels, got {_some(self.names)}")
         return torch.tensor([IGNORE if name is None else ids[name] for name in found])
 
     def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
