@@ -32,7 +32,7 @@ quickstart: build
 	$(BIN)/kdfast quickstart --seeds $(SEEDS) $(QUICKSTART_ARGS)
 
 test: build
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: build
 	$(BIN)/ruff check .
