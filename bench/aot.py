@@ -38,6 +38,8 @@ def compile_case(case: Case, target: str) -> Report:
 
     amd = target.startswith("gfx")
     options, constants = dict(case.options), dict(case.constants)
+    if target == "sm_80":
+        constants, options = constants | case.older[0], options | case.older[1]
     if amd:
         if constants.get("PRECISION") == "tf32x3":  # NVIDIA's; kernels take float32 there as it is
             constants["PRECISION"] = "ieee"

@@ -35,6 +35,7 @@ class Case:
     constants: dict[str, Any]
     options: dict[str, int | bool]
     aligned: bool = True
+    older: tuple[dict[str, Any], dict[str, int | bool]] = ({}, {})  # other constants and options before Hopper
 
     def signature(self) -> dict[str, Any]:
         return {name: self._type(name) for name in self.kernel.arg_names}
@@ -218,9 +219,13 @@ def _attention_cases() -> Iterator[Case]:
             few = " few" if programs == 1 else ""
             label = f"{name} D={ds},{dt} {('scores', 'probs', 'kl')[kind]}{few}{'' if masks else ' no masks'}"
             kernels = attention_wide if dtype == torch.float32 else attention_half
+            was = {"PRECISION": tiles.flags(kind, ds, dt, dtype, masks, masks, masks, older=True)["PRECISION"]}
+            was_queries, was_keys = (tiles.launch(ds, dt, dtype, keys, programs, older=True) for keys in (False, True))
             queries = {**flags, **by_queries.of_queries, "GRAD": True}
-            yield Case(kernels.queries_kernel, label, pointers, queries, by_queries.options)
-            yield Case(kernels.keys_kernel, label, pointers, {**flags, **by_keys.of_keys}, by_keys.options)
+            older = ({**was, **was_queries.of_queries}, was_queries.options)
+            yield Case(kernels.queries_kernel, label, pointers, queries, by_queries.options, older=older)
+            older = ({**was, **was_keys.of_keys}, was_keys.options)
+            yield Case(kernels.keys_kernel, label, pointers, {**flags, **by_keys.of_keys}, by_keys.options, older=older)
     yield from _gram_cases()
     for name, dtype in dtypes.items():
         flags = {"MASK": True, "GRAD": True, "BLOCK": attention.MAP_BLOCK}
@@ -242,7 +247,8 @@ def _gram_cases() -> Iterator[Case]:
             yield Case(grams.gram_kernel, name + label, pointers, {**flags, "STEP": grams.STEP}, grams.OPTIONS)
             yield Case(grams.finish_kernel, name + label, pointers, own, grams.FINISH_OPTIONS)
             constants = {**flags, "GRAD": True, "ROWS": grams.ROWS, "SHARES": 4}
-            yield Case(grams.gradients_kernel, name + label, pointers, constants, grams.OPTIONS)
+            older = ({"ROWS": grams.OLDER_ROWS}, {})
+            yield Case(grams.gradients_kernel, name + label, pointers, constants, grams.OPTIONS, older=older)
 
 
 def _hidden_cases() -> Iterator[Case]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdfast import grams
 from kdfast.backends.triton import attention_grams, attention_half, attention_tiles, attention_wide
 from kdfast.backends.triton.precision import exact_products
-from kdfast.backends.triton.tiles import on
+from kdfast.backends.triton.tiles import before_hopper, on
 from kdfast.options import ATTENTION_KINDS, AttentionOptions
 
 MAP_BLOCK, MAP_WARPS = 2048, 8
@@ -80,13 +80,14 @@ def _tiled(
     stats = scale.new_empty(3, batch, heads, lq)
     grad_q = torch.empty(q_s.shape if need_grad else (0,), dtype=grad_dtype, device=q_s.device)
     grad_k = torch.empty(k_s.shape if need_grad else (0,), dtype=grad_dtype, device=k_s.device)
+    older = before_hopper(q_s.device)
     by_queries, by_keys = (
-        attention_tiles.launch(ds, dt, q_s.dtype, keys, rows * triton.cdiv(length, 128))
+        attention_tiles.launch(ds, dt, q_s.dtype, keys, rows * triton.cdiv(length, 128), older)
         for keys, rows, length in ((False, batch * heads, lq), (True, batch * k_s.shape[1], lk))
     )
     flags = attention_tiles.flags(
         ATTENTION_KINDS.index(options.kind), ds, dt, q_s.dtype, query_mask is not None, key_mask is not None, options.causal,
-        q_s.is_cuda,
+        q_s.is_cuda, older,
     )  # fmt: skip
     kernels = attention_wide if q_s.dtype == torch.float32 else attention_half
     sides = (q_s, k_s, q_t, k_t)

@@ -22,11 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.backends.triton import attention_tiles as tiles
-from kdfast.backends.triton.tiles import multiprocessors, on
+from kdfast.backends.triton.tiles import before_hopper, multiprocessors, on
 from kdfast.options import AttentionOptions
 
 #: Rows of a block of gradients, and positions that a Gram matrix takes at a time.
 ROWS, STEP = 64, 32
+#: The same on a GPU older than Hopper, where more would spill.
+OLDER_ROWS = 32
 #: Programs a multiprocessor: of two, one multiplies while the other loads.
 PROGRAMS = 2
 #: Positions below which a partial costs more to store and sum again than to form.
@@ -297,12 +299,13 @@ def score_mse(
             **own,
             **FINISH_OPTIONS,
         )
+        rows = OLDER_ROWS if before_hopper(q_s.device) else ROWS
         programs = (
-            halves * (pairs * triton.cdiv(lq, ROWS) + batch * k_s.shape[1] * triton.cdiv(lk, ROWS)) if need_grad else pairs
+            halves * (pairs * triton.cdiv(lq, rows) + batch * k_s.shape[1] * triton.cdiv(lk, rows)) if need_grad else pairs
         )
         gradients_kernel[(programs,)](
             q_s, k_s, q_t, k_t, *masks, scale, shares, by_keys, by_queries, loss, grad_q, grad_k, *strides,
             pairs, heads, share_s, share_t, lq, lk, ds, dt, options.scale_s, near, ratio - near, count,
-            **shared_flags, GRAD=need_grad, ROWS=ROWS, SHARES=triton.next_power_of_2(count * count), **OPTIONS,
+            **shared_flags, GRAD=need_grad, ROWS=rows, SHARES=triton.next_power_of_2(count * count), **OPTIONS,
         )  # fmt: skip
     return loss, grad_q, grad_k

@@ -40,15 +40,22 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, **limit}
 
 
-def launch(ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 1 << 30) -> Launch:
+def launch(ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 1 << 30, older: bool = False) -> Launch:
     """Size of the programs of either walk: the largest that hold their tiles in registers, and halves of them where `programs`
-    (blocks of 128) would leave multiprocessors idle. A pure function of its arguments."""
+    (blocks of 128) would leave multiprocessors idle. A pure function of its arguments.
+
+    `older`: than Hopper, whose warp groups multiply out of shared memory. Before it both sides of a product are registers' too.
+    """
     widest = max(padded(ds), padded(dt))
     if dtype == torch.float32:
         if widest > 64:
             return Launch(16, 16, 8, 1)
+        if older:
+            return Launch(16, 16, 8, 1) if of_keys else Launch(16, 32, 4, 1)
         return Launch(32, 32, 8, 1) if of_keys else Launch(64, 32, 4, 1)
     if widest <= 64:
+        if older:
+            return Launch(128, 32, 8, 3)
         return Launch(128, 64, 8, 3) if programs >= 2 * 132 else Launch(64, 64, 4, 3)
     other = 32 if widest <= 128 else 16
     return Launch(32, other, 4, 1) if of_keys else Launch(64, other, 4, 2 if other == 32 else 1)
@@ -67,8 +74,9 @@ def precision(dtype: torch.dtype, gpu: bool) -> str:
 
 
 def flags(
-    kind: int, ds: int, dt: int, dtype: torch.dtype, query_mask: bool, key_mask: bool, causal: bool, gpu: bool = True
-) -> dict[str, object]:
+    kind: int, ds: int, dt: int, dtype: torch.dtype, query_mask: bool, key_mask: bool, causal: bool, gpu: bool = True,
+    older: bool = False,
+) -> dict[str, object]:  # fmt: skip
     """Compile-time arguments that both kernels share."""
     # Wider float32 would spill: three TF32 products hold the parts of whole rows, an IEEE product rows of every operand.
     narrow = max(padded(ds), padded(dt)) <= 64
@@ -78,7 +86,7 @@ def flags(
         "QUERY_MASK": query_mask,
         "KEY_MASK": key_mask,
         "CAUSAL": causal,
-        "PRECISION": precision(dtype, gpu) if narrow or dtype != torch.float32 else "ieee",
+        "PRECISION": precision(dtype, gpu) if dtype != torch.float32 or (narrow and not older) else "ieee",
         "DS": padded(ds),
         "DT": padded(dt),
     }

@@ -105,6 +105,12 @@ def multiprocessors(device: torch.device) -> int:
     return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def before_hopper(device: torch.device) -> bool:
+    """Whether an NVIDIA GPU is older than Hopper: its products take both operands from registers."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 9
+
+
 def grid(rows: int, device: torch.device, warps: int) -> tuple[int]:
     """Programs for `rows` rows: 16 warps a multiprocessor, which is what 128 registers allow; each walks rows with that
     stride."""
