@@ -93,7 +93,7 @@ def capture(
         data, teacher = generate(folder, form, megabytes), make_teacher(folder / "teacher", tokenizer)
         cache = folder / "cache"
         words = [sys.executable, "-m", "kdfast", "cache", "build", str(teacher), "--data", data, "--out", str(cache),
-                 "--k", "32", "--max-gb", str(max_gb)]  # fmt: skip
+                 "--k", "32", "--max-gb", str(max_gb), "--shard-mb", "4"]  # fmt: skip
         began = time.monotonic()
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         while process.poll() is None:
