@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.backends.triton.attention_tiles import KL, PROBS, SCORES, counted, load_rows, product, weighted
+from kdfast.backends.triton.attention_tiles import KL, PROBS, SCORES, counted, load_rows, product, store_rows, visible, weighted
 from kdfast.backends.triton.tiles import INF, LN2, LOG2E, LOWEST
 
 
@@ -63,9 +63,7 @@ def queries_kernel(
                 s, t = product(q_s, tl.trans(k_s), PRECISION), product(q_t, tl.trans(k_t), PRECISION)
                 d = s * c_s - t * c_t
                 if masked:
-                    seen = key_counts[None, :] & query_counts[:, None]
-                    if CAUSAL:
-                        seen = seen & (keys[None, :] <= queries[:, None])
+                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
                     d, s, t = tl.where(seen, d, 0.0), tl.where(seen, s, -INF), tl.where(seen, t, -INF)
                 new_t, new_s = tl.maximum(top_t, tl.max(t, 1) * c_t), tl.maximum(top_s, tl.max(s, 1) * c_s)
                 p, q = tl.exp2(t * c_t - new_t[:, None]), tl.exp2(s * c_s - new_s[:, None])
@@ -100,9 +98,7 @@ def queries_kernel(
                     q = tl.exp2(s * c_s - lse_s[:, None])
                     g = q - tl.exp2(t * c_t - lse_t[:, None])
                 if masked:
-                    seen = key_counts[None, :] & query_counts[:, None]
-                    if CAUSAL:
-                        seen = seen & (keys[None, :] <= queries[:, None])
+                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
                     q, g = tl.where(seen, q, 0.0), tl.where(seen, g, 0.0)
                 if KIND != KL:
                     loss += tl.sum(g * g, 1)
@@ -118,12 +114,8 @@ def queries_kernel(
         tl.store(state_ptr + rows + at, tl.where(query_counts, lse_s, INF), mask=inside)
         tl.store(state_ptr + 2 * rows + at, tl.where(query_counts, along, 0.0), mask=inside)
         factor = scale_s * scale if KIND == KL else 2 * scale_s * scale
-        columns = tl.arange(0, DS)[None, :]
-        tl.store(
-            grad_ptr + at[:, None] * size_s + columns,
-            tl.where(query_counts[:, None], tl.where(scale != 0, grad * factor, 0.0), 0.0).to(grad_ptr.dtype.element_ty),
-            mask=inside[:, None] & (columns < size_s),
-        )
+        grad = tl.where(query_counts[:, None], tl.where(scale != 0, grad * factor, 0.0), 0.0)
+        store_rows(grad_ptr, at, grad, inside, size_s, DS)
 
 
 @triton.jit
@@ -178,9 +170,4 @@ def keys_kernel(
                     g = tl.where(keys[:, None] <= queries[None, :], g, 0.0)
                 # Scaled head by head before the product: one sum of all heads, not one more for the head at hand.
                 grad += weighted(g, q_s, PRECISION)
-    columns = tl.arange(0, DS)[None, :]
-    tl.store(
-        grad_ptr + (own * lk + keys)[:, None] * size_s + columns,
-        tl.where(key_counts[:, None], grad, 0.0).to(grad_ptr.dtype.element_ty),
-        mask=(keys < lk)[:, None] & (columns < size_s),
-    )
+    store_rows(grad_ptr, own * lk + keys, tl.where(key_counts[:, None], grad, 0.0), keys < lk, size_s, DS)

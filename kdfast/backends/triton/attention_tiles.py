@@ -101,6 +101,23 @@ def load_rows(ptr, positions, counts, stride, size, D: tl.constexpr):
 
 
 @triton.jit
+def store_rows(ptr, at, values, inside, size, D: tl.constexpr):
+    """Writes [rows, D] to rows `at` of a tensor of `size` columns, in its dtype."""
+    columns = tl.arange(0, D)[None, :]
+    mask = inside[:, None] & (columns < size)
+    tl.store(ptr + at[:, None] * size + columns, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def visible(queries, query_counts, keys, key_counts, CAUSAL: tl.constexpr):
+    """[queries, keys]: the pairs that count."""
+    seen = key_counts[None, :] & query_counts[:, None]
+    if CAUSAL:
+        seen = seen & (keys[None, :] <= queries[:, None])
+    return seen
+
+
+@triton.jit
 def counted(mask_ptr, batch, positions, length, MASK: tl.constexpr):
     counts = positions < length
     if MASK:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdfast.backends.triton.attention_tiles import KL, PROBS, SCORES, counted, load_rows, product
+from kdfast.backends.triton.attention_tiles import KL, PROBS, SCORES, counted, load_rows, product, store_rows, visible
 from kdfast.backends.triton.tiles import INF, LOWEST
 
 
@@ -114,9 +114,7 @@ def queries_kernel(
                 k_t = load_rows(k_t_ptr, keys, key_counts, k_t_row, size_t, DT)
                 d, t = scores_of_queries(q_s, q_t, k_s, k_t, scale_s, scale_t, CLOSE, PRECISION)
                 if masked:
-                    seen = key_counts[None, :] & query_counts[:, None]
-                    if CAUSAL:
-                        seen = seen & (keys[None, :] <= queries[:, None])
+                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
                     d, t = tl.where(seen, d, 0.0), tl.where(seen, t, -INF)
                 new, new_s = tl.maximum(top, tl.max(t, 1)), tl.maximum(top_s, tl.max(t + d, 1))
                 p, again = tl.exp(t - new[:, None]), tl.exp(top - new)
@@ -139,9 +137,7 @@ def queries_kernel(
                 k_t = load_rows(k_t_ptr, keys, key_counts, k_t_row, size_t, DT)
                 d, t = scores_of_queries(q_s, q_t, k_s, k_t, scale_s, scale_t, CLOSE, PRECISION)
                 if masked:
-                    seen = key_counts[None, :] & query_counts[:, None]
-                    if CAUSAL:
-                        seen = seen & (keys[None, :] <= queries[:, None])
+                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
                     d, t = tl.where(seen, d, 0.0), tl.where(seen, t, -INF)
                 g, p, _ = apart(d, t, lse[:, None], shift[:, None])
                 loss += tl.sum(g * g, 1)
@@ -155,9 +151,7 @@ def queries_kernel(
                 k_t = load_rows(k_t_ptr, keys, key_counts, k_t_row, size_t, DT)
                 d, t = scores_of_queries(q_s, q_t, k_s, k_t, scale_s, scale_t, CLOSE, PRECISION)
                 if masked:
-                    seen = key_counts[None, :] & query_counts[:, None]
-                    if CAUSAL:
-                        seen = seen & (keys[None, :] <= queries[:, None])
+                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
                     d, t = tl.where(seen, d, 0.0), tl.where(seen, t, -INF)
                 if KIND == SCORES:
                     g = d
@@ -179,12 +173,8 @@ def queries_kernel(
         tl.store(state_ptr + rows + at, tl.where(query_counts, shift, 0.0), mask=inside)
         tl.store(state_ptr + 2 * rows + at, tl.where(query_counts, along, 0.0), mask=inside)
         factor = scale_s * scale if KIND == KL else 2 * scale_s * scale
-        columns = tl.arange(0, DS)[None, :]
-        tl.store(
-            grad_ptr + at[:, None] * size_s + columns,
-            tl.where(query_counts[:, None], tl.where(scale != 0, grad * factor, 0.0), 0.0).to(grad_ptr.dtype.element_ty),
-            mask=inside[:, None] & (columns < size_s),
-        )
+        grad = tl.where(query_counts[:, None], tl.where(scale != 0, grad * factor, 0.0), 0.0)
+        store_rows(grad_ptr, at, grad, inside, size_s, DS)
 
 
 @triton.jit
@@ -236,9 +226,4 @@ def keys_kernel(
                     g = tl.where(keys[:, None] <= queries[None, :], g, 0.0)
                 # Scaled head by head before the product: one sum of all heads, not one more for the head at hand.
                 grad += product(g, q_s, PRECISION)
-    columns = tl.arange(0, DS)[None, :]
-    tl.store(
-        grad_ptr + (own * lk + keys)[:, None] * size_s + columns,
-        tl.where(key_counts[:, None], grad, 0.0).to(grad_ptr.dtype.element_ty),
-        mask=(keys < lk)[:, None] & (columns < size_s),
-    )
+    store_rows(grad_ptr, own * lk + keys, tl.where(key_counts[:, None], grad, 0.0), keys < lk, size_s, DS)
