@@ -93,16 +93,14 @@ def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"override {setting!r}: expected key=value with a dotted key, e.g. optimizer.lr=1e-3")
         *parents, last = key.split(".")
         node = values
-        for i, parent in enumerate(parents):
+        for parent in parents:
             if isinstance(node, list):
                 node = node[_place(node, parent, key)]
             else:
                 if node.get(parent) is None:
                     node[parent] = {}
                 node = node[parent]
-            if isinstance(node, list):
-                _place(node, (*parents, last)[i + 1], key)
-            elif not isinstance(node, dict):
+            if not isinstance(node, dict | list):
                 raise ValueError(f"{key}: {parent} holds {_show(node)}, not a mapping, so nothing can be set inside it")
         try:
             node[_place(node, last, key) if isinstance(node, list) else last] = yaml.safe_load(text)

@@ -7,7 +7,6 @@ import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 #: What a recipe calls otherwise than a flag is called.
@@ -116,7 +115,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
             model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype)
         if tokenizer is not None:
             check_ids(model, tokenizer.get_vocab_size(), "model")
-        check_positions([("model", model)], rows, SimpleNamespace(task=task))
+        check_positions([("model", model)], rows, task)
         model = model.to(device)
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)

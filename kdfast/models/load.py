@@ -119,7 +119,9 @@ def load_folder(
             ) from None
     lacking = sorted(found["missing_keys"])
     if missing is None and lacking:
-        raise ValueError(f"{key}: {folder} {lacks(lacking)}; it was trained for something else than {kind}")
+        raise ValueError(
+            f"{key}: {folder} {lacks(lacking)}, which would be random; it was trained for something else than {kind}"
+        )
     if missing is not None:
         missing += lacking
     return model
@@ -127,7 +129,7 @@ def load_folder(
 
 def lacks(missing: Sequence[str]) -> str:
     """Which weights a folder has not, in words."""
-    return f"has no weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which would be random"
+    return f"has no weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
 
 
 def from_config(model_type: str, fields: dict[str, Any], key: str, *, kind: str = "causal_lm", **defaults: Any) -> nn.Module:

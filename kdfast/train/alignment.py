@@ -53,7 +53,8 @@ def check_heads(objectives: Iterable[Any], inputs: Inputs) -> None:
         if missing:
             key = f"teachers[{i}].path" if many else "teacher.path"
             raise ValueError(
-                f"{key}: the folder {lacks(missing)}; train it for task {inputs.task.kind} first (method: supervised)"
+                f"{key}: the folder {lacks(missing)}, which would be random; train it for task {inputs.task.kind} first"
+                " (method: supervised)"
             )
 
 

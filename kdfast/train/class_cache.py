@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,7 @@ def capture_classes(
         model.to(where)
         if tokenizer is not None:
             check_ids(model.model, tokenizer.get_vocab_size(), "teacher")
-        check_positions([("teacher", model.model)], rows, SimpleNamespace(task=task))
+        check_positions([("teacher", model.model)], rows, task)
         classes = len(task.names)
         with CacheWriter(
             path, vocab_size=classes, k=classes, teacher=_identity(teacher) if folder is None else weights_hash(folder),

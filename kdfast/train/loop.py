@@ -149,7 +149,8 @@ class _Run:
         self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
         for rows, teachers in zip(self.rows, self.teachers, strict=True):
             live = [teacher.model for teacher in teachers if isinstance(teacher, LiveTeacher)]
-            check_positions([("student", self.student), *(("teacher", model) for model in live)], rows, inputs)
+            models = [("student", self.student), *(("teacher", model) for model in live)]
+            check_positions(models, rows, inputs.task, bool(inputs.caches))
         self.orders = self._orders()
         self.first_row = 0  # row of the walk that step `first_step` begins with, in rows of all processes
         self.first_step = 1

@@ -9,14 +9,17 @@ from torch import nn
 
 from kdfast.models.positions import positions_of
 from kdfast.train.data import Source, sizes_of
+from kdfast.train.tasks.task import Task
 
 
-def check_positions(models: Iterable[tuple[str, nn.Module | None]], rows: Source | None, inputs: Any) -> None:
+def check_positions(
+    models: Iterable[tuple[str, nn.Module | None]], rows: Source | None, task: Task[Any], captured: bool = False
+) -> None:
     """Raises where a row is longer than a model has positions.
 
     Args:
-        models: with what the recipe calls them. rows: training or validation data. inputs: the task, and whether its data are
-            a cache, for the remedy.
+        models: with what the recipe calls them. rows: training or validation data.
+        task: of the data, and whether they were captured, for the remedy.
     """
     longest = max((int(size.max()) for size in ([] if rows is None else sizes_of(rows)) if len(size)), default=0)
     for name, model in models:
@@ -24,12 +27,12 @@ def check_positions(models: Iterable[tuple[str, nn.Module | None]], rows: Source
         if most is not None and most < longest:
             raise ValueError(
                 f"data: a row has {longest} tokens, expected at most the {most} positions of the {name};"
-                f" {_shorter(inputs)}, or take a model with more"
+                f" {_shorter(task, captured)}, or take a model with more"
             )
 
 
-def _shorter(inputs: Any) -> str:
+def _shorter(task: Task[Any], captured: bool) -> str:
     """What makes rows shorter."""
-    if getattr(inputs, "caches", ()) and inputs.task.cache_is_data:
+    if captured and task.cache_is_data:
         return "capture shorter documents"
-    return f"lower data.{'sequence_length' if hasattr(inputs.task.data, 'sequence_length') else 'max_length'}"
+    return f"lower data.{'sequence_length' if hasattr(task.data, 'sequence_length') else 'max_length'}"

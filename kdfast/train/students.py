@@ -38,7 +38,7 @@ def build_student(
     missing: list[str] = []
     student = _plain(spec, recipe, task, vocab_size, missing)
     if missing:
-        say(f"student: its folder {lacks(missing).replace('which would be', 'which are')}")
+        say(f"student: its folder {lacks(missing)}, which are random")
     if recipe.init_from:
         example = task.example(student) if task.through_head else None
         grown = start_from(student, resolved(recipe.init_from, "init_from"), "init_from", kind=task.kind, example=example)
@@ -103,7 +103,7 @@ def check_models(student: nn.Module, inputs: Inputs) -> None:
         if model is not None:
             inputs.task.check_model(model, inputs.train, key)
     for rows in (inputs.train, inputs.validation):
-        check_positions(models.items(), rows, inputs)
+        check_positions(models.items(), rows, inputs.task, bool(inputs.caches))
 
 
 def _freeze(student: nn.Module, names: Sequence[str]) -> None:
