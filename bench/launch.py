@@ -53,9 +53,9 @@ class Variant:
     dots: str = ""
 
     def read(self) -> None:
-        """Registers, spills and what does each product, from the machine code."""
+        """Registers, spills and what does each product."""
         report = Report(self.kernel, self.bound, "sm_90", self.warps)
-        read_cubin(self.built.asm["cubin"], report)
+        read_cubin(self.built.asm["cubin"], report, loads=False)
         self.registers, self.spills, self.shared = report.registers or 0, report.spills, self.built.metadata.shared
         self.dots = dots(self.built.asm["ttgir"])
 
@@ -248,9 +248,10 @@ def report(found: Launches, failed: int, seconds: float, table: bool) -> int:
     variants = sorted(found.variants.values(), key=lambda v: (v.kernel, v.bound))
     if table:
         print(HEADER)
-    for variant in variants if table else ():
+    for variant in variants:
         variant.read()
-        print(variant.line(), flush=True)
+        if table:
+            print(variant.line(), flush=True)
     for finding, at in found.wrong.items():
         print(f"FAIL  {finding} (first in {at})")
     wrong = [v for v in variants if v.wrong]
@@ -311,8 +312,9 @@ class _Plugin:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
             self.failed += 1
-            last = str(report.longrepr).strip().splitlines()[-1:] or [""]
-            print(f"FAIL  {report.nodeid}: {last[0][:200]}", flush=True)
+            lines = str(report.longrepr).strip().splitlines() or [""]
+            why = next((line[1:].strip() for line in lines if line.startswith("E ")), "")
+            print(f"FAIL  {report.nodeid}: {lines[-1][:200]} {why[:200]}".rstrip(), flush=True)
         elif report.when == "call" and report.passed:
             self.passed += 1
         elif report.skipped:

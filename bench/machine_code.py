@@ -26,18 +26,21 @@ class Report:
     error: str = ""
 
 
-def read_cubin(cubin: bytes, report: Report) -> None:
+def read_cubin(cubin: bytes, report: Report, loads: bool = True) -> None:
+    """Registers and spills, and the widths of loads if `loads`: those need the disassembly, which takes most of the time."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = cuobjdump("-res-usage", file.name)
+        found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        report.registers = found["REG"]
+        if not loads and not found["STACK"] and not found["LOCAL"]:
+            return  # nowhere to spill to
         sass = cuobjdump("-sass", file.name)
-    match = re.search(r"REG:(\d+)", usage)
-    report.registers = int(match.group(1)) if match else None
     report.spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    loads = re.findall(r"\bLDG\.([\w.]+)", sass)
-    report.loads_128 = sum(".128" in width for width in loads)
-    report.loads_narrower = len(loads) - report.loads_128
+    widths = re.findall(r"\bLDG\.([\w.]+)", sass)
+    report.loads_128 = sum(".128" in width for width in widths)
+    report.loads_narrower = len(widths) - report.loads_128
 
 
 def cuobjdump(flag: str, path: str) -> str:

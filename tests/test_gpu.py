@@ -363,9 +363,10 @@ def test_topk_ids_listed_twice_give_the_same_bits() -> None:
     """Of an id's slots the first is the first, whichever program's atomic came first."""
     student, teacher, labels = batch(300, 5003, 5003)
     once = kdfast.topk_targets(teacher, 32, temperatures=(2.0,))
-    targets = dataclasses.replace(
-        once, ids=once.ids.repeat(1, 2), logprobs=torch.cat([once.logprobs - 1, once.logprobs + math.log1p(-math.exp(-1))], 1)
-    )
+    # Two shares of what a probability is at T = 2: a row's entries and its tail sum to 1 at that temperature.
+    first, second = (2 * math.log(share) for share in (0.6, 0.4))
+    logprobs = torch.cat([once.logprobs + first, once.logprobs + second], 1)
+    targets = dataclasses.replace(once, ids=once.ids.repeat(1, 2), logprobs=logprobs)
     found = []
     for _ in range(3):
         x = student.clone().requires_grad_()

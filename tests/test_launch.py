@@ -72,6 +72,14 @@ def test_the_stand_in_tells_of_waits(name: str, waits: list[str]) -> None:
     assert "test_launch.py" in waits[0]
 
 
+def test_a_method_named_to_is_asked_to_wait(waits: list[str]) -> None:
+    def to(x: torch.Tensor) -> torch.Tensor:
+        return WAITING["cpu"](x)  # type: ignore[return-value]
+
+    to(torch.ones(3, device="cuda"))
+    assert waits == []
+
+
 @pytest.mark.parametrize("name", FREE)
 def test_the_stand_in_tells_of_nothing_else(name: str, waits: list[str]) -> None:
     FREE[name](torch.randn(3, device="cuda"))
@@ -155,6 +163,19 @@ def test_a_launch_on_another_device_is_found() -> None:
         scale_kernel[(1, 70000)](torch.ones(8, device="cuda"), torch.ones((), device="cuda"), 8, BLOCK=16)
     assert "scale_kernel: launched on device 0, its tensors are on 1" in found.wrong
     assert "scale_kernel: grid: 70000 blocks along y, expected 1 to 65535" in found.wrong
+
+
+def test_spills_are_found_with_the_table_and_without(capsys: pytest.CaptureFixture[str]) -> None:
+    from kdfast.backends.triton.scale import scale_kernel
+
+    with launched() as found:
+        x, scale = torch.ones(1 << 14, device="cuda", dtype=torch.bfloat16), torch.ones((), device="cuda")
+        with torch.cuda.device(x.device):
+            scale_kernel[(1,)](x, scale, len(x), BLOCK=len(x), num_warps=1, maxnreg=32)
+    for table in (False, True):
+        assert launch.report(found, 0, 0.0, table) == 1
+        assert "FAIL  scale_kernel: " in (said := capsys.readouterr().out)
+        assert "instructions of spills" in said
 
 
 def test_products_are_read_off_the_layouts() -> None:

@@ -209,26 +209,28 @@ def gradients_kernel(
             s_ptr, t_ptr = k_s_ptr + batch * k_s_batch + first // share_s * k_s_head, k_t_ptr + batch * k_t_batch
             by_ptr, grad_ptr = by_queries_ptr, grad_k_ptr
         positions = program // halves % blocks * ROWS + tl.arange(0, ROWS)
-        counts = positions < length
+        inside = positions < length
+        total = tl.zeros([ROWS, TILE], tl.float64 if WIDE else tl.float32)
+        for step in range(share * count):
+            head, i = first + step // count, step % count
+            x = basis_tile(s_ptr, t_ptr + head // t_share * t_head, s_row, t_row, positions, inside, i, size_s, size_t,
+                           of_queries, ratio, ratio_rest, DIFFERENCE, UNIT, WIDE, TILE)  # fmt: skip
+            x = tl.where(tl.load(scale_ptr + batch * heads + head) != 0, x, 0.0)  # 0 * NaN of a head without weight
+            at = ((batch * heads + head) * count + i) * TILE + tl.arange(0, TILE)[:, None]
+            by = tl.load(by_ptr + at * (halves * TILE) + j * TILE + tl.arange(0, TILE)[None, :])
+            total += tl.dot(x, by, input_precision=PRECISION, out_dtype=tl.float64 if WIDE else tl.float32)
+        # A row is of its own position alone: masked at its end, no mask lives through the loop.
+        counts = inside
         if QUERY_MASK:
             masked = positions < tl.where(of_queries, lq, 0)
             counts = counts & (tl.load(query_mask_ptr + batch * lq + positions, mask=masked, other=1) != 0)
         if KEY_MASK:
             masked = positions < tl.where(of_queries, 0, lk)
             counts = counts & (tl.load(key_mask_ptr + batch * lk + positions, mask=masked, other=1) != 0)
-        total = tl.zeros([ROWS, TILE], tl.float64 if WIDE else tl.float32)
-        for step in range(share * count):
-            head, i = first + step // count, step % count
-            x = basis_tile(s_ptr, t_ptr + head // t_share * t_head, s_row, t_row, positions, counts, i, size_s, size_t,
-                           of_queries, ratio, ratio_rest, DIFFERENCE, UNIT, WIDE, TILE)  # fmt: skip
-            x = tl.where(tl.load(scale_ptr + batch * heads + head) != 0, x, 0.0)  # 0 * NaN of a head without weight
-            at = ((batch * heads + head) * count + i) * TILE + tl.arange(0, TILE)[:, None]
-            by = tl.load(by_ptr + at * (halves * TILE) + j * TILE + tl.arange(0, TILE)[None, :])
-            total += tl.dot(x, by, input_precision=PRECISION, out_dtype=tl.float64 if WIDE else tl.float32)
         columns = j * TILE + tl.arange(0, TILE)[None, :]
         at = (own.to(tl.int64) * length + positions)[:, None] * size_s + columns
-        inside = (positions < length)[:, None] & (columns < size_s)
-        tl.store(grad_ptr + at, total.to(grad_ptr.dtype.element_ty), mask=inside)
+        total = tl.where(counts[:, None], total, 0.0)
+        tl.store(grad_ptr + at, total.to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (columns < size_s))
 
 
 def flags(dtype: torch.dtype, difference: bool, unit: bool, query_mask: bool, key_mask: bool, gpu: bool) -> dict[str, object]:

@@ -63,7 +63,7 @@ def queries_kernel(
                 s, t = product(q_s, tl.trans(k_s), PRECISION), product(q_t, tl.trans(k_t), PRECISION)
                 d = s * c_s - t * c_t
                 if masked:
-                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
+                    seen = visible(queries, keys, key_counts, CAUSAL)
                     d, s, t = tl.where(seen, d, 0.0), tl.where(seen, s, -INF), tl.where(seen, t, -INF)
                 new_t, new_s = tl.maximum(top_t, tl.max(t, 1) * c_t), tl.maximum(top_s, tl.max(s, 1) * c_s)
                 p, q = tl.exp2(t * c_t - new_t[:, None]), tl.exp2(s * c_s - new_s[:, None])
@@ -98,7 +98,7 @@ def queries_kernel(
                     q = tl.exp2(s * c_s - lse_s[:, None])
                     g = q - tl.exp2(t * c_t - lse_t[:, None])
                 if masked:
-                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
+                    seen = visible(queries, keys, key_counts, CAUSAL)
                     q, g = tl.where(seen, q, 0.0), tl.where(seen, g, 0.0)
                 if KIND != KL:
                     loss += tl.sum(g * g, 1)

@@ -40,11 +40,14 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, **limit}
 
 
-def launch(ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 1 << 30, older: bool = False) -> Launch:
+def launch(
+    ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 1 << 30, older: bool = False, key_mask: bool = False
+) -> Launch:
     """Size of the programs of either walk: the largest that hold their tiles in registers, and halves of them where `programs`
     (blocks of 128) would leave multiprocessors idle. A pure function of its arguments.
 
     `older`: than Hopper, whose warp groups multiply out of shared memory. Before it both sides of a product are registers' too.
+    `key_mask`: of a length that nothing divides, it takes the few registers that a tile of 32 keys leaves.
     """
     widest = max(padded(ds), padded(dt))
     if dtype == torch.float32:
@@ -52,7 +55,7 @@ def launch(ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 
             return Launch(16, 16, 8, 1)
         if older:
             return Launch(16, 16, 8, 1) if of_keys else Launch(16, 32, 4, 1)
-        return Launch(32, 32, 8, 1) if of_keys else Launch(64, 32, 4, 1)
+        return Launch(32, 32, 8, 1) if of_keys else Launch(64, 16 if key_mask and widest > 32 else 32, 4, 1)
     if widest <= 64:
         if older:
             return Launch(128, 32, 8, 3)
@@ -109,9 +112,9 @@ def store_rows(ptr, at, values, inside, size, D: tl.constexpr):
 
 
 @triton.jit
-def visible(queries, query_counts, keys, key_counts, CAUSAL: tl.constexpr):
-    """[queries, keys]: the pairs that count."""
-    seen = key_counts[None, :] & query_counts[:, None]
+def visible(queries, keys, key_counts, CAUSAL: tl.constexpr):
+    """[queries, keys] or [1, keys]: the pairs that count, of a query that does; what it comes to otherwise is not stored."""
+    seen = key_counts[None, :]
     if CAUSAL:
         seen = seen & (keys[None, :] <= queries[:, None])
     return seen

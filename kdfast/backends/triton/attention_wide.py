@@ -114,7 +114,7 @@ def queries_kernel(
                 k_t = load_rows(k_t_ptr, keys, key_counts, k_t_row, size_t, DT)
                 d, t = scores_of_queries(q_s, q_t, k_s, k_t, scale_s, scale_t, CLOSE, PRECISION)
                 if masked:
-                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
+                    seen = visible(queries, keys, key_counts, CAUSAL)
                     d, t = tl.where(seen, d, 0.0), tl.where(seen, t, -INF)
                 new, new_s = tl.maximum(top, tl.max(t, 1)), tl.maximum(top_s, tl.max(t + d, 1))
                 p, again = tl.exp(t - new[:, None]), tl.exp(top - new)
@@ -137,7 +137,7 @@ def queries_kernel(
                 k_t = load_rows(k_t_ptr, keys, key_counts, k_t_row, size_t, DT)
                 d, t = scores_of_queries(q_s, q_t, k_s, k_t, scale_s, scale_t, CLOSE, PRECISION)
                 if masked:
-                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
+                    seen = visible(queries, keys, key_counts, CAUSAL)
                     d, t = tl.where(seen, d, 0.0), tl.where(seen, t, -INF)
                 g, p, _ = apart(d, t, lse[:, None], shift[:, None])
                 loss += tl.sum(g * g, 1)
@@ -151,7 +151,7 @@ def queries_kernel(
                 k_t = load_rows(k_t_ptr, keys, key_counts, k_t_row, size_t, DT)
                 d, t = scores_of_queries(q_s, q_t, k_s, k_t, scale_s, scale_t, CLOSE, PRECISION)
                 if masked:
-                    seen = visible(queries, query_counts, keys, key_counts, CAUSAL)
+                    seen = visible(queries, keys, key_counts, CAUSAL)
                     d, t = tl.where(seen, d, 0.0), tl.where(seen, t, -INF)
                 if KIND == SCORES:
                     g = d
