@@ -38,8 +38,12 @@ class Loop:
     """The tree of the same parameters, visited node by node with probabilities in float64."""
 
     def __init__(self, tree: SoftTree) -> None:
-        self.weight, self.bias, self.leaves = tree.weight, tree.bias, tree.leaves
+        self.tree, self.weight, self.bias = tree, tree.weight, tree.bias
         self.depth, self.beta = tree.depth, tree.beta
+
+    @property
+    def leaves(self) -> Tensor:
+        return self.tree.leaf_scale * self.tree.leaves
 
     def nodes(self, x: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
         """(node, level, P_i, probability of going left, of going right) of every inner node."""
@@ -111,7 +115,7 @@ def same(got: Tensor, want: Tensor, tree: SoftTree, rtol: float = 1e-9) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 5], ids=["one-node", "three-nodes", "deep"])
 def test_paths_cross_entropy_and_penalty_equal_a_loop_over_nodes(depth: int) -> None:
-    tree = make_tree(depth, beta=0.7)
+    tree = make_tree(depth, beta=0.7, leaf_scale=1.5)
     loop, x = Loop(tree), torch.randn(9, 6, dtype=torch.float64)
     labels = torch.randint(5, (9,))
     out = tree(x)
@@ -188,10 +192,9 @@ def test_saturated_gates_give_finite_losses_and_gradients(scale: float) -> None:
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in tree.parameters())
     gates = tree(x).gates.double()
-    *inner, leaves = log_paths(gates)
+    leaves = log_paths(gates)[:, 255:]
     assert torch.allclose(tree(x).log_leaves.double(), leaves, rtol=1e-5)
     assert torch.allclose(leaves.exp().sum(1), torch.ones(16).double())
-    assert [level.shape[1] for level in inner] == [2**level for level in range(8)]
 
 
 def test_float32_is_as_exact_as_its_own_rounding() -> None:
@@ -216,7 +219,7 @@ def test_a_step_in_bfloat16_forms_paths_and_losses_in_float32() -> None:
         got, _ = make_method(tree, hard_weight=1.0).float()(
             View(own_logits=out.logits, output=out), [], Batch({"x": x}, labels), 32
         )
-    again = TreeOutput(out.logits, out.gates, torch.cat(log_paths(out.gates), 1), log_paths(out.gates)[-1], out.log_classes)
+    again = TreeOutput(out.logits, out.gates, log_paths(out.gates), log_paths(out.gates)[:, 63:], out.log_classes)
     assert got.dtype == torch.float32
     want = -(again.log_leaves.exp() @ out.log_classes)[torch.arange(32), labels].mean()
     want = want + 0.1 * make_method(tree).float().penalty(again)
@@ -224,9 +227,9 @@ def test_a_step_in_bfloat16_forms_paths_and_losses_in_float32() -> None:
 
 
 def test_predictions_of_the_likeliest_leaf_and_of_the_mixture() -> None:
-    tree = make_tree(4)
+    tree = make_tree(4, leaf_scale=0.7)
     x = torch.randn(11, 6, dtype=torch.float64)
-    paths, said = Loop(tree).paths(x), tree.leaves.softmax(-1)
+    paths, said = Loop(tree).paths(x), Loop(tree).leaves.softmax(-1)
     assert torch.allclose(tree(x).logits.exp(), said[paths.argmax(1)])
     tree.predict = "mixture"
     assert torch.allclose(tree(x).logits.exp(), paths @ said)
@@ -273,8 +276,8 @@ def test_an_explanation_follows_the_likeliest_path(tmp_path: Path) -> None:
 
 
 def test_what_lies_below_a_node_is_the_mean_of_its_leaves() -> None:
-    tree = make_tree(2, classes=3)
-    said, x = tree.leaves.detach().softmax(-1), torch.randn(20, 6, dtype=torch.float64)
+    tree = make_tree(2, classes=3, leaf_scale=2.0)
+    said, x = Loop(tree).leaves.detach().softmax(-1), torch.randn(20, 6, dtype=torch.float64)
     shares = tree.reach(x, batch_size=7)
     assert torch.allclose(shares, Loop(tree).paths(x).mean(0))
     below = tree.below(shares)
@@ -320,6 +323,7 @@ def test_a_tree_of_depth_ten_is_drawn_in_parts(tmp_path: Path) -> None:
         (lambda: SoftTree([3, 0], 2), "shape: expected whole numbers of at least 1, got 0"),
         (lambda: SoftTree([], 2), "shape: expected whole numbers of at least 1, got 0"),
         (lambda: SoftTree([3], 2, beta=0), "beta: expected a number above 0, got 0"),
+        (lambda: SoftTree([3], 2, leaf_scale=-1), "leaf_scale: expected a number above 0, got -1"),
         (lambda: SoftTree([3], 2, predict="best"), "predict: expected one of leaf, mixture, got 'best'"),
         (lambda: SoftTree([3], 2)(torch.zeros(1, 4)), r"inputs: expected \[B, 3\], got \[1, 4\]"),
         (lambda: SoftTree([3], 2).explain(torch.zeros(4)), r"x: expected one input of shape \[3\], got \[4\]"),

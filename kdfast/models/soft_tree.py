@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 PREDICTIONS = ("leaf", "mixture")
@@ -34,8 +35,43 @@ class TreeOutput(NamedTuple):
     log_classes: Tensor
 
 
-def log_paths(gates: Tensor) -> list[Tensor]:
-    """Log-probability of coming to every node of a complete binary tree, level by level.
+class _LogPaths(torch.autograd.Function):
+    """Forward and backward in one walk over the levels each: a node's gradient is the sum of those below it."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor) -> Tensor:
+        # log sigmoid(-z) and log sigmoid(z) from the logarithm of the larger of the two, which is exact near 0.
+        larger = F.logsigmoid(gates.abs())
+        paths = gates.new_empty(len(gates), 2 * gates.shape[1] + 1)
+        paths[:, 0] = 0
+        torch.stack([larger - gates.clamp(min=0), larger + gates.clamp(max=0)], -1, out=paths[:, 1:].unflatten(1, (-1, 2)))
+        for parent, child in zip(*_levels(paths), strict=True):
+            child += parent[..., None]
+        ctx.save_for_backward(gates)
+        return paths
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gates,) = ctx.saved_tensors
+        grad = grad.clone()
+        parents, children = _levels(grad)
+        for parent, child in zip(reversed(parents), reversed(children), strict=True):
+            parent += child[..., 0]
+            parent += child[..., 1]  # a sum over an axis of two takes longer
+        left, right = grad[:, 1:].unflatten(1, (-1, 2)).unbind(-1)
+        return right - (left + right) * gates.sigmoid()
+
+
+def _levels(nodes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Views of `[B, 2I + 1]`: of each inner level `[B, 2^level]`, and of what is below it `[B, 2^level, 2]`."""
+    depth = nodes.shape[1].bit_length() - 1
+    levels = nodes.split([2**level for level in range(depth + 1)], 1)
+    return list(levels[:-1]), [level.unflatten(1, (-1, 2)) for level in levels[1:]]
+
+
+def log_paths(gates: Tensor) -> Tensor:
+    """Log-probability of coming to every node of a complete binary tree.
 
         P[0] = 1; P[2i + 1] = P[i] * sigmoid(-gates[i]); P[2i + 2] = P[i] * sigmoid(gates[i])
 
@@ -46,19 +82,13 @@ def log_paths(gates: Tensor) -> list[Tensor]:
         gates: `[B, I]` in the order of levels, I = 2^depth - 1.
 
     Returns:
-        `[B, 1]`, `[B, 2]`, ..., `[B, 2^depth]`.
+        `[B, 2I + 1]` in the same order, the leaves last. Differentiable once.
     """
-    depth = (gates.shape[1] + 1).bit_length() - 1
-    # -log sigmoid(-z) = softplus(z); past its threshold z itself, which is exact in float64.
-    costs = F.softplus(torch.stack([gates, -gates], -1), threshold=50)
-    levels = [gates.new_zeros(len(gates), 1)]
-    for cost in costs.split([2**level for level in range(depth)], 1):  # [B, 2^level, 2]
-        levels.append((levels[-1][:, :, None] - cost).flatten(1))
-    return levels
+    return _LogPaths.apply(gates)
 
 
 class SoftTree(nn.Module):
-    """`p_i = sigmoid(beta * (x @ w_i + b_i))` at inner nodes, `Q_l = softmax(phi_l)` at leaves, `P_l` the product to leaf l.
+    """Inner nodes say `p_i = sigmoid(beta * (x @ w_i + b_i))`, leaves `Q_l = softmax(leaf_scale * phi_l)`; P_l, the path to l.
 
     Args:
         shape: of one input, such as `[1, 28, 28]`; filters are drawn in it.
@@ -66,10 +96,18 @@ class SoftTree(nn.Module):
         depth: inner nodes on every path; 2^depth leaves.
         beta: steepness of the gates at the start of training (the weights can make up for it afterwards).
         predict: `leaf`: the distribution of the likeliest leaf. `mixture`: sum_l P_l Q_l. May be set later.
+        leaf_scale: Adam moves every parameter by about its learning rate a step, whatever it does; a filter adds up hundreds
+            of them, a leaf has one a class. With a scale a leaf learns that many times as fast as a filter.
     """
 
     def __init__(
-        self, shape: int | Sequence[int], classes: int, depth: int = 8, beta: float = 1.0, predict: str = "leaf"
+        self,
+        shape: int | Sequence[int],
+        classes: int,
+        depth: int = 8,
+        beta: float = 1.0,
+        predict: str = "leaf",
+        leaf_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -78,18 +116,21 @@ class SoftTree(nn.Module):
                 raise ValueError(f"{name}: expected whole numbers of at least {low}, got {number!r}")
         if depth > _DEEPEST:
             raise ValueError(f"depth: expected at most {_DEEPEST} ({2**_DEEPEST} leaves), got {depth}")
-        if not beta > 0:
-            raise ValueError(f"beta: expected a number above 0, got {beta}")
+        for name, factor in (("beta", beta), ("leaf_scale", leaf_scale)):
+            if not factor > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {factor}")
         if predict not in PREDICTIONS:
             raise ValueError(f"predict: expected one of {', '.join(PREDICTIONS)}, got {predict!r}")
-        self.classes, self.depth, self.beta, self.predict = classes, depth, float(beta), predict
+        self.classes, self.depth, self.predict = classes, depth, predict
+        self.beta, self.leaf_scale = float(beta), float(leaf_scale)
         inputs, inner = math.prod(self.shape), 2**depth - 1
         self.weight = nn.Parameter(torch.empty(inner, inputs).uniform_(-1, 1) / math.sqrt(inputs))
         self.bias = nn.Parameter(torch.zeros(inner))
-        self.leaves = nn.Parameter(0.1 * torch.randn(inner + 1, classes))
+        self.leaves = nn.Parameter(0.1 / leaf_scale * torch.randn(inner + 1, classes))
 
     def extra_repr(self) -> str:
-        return f"shape={self.shape}, classes={self.classes}, depth={self.depth}, beta={self.beta}, predict={self.predict!r}"
+        names = ("shape", "classes", "depth", "beta", "predict", "leaf_scale")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(self, inputs: Tensor) -> TreeOutput:
         """`inputs` `[B, *shape]`."""
@@ -101,9 +142,9 @@ class SoftTree(nn.Module):
             return self._from_gates(gates)
 
     def _from_gates(self, gates: Tensor) -> TreeOutput:
-        levels = log_paths(gates)
-        log_nodes, log_leaves = torch.cat(levels, 1), levels[-1]
-        log_classes = self.leaves.to(gates.dtype).log_softmax(-1)
+        log_nodes = log_paths(gates)
+        log_leaves = log_nodes[:, gates.shape[1] :]
+        log_classes = (self.leaf_scale * self.leaves.to(gates.dtype)).log_softmax(-1)
         if self.predict == "leaf":
             logits = log_classes[log_leaves.argmax(1)]
         else:
@@ -149,7 +190,7 @@ class SoftTree(nn.Module):
         Args:
             shares: `[leaves]`, how many inputs come to each (`reach`); none: all leaves alike.
         """
-        said = self.leaves.double().softmax(-1)
+        said = (self.leaf_scale * self.leaves.double()).softmax(-1)
         weights = torch.ones(len(said), 1).to(said) if shares is None else shares.to(said)[:, None].clamp(min=1e-12)
         levels = [(weights * said, weights)]
         while len(levels[0][0]) > 1:

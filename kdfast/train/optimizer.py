@@ -18,7 +18,7 @@ def make_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "decays": False},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 
 
 def set_options(optimizer: torch.optim.Optimizer, options: Optimizer, lr: float) -> None:
