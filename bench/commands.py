@@ -24,7 +24,7 @@ COMMANDS = {
     "performance": "docs/performance.md from the committed results",
     "check": "new results against committed ones, by ratios",
     "aot": "compile every Triton kernel with no GPU; registers and spills",
-    "issue": "instructions and special functions a column of the row kernels, from their machine code; no GPU needed",
+    "issue": "GPU kernels counted in their machine code: instructions and products a column or score; no GPU needed",
     "smoke": "every op in few calls on a GPU against float64; with no GPU through Triton's binder and compiler (--launch)",
     "gpu": "everything that needs a GPU, in two visits of minutes: --contact, --record; --dry-run shows the plan",
 }

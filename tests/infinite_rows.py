@@ -67,6 +67,7 @@ def assert_agrees(loss: Callable[[Tensor], Tensor], x: Tensor, backend: str, dev
     return truth_grad
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("kind", DENSE.values(), ids=DENSE)
 def test_dense(kind: Any, how: Any, backend: str, device: str) -> None:
@@ -85,6 +86,7 @@ def test_forward_kl_is_what_autograd_says(backend: str, device: str) -> None:
     assert not plain.isfinite()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("left", [False, True], ids=["tail", "nothing-left"])
 @pytest.mark.parametrize(("tail", "divergence"), SPARSE)

@@ -72,6 +72,7 @@ def assert_cross_entropy(loss: Callable[[Tensor], Tensor], student: Tensor, labe
     torch.testing.assert_close(grad.double(), torch.where((labels >= 0)[:, None], truth_grad, 0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("how", "reduction"), ROW_OPTIONS.values(), ids=ROW_OPTIONS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_an_infinite_divergence_without_weight(kind: Any, how: Any, reduction: str, backend: str, device: str) -> None:
@@ -85,6 +86,7 @@ def test_an_infinite_divergence_without_weight(kind: Any, how: Any, reduction: s
                 assert_cross_entropy(loss, student, labels, reduction, how)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("how", "reduction"), ROW_OPTIONS.values(), ids=ROW_OPTIONS)
 @pytest.mark.parametrize(("tail", "divergence"), TAILS)
 def test_an_infinite_sparse_divergence_without_weight(
@@ -158,6 +160,7 @@ def losses(device: str, rows: int = 4) -> dict[str, tuple[Callable[..., Any], li
     }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("checked", [True, False], ids=["", "unchecked"])
 @pytest.mark.parametrize("labels", ["none-counts", "some-count", "unlabelled"])
 @pytest.mark.parametrize(
@@ -219,6 +222,7 @@ BAD_TARGETS: dict[str, tuple[dict[str, float], str]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("linear", "soft_weight"), [(False, 1.0), (False, 0.0), (True, 1.0)], ids=["logits", "logits-no-weight", "linear"]
 )
@@ -288,6 +292,7 @@ def assert_same_whatever_is_left_out(loss: Callable[..., Tensor], tensors: list[
             assert at is None or (grad.masked_select(at) == 0).all()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("every_row", [False, True], ids=["", "as-on-a-gpu"])
 @pytest.mark.parametrize(
     ("dtype", "ignored", "reduction"),
@@ -375,6 +380,7 @@ def test_masked_rows_of_logit_mse(method: str, center: bool, backend: str, devic
 MASKS = {"queries": (True, False), "keys": (False, True), "both": (True, True), "none": (False, False)}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize(

@@ -301,8 +301,9 @@ def check_errors() -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Every case by name; each rank runs them in this order."""
-    import parallel_fsdp_ranks  # which, like the next two, imports this module
+    import parallel_fsdp_ranks  # which, like the next three, imports this module
     import parallel_main_grad_ranks
+    import parallel_tied_ranks
     import parallel_topk_ranks
 
     found: dict[str, Callable[[], None]] = {}
@@ -339,7 +340,8 @@ def cases() -> dict[str, Callable[[], None]]:
     found["no-items"] = check_no_items
     found["ignored-rows"] = check_ignored_rows
     found["errors"] = check_errors
-    return found | parallel_topk_ranks.cases() | parallel_fsdp_ranks.cases() | parallel_main_grad_ranks.cases()
+    found |= parallel_topk_ranks.cases() | parallel_fsdp_ranks.cases() | parallel_main_grad_ranks.cases()
+    return found | parallel_tied_ranks.cases()
 
 
 def main(rank: int, world: int, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -37,8 +39,8 @@ def test_few_blocks_are_halved() -> None:
 @pytest.mark.parametrize("size", [8, 64, 128, 256])
 def test_products_of_tensor_cores(size: int, dtype: torch.dtype) -> None:
     """A side of a product is 16 or more, a power of two; what is wider than 64 in float32 is left to IEEE products."""
-    for of_keys in (False, True):
-        found = tiles.launch(size, size, dtype, of_keys)
+    for of_keys, older in itertools.product((False, True), repeat=2):
+        found = tiles.launch(size, size, dtype, of_keys, older=older)
         assert all(n >= 16 and n & (n - 1) == 0 for n in (found.own, found.other))
     how = tiles.flags(0, size, size, dtype, False, False, False)["PRECISION"]
     assert how == ("half" if dtype != torch.float32 else "tf32x3" if size <= 64 else "ieee")

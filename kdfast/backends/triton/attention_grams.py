@@ -28,7 +28,7 @@ from kdfast.options import AttentionOptions
 #: Rows of a block of gradients, and positions that a Gram matrix takes at a time.
 ROWS, STEP = 64, 32
 #: The same on a GPU older than Hopper, where more would spill.
-OLDER_ROWS = 32
+OLDER_ROWS = 16
 #: Programs a multiprocessor: of two, one multiplies while the other loads.
 PROGRAMS = 2
 #: Positions below which a partial costs more to store and sum again than to form.

@@ -56,9 +56,9 @@ def launch(
         if older:
             return Launch(16, 16, 8, 1) if of_keys else Launch(16, 32, 4, 1)
         return Launch(32, 32, 8, 1) if of_keys else Launch(64, 16 if key_mask and widest > 32 else 32, 4, 1)
+    if older and widest <= 128 and (widest <= 64 or not of_keys):
+        return Launch(128, 16 if of_keys else 32, 8, 3) if widest <= 64 else Launch(64, 16, 8, 2)
     if widest <= 64:
-        if older:
-            return Launch(128, 32, 8, 3)
         return Launch(128, 64, 8, 3) if programs >= 2 * 132 else Launch(64, 64, 4, 3)
     other = 32 if widest <= 128 else 16
     return Launch(32, other, 4, 1) if of_keys else Launch(64, other, 4, 2 if other == 32 else 1)
