@@ -38,30 +38,32 @@ from kdfast.text.tokenizers import file_hash, load_tokenizer  # noqa: E402
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes; `changes` are made to every recipe. `teacher_most`, `longer_most`: steps at which going on ends in any case.
+    """Sizes; `changes` are made to every recipe. `teacher_most`, `longer_most`: steps at which going on ends in any
+    case. `dropout`: of the teacher.
     `cache_s`: a guess of how long the capture takes.
     """
 
     text: Text = THIRD
     teacher_steps: int = 1500
     teacher_most: int = 6000
-    steps: int = 1200
-    tuning_steps: int = 600
-    longer_most: int = 9600
+    steps: int = 1500
+    tuning_steps: int = 750
+    longer_most: int = 12000
     evaluations: int = 12
     teacher_width: int = 256
+    dropout: float = 0.2
     width: int = 128
     cache_s: float = 60
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ("eval_sequences=0",)
 
 
 SMALL = Scale(
-    Text(files=6, length=32), 6, 12, 6, 4, 12, 2, 24, 16, 0.1,
+    Text(files=6, length=32), 6, 12, 6, 4, 12, 2, 24, 0.1, 16, 0.1,
     ("batch_size=2", "eval_sequences=8", "optimizer.warmup_steps=2"),
 )  # fmt: skip
 
 #: Seconds of a step on one core, by which the time that is left is guessed: teacher, student alone, live, cached.
-TEACHER_S, ALONE_S, LIVE_S, CACHED_S = 0.18, 0.07, 0.16, 0.10
+TEACHER_S, ALONE_S, LIVE_S, CACHED_S = 0.17, 0.065, 0.11, 0.075
 ALONE = ("method={name: supervised}", "teacher=null")
 RATES = ("2.5e-3", "5.0e-3", "1.0e-2")
 #: What is tried at the best rate, beside the recipe as it is.
@@ -97,17 +99,17 @@ class LSTMStudy:
             found.append(Piece(f"alone {seed}", ALONE_S * scale.steps, partial(self.student, "alone", seed)))
             found.append(Piece(f"distilled {seed}", LIVE_S * scale.steps, partial(self.student, "distilled", seed)))
             found.append(Piece(f"cached {seed}", CACHED_S * scale.steps, partial(self.student, "cached", seed)))
-            found.append(Piece(f"longer {seed}", ALONE_S * scale.longer_most, partial(self.longer, seed)))
+            found.append(Piece(f"longer {seed}", ALONE_S * scale.longer_most / 2, partial(self.longer, seed)))
         return found
 
     def run(self) -> None:
         self.study.carry_out(self.pieces(), self.report)
 
     def teacher(self) -> dict[str, Any]:
-        width = f"student.arguments.width={self.scale.teacher_width}"
+        shape = [f"student.arguments.{name}={value}" for name, value in self.teacher_shape()]
         steps, most = self.scale.teacher_steps, self.scale.teacher_most
         every = self.every(most)
-        return self.study.until_flat(HERE / "teacher.yaml", "teacher", steps, most, width, *every)
+        return self.study.until_flat(HERE / "teacher.yaml", "teacher", steps, most, *shape, *every)
 
     def every(self, steps: int) -> list[str]:
         """How often a run of so many steps is scored and kept."""
@@ -122,7 +124,11 @@ class LSTMStudy:
         if way == "cached":
             return [f"teacher={{cache: {self.study.out / 'cache'}}}", "data.train=[]", width]
         weights = self.study.folder(self.study.kept["teacher"]["model"]) / "model"
-        return [f"teacher.weights={weights}", f"teacher.arguments.width={self.scale.teacher_width}", width]
+        shape = [f"teacher.arguments.{name}={value}" for name, value in self.teacher_shape()]
+        return [f"teacher.weights={weights}", *shape, width]
+
+    def teacher_shape(self) -> list[tuple[str, float]]:
+        return [("width", self.scale.teacher_width), ("dropout", self.scale.dropout)]
 
     @staticmethod
     def try_(way: str, number: int) -> str:

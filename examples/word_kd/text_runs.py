@@ -47,7 +47,7 @@ class Text:
     length: int = 128
 
 
-#: What a study reads unless it says otherwise.
+#: What a study reads unless it says otherwise: little enough that models come to the end of their way within an hour.
 THIRD = Text()
 
 

@@ -62,9 +62,9 @@ class Scale:
     small_steps: int = 1000
     steps: int = 600
     tuning_steps: int = 300
-    evaluations: int = 20
+    evaluations: int = 12
     cache_s: float = 120
-    changes: tuple[str, ...] = ("eval_sequences=256",)
+    changes: tuple[str, ...] = ("eval_sequences=0",)
 
 
 SMALL = Scale(
@@ -73,7 +73,7 @@ SMALL = Scale(
 )  # fmt: skip
 
 #: Seconds of a step on one core, by which the time that is left is guessed.
-TEACHER_S, SMALL_S, LARGE_S = 0.26, 0.13, 0.34
+TEACHER_S, SMALL_S, LARGE_S = 0.25, 0.12, 0.40
 RATES = {"cold": ("2.0e-3", "4.0e-3", "8.0e-3"), "warm": ("1.0e-3", "2.0e-3", "4.0e-3")}
 LABELS = {
     "teacher": "the teacher",
