@@ -159,6 +159,12 @@ def test_the_study_of_the_warm_start(load: Any, corpus: Path, tmp_path: Path) ->
     assert (out / "curves.png").stat().st_size > 1000
 
 
+def test_a_spread_has_no_sign(load: Any) -> None:
+    runs = load("word_kd", "text_runs")
+    assert runs.spread([0.25, 0.75], "+.2f") == "+0.50 ± 0.35"
+    assert runs.spread([-0.25], "+.2f") == "-0.25"
+
+
 def test_where_a_curve_comes_to_a_perplexity(load: Any) -> None:
     reached = load("word_kd", "warm_start").reached
     curve = [{"step": 0.0, "seconds": 0.0, "nll": 5.0}, {"step": 10.0, "seconds": 4.0, "nll": 3.0},

@@ -195,9 +195,8 @@ class LSTMStudy:
         for way, found in groups.items():
             if not found:
                 continue
-            share = ""
-            if way not in ("teacher", "alone") and "alone" in mean:
-                share = f"{(mean['alone'] - mean[way]) / (mean['alone'] - mean['teacher']):.0%}"
+            gap = mean["alone"] - mean["teacher"] if "alone" in mean else 0.0
+            share = f"{(mean['alone'] - mean[way]) / gap:.0%}" if way not in ("teacher", "alone") and gap > 0 else ""
             steps = " / ".join(f"{x['steps']}" for x in found) if way == "longer" else f"{found[0]['steps']}"
             minutes = f"{statistics.fmean(x['seconds'] for x in found) / 60:.1f}"
             scores = [perplexities([x[part] for x in found]) for part in ("test", "validation")]
@@ -221,9 +220,9 @@ class LSTMStudy:
             lines.append(f"- From the cache less live, seed by seed: {spread(apart, '+.4f')} nats.")
         if "cache" in kept:
             lines.append(f"- The cache: {kept['cache']['bytes_per_token']:.0f} bytes a token.")
-        for what, found in (("the teacher", groups["teacher"]), ("the student alone", groups["longer"])):
-            if any(not x["flat"] for x in found):
-                lines.append(f"- {what} was still improving when it had the most steps.")
+        for what, found in (("teacher", groups["teacher"]), ("student alone", groups["longer"])):
+            if rising := sum(not x["flat"] for x in found):
+                lines.append(f"- The {what} was still improving when it had the most steps, in {rising} of {len(found)} runs.")
         for way in ("alone", "distilled"):
             names = [name for i in range(len(RATES) + len(CHANGES[way])) if (name := self.try_(way, i)) in kept]
             tried = [f"{name.partition(': ')[2]} {math.exp(kept[name]['validation']):.2f}" for name in names]

@@ -190,8 +190,8 @@ def _split(corpus: Path, parts: dict[str, Path], text: Text) -> None:
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    """Mean and standard deviation, which has no sign."""
+    deviation = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{deviation}"
 
 
