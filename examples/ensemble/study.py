@@ -189,7 +189,8 @@ class Generations:
                 line = [math.exp(nll) for nll in found["together"]["members"]]
                 scores.plot(range(1, len(line) + 1), line, "C7.--", linewidth=1, label="" if seed else "born again")
             scores.set(ylabel="test perplexity")
-            gains.set(ylabel="gain of the ensemble, nats", ylim=(0, None))
+            gains.set(ylabel="gain of the ensemble, nats")
+            gains.axhline(0, color="C7", linewidth=1)
             alike.set(ylabel="top-1 agreement, %")
             for axes in (scores, gains, alike):
                 axes.set(xlabel="generation", xticks=list(numbers))

@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "word_kd"))
 
-from text_runs import SEEDS, THIRD, Piece, Study, Text, perplexities, picture, spread, table  # noqa: E402
+from text_runs import SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, spread, table  # noqa: E402
 
 from kdfast import files  # noqa: E402
 from kdfast.cache import CacheReader, CacheWriter, capture  # noqa: E402
@@ -46,9 +46,9 @@ class Scale:
     text: Text = THIRD
     teacher_steps: int = 1500
     teacher_most: int = 6000
-    steps: int = 1500
-    tuning_steps: int = 750
-    longer_most: int = 12000
+    steps: int = 1200
+    tuning_steps: int = 600
+    longer_most: int = 9600
     evaluations: int = 12
     teacher_width: int = 256
     dropout: float = 0.2
@@ -238,9 +238,7 @@ class LSTMStudy:
                     if points:
                         axes.plot(*zip(*points, strict=True), ".-", color=f"C{number}", markersize=3, linewidth=1, label=label)
                         label = ""
-            axes.set(xlabel="steps", ylabel="validation perplexity", xscale="log", yscale="log")
-            axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize=8)
+            label_perplexities(axes, "steps", logarithmic=True)
 
 
 def main(words: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:

@@ -210,3 +210,14 @@ def picture(file: Path, panels: int) -> Iterator[Sequence[Any]]:
     yield list(figure.subplots(1, panels, squeeze=False)[0])
     with files.written(file) as part:
         figure.savefig(part, format="png", dpi=140)
+
+
+def label_perplexities(axes: Any, x: str, logarithmic: bool = False) -> None:
+    """Validation perplexity over `x`, with numbers that are read at a glance."""
+    axes.set(xlabel=x, ylabel="validation perplexity", yscale="log", xscale="log" if logarithmic else "linear")
+    for axis in (axes.yaxis, axes.xaxis) if logarithmic else (axes.yaxis,):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="both", labelsize=8)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from text_runs import HERE, SEEDS, THIRD, Piece, Study, Text, perplexities, picture, spread, table
+from text_runs import HERE, SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, spread, table
 
 from kdfast import files
 from kdfast.cache import build
@@ -200,9 +200,7 @@ class WarmStart:
                             line = [[point[unit] for point in curve], [math.exp(point["nll"]) for point in curve]]
                             axes.plot(*line, ".-", color=f"C{number}", markersize=3, linewidth=1, label=label)
                             label = ""
-                axes.set(xlabel={"step": "steps"}.get(unit, unit), ylabel="validation perplexity", yscale="log")
-                axes.grid(alpha=0.3, which="both")
-                axes.legend(fontsize=8)
+                label_perplexities(axes, {"step": "steps"}.get(unit, unit))
 
 
 _EQUAL = {
