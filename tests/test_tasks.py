@@ -337,6 +337,27 @@ def test_a_class_that_only_the_teacher_names_is_learnt(suffix: str, tmp_path: Pa
     assert alone.evaluation["accuracy"] < 0.75
 
 
+def test_images_without_a_class_are_what_a_teacher_is_heard_on(tmp_path: Path) -> None:
+    """A digit that no label shows is learnt from images that only the teacher names; labels beside those are not read."""
+    images, labels = pictures(120)
+    for part, rows in (("all", labels >= 0), ("shown", labels != 2), ("unnamed", labels == 2)):
+        (tmp_path / part).mkdir()
+        write_idx(tmp_path / part / "images-idx3-ubyte", images[rows])
+        if part != "unnamed":
+            write_idx(tmp_path / part / "labels-idx1-ubyte", labels[rows])
+    whole = {"train": str(tmp_path / "all"), "validation": str(tmp_path / "all"), "mean": [0.2], "std": [0.3]}
+    teacher = run(values(None, tmp_path / "teacher", whole, "image_classification", **IMAGES))
+    task = {"name": "image_classification", "labels": [0, 1, 2]}
+    data = {**whole, "train": str(tmp_path / "shown"), "unlabelled": [str(tmp_path / "unnamed")]}
+    taught = {"function": f"{__name__}:load_classifier", "arguments": {"folder": str(teacher.model)}}
+    changes = {**IMAGES, "method": {**WORD_KD, "temperature": 3.0}, "teacher": taught}
+    assert run(values(None, tmp_path / "student", data, task, **changes)).evaluation["accuracy"] == 1.0
+    shown = {**data, "unlabelled": []}
+    assert run(values(None, tmp_path / "alone", shown, task, **IMAGES)).evaluation["accuracy"] < 0.75
+    with pytest.raises(ValueError, match=r"data\.unlabelled: method supervised has no teacher that says anything of those"):
+        run(values(None, tmp_path / "fails", data, task, **IMAGES))
+
+
 def load_classifier(folder: str) -> nn.Module:
     from safetensors.torch import load_file
 

@@ -263,7 +263,10 @@ class Recipe:
         if self.all_teachers and all(recipes.objective_class(name).teacher == "none" for name in names):
             raise ValueError(f"teacher: method {names[0]} has none; leave it out, or set method: word_kd")
         silent = [name for name in names if not recipes.objective_class(name).writes]
-        if getattr(self.data, "unlabelled", False) and silent:
+        unlabelled = getattr(self.data, "unlabelled", False)
+        if unlabelled and all(recipes.objective_class(name).teacher == "none" for name in names):
+            raise ValueError(f"data.unlabelled: method {names[0]} has no teacher that says anything of those; leave it out")
+        if unlabelled is True and silent:  # rows without what follows, not rows without a class
             raise ValueError(
                 f"data.unlabelled: method {silent[0]} learns from targets only; expected one that has a teacher write them"
                 " (sequence_kd)"

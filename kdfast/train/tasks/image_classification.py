@@ -34,7 +34,9 @@ class Data:
     Args:
         train: IDX files of images (their labels lie beside them, `images` and `idx3` being `labels` and `idx1` in the name),
             folders that hold such files, or folders with a folder of images for each class.
-        validation: the same; empty: a seeded share of the training rows is held out. validation_share: that share.
+        unlabelled: images for training that have no class and get a teacher's word only: IDX files of images, folders that hold
+            such files, or folders of image files. Labels beside them are not read.
+        validation: like train; empty: a seeded share of the training rows is held out. validation_share: that share.
         size: height and width that image files are brought to (one number: a square); none: as they are, all the same.
         channels: 1 (grey) or 3, of image files.
         mean, std: of each channel, or one for all; pixels are in [0, 1] before (x - mean) / std.
@@ -45,6 +47,7 @@ class Data:
     """
 
     train: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     validation_share: float = ranged(0.05, low=0.0, high=0.5)
     size: tuple[int, ...] = ()
@@ -85,7 +88,7 @@ class ImageClassification(ClassTask[Data]):
         if needs_train:
             if not data.train:
                 raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
-            train = self._read(data.train, "data.train")
+            train = self._read(data.train, "data.train", data.unlabelled)
         if data.validation:
             validation = self._read(data.validation, "data.validation")
         if self.shape and not self._folders:
@@ -101,13 +104,17 @@ class ImageClassification(ClassTask[Data]):
         own = {"image_size": self.shape[1], "num_channels": self.shape[0]} if self.shape else {}
         return {**super().model_fields(None), **own}
 
-    def _read(self, paths: Sequence[str], key: str) -> Images:
+    def _read(self, paths: Sequence[str], key: str, unlabelled: Sequence[str] = ()) -> Images:
         stored: list[IdxImages | FolderImages] = []
         labels: list[str | None] = []
         for path in map(Path, paths):
             for images, found in self._under(path, key):
                 stored.append(images)
                 labels += found
+        for path in map(Path, unlabelled):
+            for images, _ in self._under(path, "data.unlabelled", labelled=False):
+                stored.append(images)
+                labels += [None] * len(images)
         shapes = {images.shape for images in stored}
         if len(shapes) > 1:
             raise ValueError(f"{key}: expected images of one shape, got {' and '.join(map(str, sorted(shapes)))}")
@@ -119,18 +126,21 @@ class ImageClassification(ClassTask[Data]):
                 raise ValueError(f"data.{name}: expected one number, or one for each of {self.shape[0]} channels")
         return Images(stored, self.ids_of(labels, key), self.data.mean, self.data.std)
 
-    def _under(self, path: Path, key: str) -> list[tuple[IdxImages | FolderImages, list[str | None]]]:
+    def _under(
+        self, path: Path, key: str, labelled: bool = True
+    ) -> list[tuple[IdxImages | FolderImages, Sequence[str | None]]]:
         if path.is_file():
-            return [_idx(path, key)]
+            return [_idx(path, key, labelled)]
         if not path.is_dir():
             raise ValueError(f"{key}: expected a file or a folder, got {str(path)!r}, which does not exist")
         idx = sorted(file for file in path.iterdir() if file.is_file() and "idx3" in file.name)
         if idx:
-            return [_idx(file, key) for file in idx]
-        files = [(f, folder.name) for folder in sorted(path.iterdir()) if folder.is_dir()
-                 for f in sorted(folder.rglob("*")) if f.suffix.lower() in _PICTURES]  # fmt: skip
+            return [_idx(file, key, labelled) for file in idx]
+        folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()] if labelled else [path]
+        files = [(f, folder.name) for folder in folders for f in sorted(folder.rglob("*")) if f.suffix.lower() in _PICTURES]
         if not files:
-            raise ValueError(f"{key}: expected IDX files, or a folder of images for each class, got neither in {str(path)!r}")
+            what = "a folder of images for each class" if labelled else "images"
+            raise ValueError(f"{key}: expected IDX files, or {what}, got neither in {str(path)!r}")
         self._folders = True
         return [(FolderImages([f for f, _ in files], self.data, key), [name for _, name in files])]
 
@@ -155,6 +165,7 @@ class Images:
         self, stored: Sequence[IdxImages | FolderImages], labels: Tensor, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self.stored, self.labels = list(stored), labels
+        self.unlabelled = bool((labels == IGNORE).any())
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self._places = [(part, i) for part in self.stored for i in range(len(part))]
 
@@ -163,7 +174,9 @@ class Images:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         raw = torch.stack([part.image(i) for part, i in (self._places[row] for row in indices)])
-        return Batch({"pixel_values": (raw - self.mean) / self.std}, self.labels[torch.as_tensor(indices)])
+        labels = self.labels[torch.as_tensor(indices)]
+        heard = torch.ones_like(labels, dtype=torch.bool) if self.unlabelled else None
+        return Batch({"pixel_values": (raw - self.mean) / self.std}, labels, soft_mask=heard)
 
     @property
     def digest(self) -> str:
@@ -298,8 +311,10 @@ def read_idx(file: Path, dimensions: int, key: str) -> np.ndarray:
     return np.frombuffer(values, dtype=kind).reshape(shape)
 
 
-def _idx(file: Path, key: str) -> tuple[IdxImages, list[str | None]]:
-    """Images and labels of a pair of files."""
+def _idx(file: Path, key: str, labelled: bool) -> tuple[IdxImages, Sequence[str | None]]:
+    """Images, and labels from the file beside theirs."""
+    if not labelled:
+        return IdxImages(read_idx(file, 3, key)), []
     beside = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
     if beside == file or not beside.is_file():
         raise ValueError(f"{key}: expected a file of labels beside {file} ({beside.name}), found none")
