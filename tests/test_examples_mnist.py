@@ -93,12 +93,13 @@ def test_the_study_of_the_tree(paths: None, digits: Path, tmp_path: Path) -> Non
     network = hinton.Study(tmp_path / "network", digits, PARTS, FEW).run(EXAMPLES / "hinton_mnist" / "network.yaml", "run")
     made = study.Study(tmp_path / "out", digits, PARTS, changes)
     grids = ([["method.penalty=0.03"]], [["method.temperature=2"]])
-    table = study.study_of(made, network, seeds=(1,), rates=[["optimizer.lr=0.01"]], grids=grids)
+    table = study.study_of(made, network, seeds=(1,), rates=[["optimizer.lr=0.01"]], grids=grids, labelled=60)
     assert "tree, distilled, likeliest leaf" in table
+    assert "tree, distilled on all images, 60 labels, mixture of leaves" in table
     for name in ("tree.png", "tree.svg", "path.png", "path.svg", "path.txt"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     assert (tmp_path / "out" / "path.txt").read_text().splitlines()[-1].startswith("leaf ")
-    kept = study.explained(tmp_path / "out" / "alone-1", torch.rand(4, 1, 28, 28), 2, tmp_path / "drawn", list("0123456789"))
+    kept = study.explained(tmp_path / "out" / "tree-alone-1", torch.rand(4, 1, 28, 28), 2, tmp_path / "drawn", list("0123456789"))
     assert kept.splitlines()[0].startswith("level 0, node 0:")
 
 

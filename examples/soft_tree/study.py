@@ -1,9 +1,12 @@
-"""A soft decision tree alone, from a network's soft targets, and the network, on MNIST.
+"""A soft decision tree alone, from a network's soft targets, and the network, on MNIST; the same with labels for 1000 images.
 
 PYTHONPATH=../hinton_mnist python study.py --out runs/soft_tree [--data FOLDER] [--network RUN]
 
 Every choice is made on validation images with a seed of its own, as many for the tree alone as for the distilled one. Three
 seeds of both; a run that is there is not run again. Pictures and an explained path go to `out`.
+
+A tree that parts its images at every node needs many. Where few have a label, the network, which does not, says what the others
+are: a tree learns from its word on all images, one from labels has 1000.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ sys.path.append(str(HERE.parent / "hinton_mnist"))
 from explain import explained  # noqa: E402
 from mnist_runs import HERE as NETWORKS  # noqa: E402
 from mnist_runs import SEEDS, Study, size  # noqa: E402
+from prepare import write_idx  # noqa: E402
 
+from kdfast.train.tasks.image_classification import read_idx  # noqa: E402
+
+Grid = Sequence[list[str]] | None
 ALONE = ("method={name: soft_tree, hard_weight: 1}", "teacher=null")
 #: What is tried: three learning rates with the recipe's values, then two changes at the best rate.
 RATES = (["optimizer.lr=3e-4"], ["optimizer.lr=1e-3"], ["optimizer.lr=3e-3"])
@@ -41,40 +48,64 @@ def chosen(study: Study, name: str, rates: Sequence[list[str]], options: Sequenc
     return max([rate, *([*rate, *option] for option in options)], key=score)
 
 
-def study_of(study: Study, network: Path | None = None, seeds: Sequence[int] = SEEDS, rates: Sequence[list[str]] = RATES,
-             grids: Sequence[Sequence[list[str]]] = (CHANGES_ALONE, CHANGES_DISTILLED)) -> str:  # fmt: skip
-    """All of it; the table."""
-    recipe = HERE / "recipe.yaml"
-    network = network or study.run(NETWORKS / "network.yaml", "network")
-    taught = f"teacher.weights={network / 'model'}"
-    alone = chosen(study, "alone", rates, grids[0], *ALONE)
-    distilled = chosen(study, "distilled", rates, grids[1], taught)
+def trees(
+    study: Study, heading: str, network: Path, arms: dict[str, Sequence[str]], grids: Sequence[Grid],
+    rates: Sequence[list[str]], seeds: Sequence[int],
+) -> None:  # fmt: skip
+    """Rows of the network and of each arm, a name and its changes; an arm without a grid takes what the one before chose."""
     top = study.accuracy(network)
-    study.row("tree", "the network", size(study.model(network)), [study.accuracy(network, "validation")], [top])
-    base = None
-    for what, name, changes in (
-        ("tree alone", "alone", [*ALONE, *alone]),
-        ("tree, distilled", "distilled", [taught, *distilled]),
-    ):
-        runs = [study.run(recipe, f"{name}-{seed}", f"seed={seed}", *changes) for seed in seeds]
+    study.row(heading, "the network", size(study.model(network)), [study.accuracy(network, "validation")], [top])
+    base, choices = None, None
+    for (what, changes), grid in zip(arms.items(), grids, strict=True):
+        name = "-".join(what.replace(",", "").split())
+        if grid is not None:
+            choices = chosen(study, name, rates, grid, *changes)
+        assert choices is not None, "the first arm has a grid of its own"
         found: dict[str, dict[str, list[float]]] = {p: {"validation": [], "test": []} for p in ("leaf", "mixture")}
-        for run in runs:
-            tree: Any = study.model(run)
+        for seed in seeds:
+            tree: Any = study.model(study.run(HERE / "recipe.yaml", f"{name}-{seed}", f"seed={seed}", *changes, *choices))
             for tree.predict, scores in found.items():
                 for part, values in scores.items():
                     logits, labels = study.logits(tree, part)
                     values.append(float((logits.argmax(-1) == labels).float().mean()))
-        mean, shown = (
-            statistics.fmean(found["leaf"]["test"]),
-            " ".join(c.partition(".")[2] for c in changes if c not in (*ALONE, taught)),
-        )
+        mean = statistics.fmean(found["leaf"]["test"])
         share = {} if base is None else {"share of the gap": f"{(mean - base) / (top - base):.0%}"}
         base = mean if base is None else base
-        study.row("tree", f"{what}, likeliest leaf ({shown})", size(tree), **found["leaf"], **share)
-        study.row("tree", f"{what}, mixture of leaves", size(tree), **found["mixture"])
+        shown = " ".join(change.partition(".")[2] for change in choices)
+        study.row(heading, f"{what}, likeliest leaf ({shown})", size(tree), **found["leaf"], **share)
+        study.row(heading, f"{what}, mixture of leaves", size(tree), **found["mixture"])
+
+
+def part_of_labels(study: Study, labelled: int) -> tuple[str, str]:
+    """Changes of a recipe: the first `labelled` training images with their labels, and the others without."""
+    folder, out = study.folders["train"], study.out / "mnist" / f"{labelled}-labels"
+    images = read_idx(folder / "images-idx3-ubyte", 3, "train")
+    write_idx(out / "labelled" / "images-idx3-ubyte", images[:labelled])
+    write_idx(out / "labelled" / "labels-idx1-ubyte", read_idx(folder / "labels-idx1-ubyte", 1, "train")[:labelled])
+    write_idx(out / "unlabelled" / "images-idx3-ubyte", images[labelled:])
+    return f"data.train={out / 'labelled'}", f"data.unlabelled={out / 'unlabelled'}"
+
+
+def study_of(
+    study: Study, network: Path | None = None, seeds: Sequence[int] = SEEDS, rates: Sequence[list[str]] = RATES,
+    grids: Sequence[Sequence[list[str]]] = (CHANGES_ALONE, CHANGES_DISTILLED), labelled: int = 1000,
+) -> str:  # fmt: skip
+    """All of it; the table."""
+    network = network or study.run(NETWORKS / "network.yaml", "network")
+    arms = {"tree alone": ALONE, "tree, distilled": [f"teacher.weights={network / 'model'}"]}
+    trees(study, "tree", network, arms, grids, rates, seeds)
+    few, others = part_of_labels(study, labelled)
+    network = study.run(NETWORKS / "network.yaml", f"network-{labelled}", few)
+    taught = f"teacher.weights={network / 'model'}"
+    arms = {
+        f"tree alone on {labelled} labels": [*ALONE, few],
+        f"tree, distilled on all images, {labelled} labels": [taught, few, others],
+        f"tree, distilled on the {labelled} images": [taught, few],
+    }
+    trees(study, f"tree, {labelled} labels", network, arms, [*grids, None], rates, seeds)
     source = study.sources["validation"]
     images = source.batch(range(len(source))).by_name["pixel_values"]
-    explained(study.out / f"distilled-{seeds[0]}", images, 0, study.out, list(study.names))
+    explained(study.out / f"tree-distilled-{seeds[0]}", images, 0, study.out, list(study.names))
     return study.table()
 
 
