@@ -88,10 +88,9 @@ def test_the_study_of_hinton(paths: None, digits: Path, tmp_path: Path) -> None:
 def test_the_study_of_the_tree(paths: None, digits: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     study = load("study", "soft_tree")
-    changes = [*FEW, "student.arguments={shape: [1, 28, 28], classes: 10, depth: 3}"]
     hinton = load("study", "hinton_mnist")
     network = hinton.Study(tmp_path / "network", digits, PARTS, FEW).run(EXAMPLES / "hinton_mnist" / "network.yaml", "run")
-    made = study.Study(tmp_path / "out", digits, PARTS, changes)
+    made = study.Study(tmp_path / "out", digits, PARTS, FEW)
     grids = ([["method.penalty=0.03"]], [["method.temperature=2"]])
     table = study.study_of(made, network, seeds=(1,), rates=[["optimizer.lr=0.01"]], grids=grids, labelled=60)
     assert "tree, distilled, likeliest leaf" in table
