@@ -33,7 +33,7 @@ ALONE = ("method={name: soft_tree, hard_weight: 1}", "teacher=null")
 #: What is tried: three learning rates with the recipe's values, then two changes at the best rate.
 RATES = (["optimizer.lr=3e-4"], ["optimizer.lr=1e-3"], ["optimizer.lr=3e-3"])
 CHANGES_ALONE = (["method.penalty=0.03"], ["optimizer.weight_decay=0.3"])
-CHANGES_DISTILLED = (["method.temperature=2"], ["method.temperature=2", "method.soft_weight=0.5", "method.hard_weight=0.5"])
+CHANGES_DISTILLED = (["method.penalty=0.03"], ["method.penalty=0.03", "method.temperature=1"])
 
 
 def chosen(study: Study, name: str, rates: Sequence[list[str]], options: Sequence[list[str]], *changes: str) -> list[str]:
