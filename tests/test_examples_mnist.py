@@ -98,7 +98,8 @@ def test_the_study_of_the_tree(paths: None, digits: Path, tmp_path: Path) -> Non
     for name in ("tree.png", "tree.svg", "path.png", "path.svg", "path.txt"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     assert (tmp_path / "out" / "path.txt").read_text().splitlines()[-1].startswith("leaf ")
-    kept = study.explained(tmp_path / "out" / "tree-alone-1", torch.rand(4, 1, 28, 28), 2, tmp_path / "drawn", list("0123456789"))
+    run, drawn = tmp_path / "out" / "tree-alone-1", tmp_path / "drawn"
+    kept = study.explained(run, torch.rand(4, 1, 28, 28), 2, drawn, list("0123456789"))
     assert kept.splitlines()[0].startswith("level 0, node 0:")
 
 
