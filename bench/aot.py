@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.launch:
         from .launch import gpu_tests
 
-        return 1 if gpu_tests(["-k", options.kernel] if options.kernel else []) else 0
+        return 1 if gpu_tests(options.kernel) else 0
     targets = options.target or TARGETS
     chosen = [c for c in cases() if options.kernel in f"{_module(c.kernel)}.{c.kernel.__name__}"]
     in_cuda = [] if aot_cuda.missing() else _cuda_targets(targets, options.quick, options.kernel)

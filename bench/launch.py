@@ -293,12 +293,14 @@ def checked_calls(calls: Sequence[Any], check: Callable[..., str], trace: bool =
 class _Plugin:
     """Runs each test of a GPU within the block that `launches_only` makes."""
 
-    def __init__(self, found: Launches):
-        self.found, self.failed, self.passed, self.left = found, 0, 0, collections.Counter[str]()
+    def __init__(self, found: Launches, name: str):
+        self.found, self.name, self.named = found, name, 0
+        self.failed, self.passed, self.left = 0, 0, collections.Counter[str]()
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        kept = []
-        for item in items:
+        named = [item for item in items if self.name in item.nodeid]
+        self.named, kept = len(named), []
+        for item in named:
             why = _left_out(item)
             if why:
                 self.left[why] += 1
@@ -329,8 +331,8 @@ def _left_out(item: Any) -> str:
     return "they launch nothing, being of the reference" if parameters.get("backend") == "reference" else ""
 
 
-def gpu_tests(options: Sequence[str]) -> int:
-    """The kernels of the GPU tests, with pytest's `options`; returns how much failed."""
+def gpu_tests(name: str = "") -> int:
+    """The kernels of the GPU tests whose name holds `name`; returns how much failed."""
     import pytest
 
     files = [str(path) for path in sorted(_TESTS.glob("test_gpu*.py")) if path.name != "test_gpu_cluster.py"]
@@ -339,9 +341,12 @@ def gpu_tests(options: Sequence[str]) -> int:
         return 1
     began = time.perf_counter()
     with launches_only() as found:
-        plugin = _Plugin(found)
+        plugin = _Plugin(found, name)
         base = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q", "--no-header", "--no-summary", "-r", "N"]
-        code = pytest.main([*base, *options, *files], plugins=[plugin])
+        code = pytest.main([*base, *files], plugins=[plugin])
+        if not plugin.named:
+            print(f"aot: --kernel: expected part of a GPU test's name, got {name!r}", file=sys.stderr)
+            return 1
         for why, n in plugin.left.items():
             print(f"{n} tests left out: {why}")
         print(f"{plugin.passed} tests passed, {plugin.failed} failed")
@@ -350,4 +355,4 @@ def gpu_tests(options: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(1 if gpu_tests(sys.argv[1:]) else 0)
+    sys.exit(1 if gpu_tests(*sys.argv[1:2]) else 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,3 +192,10 @@ def test_products_are_read_off_the_layouts() -> None:
     variant = launch.Variant("k", "", 4, 0.0, None, "", dots=launch.dots(text))
     assert variant.wrong == "a product of halves or TF32 by FFMA"
     assert launch.Variant("k", "", 4, 0.0, None, "", dots="1 FFMA (ieee)").wrong == ""
+
+
+def test_a_name_that_no_gpu_test_has() -> None:
+    command = [sys.executable, "-m", "bench", "aot", "--launch", "--kernel", "no such test"]
+    found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 1
+    assert found.stderr.strip().splitlines()[-1] == "aot: --kernel: expected part of a GPU test's name, got 'no such test'"
