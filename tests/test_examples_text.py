@@ -75,7 +75,9 @@ def run(main: Callable[..., None], out: Path, corpus: Path, *words: str) -> tupl
     assert again == [text]
     assert {file: file.stat().st_mtime_ns for file in out.rglob("metrics.jsonl")} == before
     assert not [*out.rglob("checkpoints")]
-    return said, pieces, text
+    with pytest.raises(SystemExit, match="holds a study of other sizes or of another corpus; name another folder"):
+        main(["--out", str(out), "--corpus", str(corpus), *words], again.append)
+    return said, {name: piece for name, piece in pieces.items() if name != "of"}, text
 
 
 def test_the_study_of_the_lstm(load: Any, corpus: Path, tmp_path: Path) -> None:

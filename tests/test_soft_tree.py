@@ -237,6 +237,17 @@ def test_predictions_of_the_likeliest_leaf_and_of_the_mixture() -> None:
     assert torch.isfinite(far(x.float()).logits.exp()).all()
 
 
+def test_a_tree_is_compiled_exported_and_differentiated_by_torch() -> None:
+    tree, x = make_tree(3).float(), torch.randn(5, 6)
+    want = tree(x).logits
+    assert torch.allclose(torch.compile(tree, fullgraph=True, backend="aot_eager")(x).logits, want, rtol=1e-5)
+    assert torch.allclose(torch.export.export(tree, (x,)).module()(x).logits, want, rtol=1e-5)
+    values = {name: p.detach() for name, p in tree.named_parameters()}
+    grads = torch.func.grad(lambda v: torch.func.functional_call(tree, v, (x,)).log_leaves.sum())(values)
+    tree(x).log_leaves.sum().backward()
+    assert torch.allclose(grads["weight"], tree.weight.grad, rtol=1e-5)
+
+
 def test_a_batch_in_parts_has_the_penalty_once() -> None:
     tree = make_tree(2)
     method, x, labels = make_method(tree, hard_weight=1.0, penalty=0.1), torch.randn(6, 6).double(), torch.randint(5, (6,))

@@ -23,6 +23,7 @@ from kdfast.cache import build
 from kdfast.models.view import View
 from kdfast.text import TextData
 from kdfast.train import Batch, Recipe, capture_classes, distill
+from kdfast.train.data import hold_out
 from kdfast.train.inputs import open_inputs
 from kdfast.train.kd import distillation
 from kdfast.train.tasks import task_class
@@ -356,6 +357,11 @@ def test_images_without_a_class_are_what_a_teacher_is_heard_on(tmp_path: Path) -
     assert run(values(None, tmp_path / "alone", shown, task, **IMAGES)).evaluation["accuracy"] < 0.75
     with pytest.raises(ValueError, match=r"data\.unlabelled: method supervised has no teacher that says anything of those"):
         run(values(None, tmp_path / "fails", data, task, **IMAGES))
+    born = {**IMAGES, "method": {**WORD_KD, "name": "born_again", "generations": 2}}
+    assert run(values(None, tmp_path / "born", data, task, **born)).evaluation["accuracy"] < 0.75
+    shared = {**data, "validation": [], "validation_share": 0.2}
+    result = run(values(None, tmp_path / "shared", shared, task, **changes))
+    assert result.evaluation["rows"] == len(hold_out(range(80), 0.2)[1])  # of the rows with a label
 
 
 def load_classifier(folder: str) -> nn.Module:
@@ -364,6 +370,27 @@ def load_classifier(folder: str) -> nn.Module:
     model = make_classifier()
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return model
+
+
+def test_images_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    digests = []
+    for folder, shade in (("first", 10), ("second", 200)):
+        (tmp_path / folder).mkdir()
+        for i in range(70):
+            Image.fromarray(np.full((6, 6), shade + i % 5, np.uint8)).save(tmp_path / folder / f"{i}.bmp")
+        data = {"train": str(tmp_path / "labelled"), "unlabelled": str(tmp_path / folder), "channels": 1}
+        for label in ("a", "b"):
+            (tmp_path / "labelled" / label).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / "labelled" / label / "0.bmp")
+        recipe = Recipe.build(
+            values(None, tmp_path / "run", data, "image_classification", method=WORD_KD, teacher={"path": "x"})
+        )
+        task = task_class(recipe.task.name)(recipe.task.options, recipe.data)
+        digests.append(task.open(None, None, tmp_path, True).train.digest)
+    assert digests[0] != digests[1]
 
 
 def test_folders_of_images_and_a_transformers_classifier(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent / "word_kd"), str(HERE.parent / "lstm")]
 
-from text_runs import SEEDS, THIRD, Piece, Study, Text, perplexities, picture, spread, table  # noqa: E402
+from text_runs import SEEDS, THIRD, Piece, Study, Text, perplexities, picture, seed_of, spread, table  # noqa: E402
 
 from kdfast import files  # noqa: E402
 from kdfast.models.ensemble import Ensemble  # noqa: E402
@@ -204,7 +204,7 @@ def main(words: Sequence[str] | None = None, say: Callable[[str], None] = print)
     parser.add_argument(
         "--corpus", type=Path, default=Path("corpus"), help="made by ../word_kd/prepare.py, now if it is not there"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
     parser.add_argument("--small", action="store_true", help="the same road in seconds")
     args = parser.parse_args(words)
     scale = SMALL if args.small else Scale()

@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "word_kd"))
 
-from text_runs import SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, spread, table  # noqa: E402
+from text_runs import SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, seed_of, spread, table  # noqa: E402
 
 from kdfast import files  # noqa: E402
 from kdfast.cache import CacheReader, CacheWriter, capture  # noqa: E402
@@ -247,7 +247,7 @@ def main(words: Sequence[str] | None = None, say: Callable[[str], None] = print)
     parser.add_argument(
         "--corpus", type=Path, default=Path("corpus"), help="made by ../word_kd/prepare.py, now if it is not there"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
     parser.add_argument("--small", action="store_true", help="the same road in seconds")
     args = parser.parse_args(words)
     scale = SMALL if args.small else Scale()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -73,6 +75,9 @@ class Study:
         self.out, self.changes, self.say = out, list(changes), say
         self.file = out / "study.json"
         self.kept: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        made = {"corpus": str(corpus.resolve()), "text": dataclasses.asdict(text), "changes": self.changes}
+        if self.kept.setdefault("of", made) != made:
+            raise SystemExit(f"--out: {out} holds a study of other sizes or of another corpus; name another folder")
         self.tokenizer = corpus / "tokenizer.json"
         if not self.tokenizer.is_file():
             subprocess.run([sys.executable, str(HERE / "prepare.py"), str(corpus)], check=True)
@@ -187,6 +192,13 @@ def _split(corpus: Path, parts: dict[str, Path], text: Text) -> None:
         with files.written_folder(parts[name]) as part:
             for file in found[: text.files]:
                 shutil.copyfile(file, part / file.name)
+
+
+def seed_of(text: str) -> int:
+    """Of an argument: 1 or more; 0 is the one that choices are made with."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from text_runs import HERE, SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, spread, table
+from text_runs import HERE, SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, seed_of, spread, table
 
 from kdfast import files
 from kdfast.cache import build
@@ -224,7 +224,7 @@ def main(words: Sequence[str] | None = None, say: Callable[[str], None] = print)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/warm_start"))
     parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="made by prepare.py, now if it is not there")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
     parser.add_argument("--small", action="store_true", help="the same road in seconds")
     args = parser.parse_args(words)
     scale = SMALL if args.small else Scale()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 PREDICTIONS = ("leaf", "mixture")
@@ -35,41 +34,6 @@ class TreeOutput(NamedTuple):
     log_classes: Tensor
 
 
-class _LogPaths(torch.autograd.Function):
-    """Forward and backward in one walk over the levels each: a node's gradient is the sum of those below it."""
-
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor) -> Tensor:
-        # log sigmoid(-z) and log sigmoid(z) from the logarithm of the larger of the two, which is exact near 0.
-        larger = F.logsigmoid(gates.abs())
-        paths = gates.new_empty(len(gates), 2 * gates.shape[1] + 1)
-        paths[:, 0] = 0
-        torch.stack([larger - gates.clamp(min=0), larger + gates.clamp(max=0)], -1, out=paths[:, 1:].unflatten(1, (-1, 2)))
-        for parent, child in zip(*_levels(paths), strict=True):
-            child += parent[..., None]
-        ctx.save_for_backward(gates)
-        return paths
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gates,) = ctx.saved_tensors
-        grad = grad.clone()
-        parents, children = _levels(grad)
-        for parent, child in zip(reversed(parents), reversed(children), strict=True):
-            parent += child[..., 0]
-            parent += child[..., 1]  # a sum over an axis of two takes longer
-        left, right = grad[:, 1:].unflatten(1, (-1, 2)).unbind(-1)
-        return right - (left + right) * gates.sigmoid()
-
-
-def _levels(nodes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Views of `[B, 2I + 1]`: of each inner level `[B, 2^level]`, and of what is below it `[B, 2^level, 2]`."""
-    depth = nodes.shape[1].bit_length() - 1
-    levels = nodes.split([2**level for level in range(depth + 1)], 1)
-    return list(levels[:-1]), [level.unflatten(1, (-1, 2)) for level in levels[1:]]
-
-
 def log_paths(gates: Tensor) -> Tensor:
     """Log-probability of coming to every node of a complete binary tree.
 
@@ -82,9 +46,15 @@ def log_paths(gates: Tensor) -> Tensor:
         gates: `[B, I]` in the order of levels, I = 2^depth - 1.
 
     Returns:
-        `[B, 2I + 1]` in the same order, the leaves last. Differentiable once.
+        `[B, 2I + 1]` in the same order, the leaves last.
     """
-    return _LogPaths.apply(gates)
+    depth = (gates.shape[1] + 1).bit_length() - 1
+    # -log sigmoid(z) = softplus(-z); past its threshold -z itself, which is exact in float64.
+    costs = F.softplus(torch.stack([gates, -gates], -1), threshold=50)
+    levels = [gates.new_zeros(len(gates), 1)]
+    for cost in costs.split([2**level for level in range(depth)], 1):  # [B, 2^level, 2]
+        levels.append((levels[-1][:, :, None] - cost).flatten(1))
+    return torch.cat(levels, 1)
 
 
 class SoftTree(nn.Module):
@@ -117,8 +87,8 @@ class SoftTree(nn.Module):
         if depth > _DEEPEST:
             raise ValueError(f"depth: expected at most {_DEEPEST} ({2**_DEEPEST} leaves), got {depth}")
         for name, factor in (("beta", beta), ("leaf_scale", leaf_scale)):
-            if not factor > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {factor}")
+            if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {factor!r}")
         if predict not in PREDICTIONS:
             raise ValueError(f"predict: expected one of {', '.join(PREDICTIONS)}, got {predict!r}")
         self.classes, self.depth, self.predict = classes, depth, predict

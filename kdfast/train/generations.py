@@ -57,13 +57,15 @@ class Generations:
         """Trains a generation from the one before (none: from the labels); its members as teachers of the next."""
         from kdfast.train.loop import distill  # which runs the method that asks for this
 
-        found = []
+        found, rows = [], self.recipe.data
+        if not teachers and getattr(rows, "unlabelled", False):  # of those nobody says anything yet
+            rows = dataclasses.replace(rows, unlabelled=())
         for i, student in enumerate(members):
             out = self.folder / f"generation-{number}" / f"member-{i}"
             recipe = dataclasses.replace(
-                self.recipe, method=self._method(bool(teachers)), phases=(), steps=self._steps, student=self._fixed(student),
-                optimizer=self._optimizer, teacher=None, teachers=tuple(teachers), out=str(out), init_from=None,
-                seed=self.recipe.seed * 1000 + number * 100 + i,
+                self.recipe, method=self._method(bool(teachers)), phases=(), steps=self._steps, data=rows,
+                student=self._fixed(student), optimizer=self._optimizer, teacher=None, teachers=tuple(teachers), out=str(out),
+                init_from=None, seed=self.recipe.seed * 1000 + number * 100 + i,
                 tokenizer=None if self.inputs.tokenizer is None else str(self.inputs.tokenizer),
             )  # fmt: skip
             # Data that the caller brought are in no recipe.

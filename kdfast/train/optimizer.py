@@ -9,6 +9,9 @@ from torch import nn
 
 from kdfast.train.recipe import Optimizer
 
+#: Other orders in which the numbers of a tensor of so many dimensions may lie without gaps.
+_FORMATS = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
+
 
 def make_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     """AdamW over what trains; biases and norms (fewer than two dimensions) do not decay."""
@@ -18,7 +21,14 @@ def make_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "decays": False},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+    fused = all(map(_fuses, trained)) or None
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=fused)
+
+
+def _fuses(parameter: nn.Parameter) -> bool:
+    """Whether torch's fused kernel may have it: on a CPU that walks from the first number on, whatever the strides."""
+    dense = any(parameter.is_contiguous(memory_format=f) for f in (torch.contiguous_format, *_FORMATS.get(parameter.ndim, ())))
+    return dense and parameter.is_floating_point()
 
 
 def set_options(optimizer: torch.optim.Optimizer, options: Optimizer, lr: float) -> None:

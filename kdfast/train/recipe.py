@@ -264,13 +264,14 @@ class Recipe:
             raise ValueError(f"teacher: method {names[0]} has none; leave it out, or set method: word_kd")
         silent = [name for name in names if not recipes.objective_class(name).writes]
         unlabelled = getattr(self.data, "unlabelled", False)
-        if unlabelled and all(recipes.objective_class(name).teacher == "none" for name in names):
+        if unlabelled is True:  # rows without what follows
+            if silent:
+                raise ValueError(
+                    f"data.unlabelled: method {silent[0]} learns from targets only; expected one that has a teacher write them"
+                    " (sequence_kd)"
+                )
+        elif unlabelled and not self.all_teachers and not any(hasattr(p.method.options, "generations") for p in self.parts):
             raise ValueError(f"data.unlabelled: method {names[0]} has no teacher that says anything of those; leave it out")
-        if unlabelled is True and silent:  # rows without what follows, not rows without a class
-            raise ValueError(
-                f"data.unlabelled: method {silent[0]} learns from targets only; expected one that has a teacher write them"
-                " (sequence_kd)"
-            )
         for phase in self.parts:
             wanted = recipes.objective_class(phase.method.name).teacher
             if wanted == "required" and not self.all_teachers:

@@ -22,6 +22,8 @@ from kdfast.train.data import Source, Subset
 from kdfast.train.tasks.classes import ClassTask, check_share, digest_of_tensors, label_name, split
 from kdfast.train.tasks.task import Splits
 
+#: Image files whose content is hashed, spread over a folder.
+_LOOKED_AT = 64
 _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: numpy's name of each type of value in an IDX file.
 _IDX = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -93,7 +95,10 @@ class ImageClassification(ClassTask[Data]):
             validation = self._read(data.validation, "data.validation")
         if self.shape and not self._folders:
             refuse_unused(data, ("size", "channels"), "of IDX files, whose images are as they are, expected none", "data")
-        train, validation = split(train, validation, data.validation_share)
+        if isinstance(train, Images) and train.unlabelled:
+            train, validation = self._split(train, validation)
+        else:
+            train, validation = split(train, validation, data.validation_share)
         if train is not None and data.exclude_labels:
             train = self._excluded(train)
         if train is not None and data.shift:
@@ -117,7 +122,9 @@ class ImageClassification(ClassTask[Data]):
                 labels += [None] * len(images)
         shapes = {images.shape for images in stored}
         if len(shapes) > 1:
-            raise ValueError(f"{key}: expected images of one shape, got {' and '.join(map(str, sorted(shapes)))}")
+            remedy = "; data.size and data.channels say how image files are read" if self._folders else ""
+            where = f"{key} and data.unlabelled" if unlabelled else key
+            raise ValueError(f"{where}: expected images of one shape, got {' and '.join(map(str, sorted(shapes)))}{remedy}")
         if not labels:
             raise ValueError(f"{key}: expected at least one image, got none in {', '.join(paths)}")
         self.shape = shapes.pop()
@@ -143,6 +150,16 @@ class ImageClassification(ClassTask[Data]):
             raise ValueError(f"{key}: expected IDX files, or {what}, got neither in {str(path)!r}")
         self._folders = True
         return [(FolderImages([f for f, _ in files], self.data, key), [name for _, name in files])]
+
+    def _split(self, train: Images, validation: Source | None) -> Splits:
+        """`split` of the rows with a label; the others are all trained on."""
+        counted = train.labels != IGNORE
+        labelled, others = (rows.nonzero().flatten().tolist() for rows in (counted, ~counted))
+        kept, held = split(Subset(train, labelled), validation, self.data.validation_share)
+        rows = [labelled[row] for row in kept.rows] if isinstance(kept, Subset) and kept.source is not train else labelled
+        if held is not None and held is not validation:
+            held = Subset(train, [labelled[row] for row in held.rows])  # type: ignore[attr-defined]
+        return Splits(Subset(train, [*rows, *others]), held)
 
     def _excluded(self, train: Source) -> Source:
         names = [label_name(label) for label in self.data.exclude_labels]
@@ -240,7 +257,10 @@ class FolderImages:
     @property
     def digest(self) -> str:
         names = "\0".join(f"{file.name}:{file.stat().st_size}" for file in self.files)
-        return hashlib.blake2b(f"{names}{self._mode}{self._size}".encode(), digest_size=8).hexdigest()
+        state = hashlib.blake2b(f"{names}{self._mode}{self._size}".encode(), digest_size=8)
+        for file in self.files[:: -(-len(self.files) // _LOOKED_AT)]:  # numbered files of one size may hold anything
+            state.update(file.read_bytes())
+        return state.hexdigest()
 
 
 class _Hidden:
