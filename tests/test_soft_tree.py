@@ -280,6 +280,14 @@ def test_an_explanation_follows_the_likeliest_path(tmp_path: Path) -> None:
     assert lines[0].startswith(f"level 0, node 0: filter says {found.steps[0].gate:+.2f}, goes {way} with probability")
     assert lines[-1].startswith(f"leaf {found.leaf} of 8, reached with probability {found.reached:.3f}: {found.label} (")
     assert str(tree.explain(x[None], names=["cat", "dog", "owl"])) == str(found)
+    first = torch.zeros(8).double()
+    first[0] = 1  # all inputs come to leaf 0: what lies right of the root is said of its leaves alike
+    sides = str(tree.explain(x, names=["cat", "dog", "owl"], shares=first)).splitlines()[0]
+    below = tree.below(first)
+    left, right = (
+        " ".join(n for n, p in zip(("cat", "dog", "owl"), below[i].tolist(), strict=True) if p >= 1 / 3) for i in (1, 2)
+    )
+    assert sides.endswith(f"(left: {left}; right: {right})")
     for saturated in (1e4, -1e4):
         with torch.no_grad():
             tree.bias.fill_(saturated)

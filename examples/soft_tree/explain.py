@@ -31,7 +31,7 @@ def explained(run: Path, images: torch.Tensor, image: int, out: Path, names: lis
     """Writes `tree`, `path` (each as PNG and SVG) and `path.txt` to `out`; the text."""
     tree = load_tree(run)
     shares = tree.reach(images)
-    path = tree.explain(images[image], names)
+    path = tree.explain(images[image], names, shares)
     out.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         tree.save_picture(out / f"tree.{kind}", shares=shares, names=names)
@@ -49,12 +49,16 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=0, help="which of them (default %(default)s)")
     parser.add_argument("--out", type=Path, help="default: the run's folder")
     args = parser.parse_args()
+    if not (args.run / "recipe.yaml").is_file():
+        raise SystemExit(f"run: expected the folder of a run, got {str(args.run)!r}, which has no recipe.yaml")
     data = Recipe.load(args.run / "recipe.yaml").data
     task = ImageClassification(None, type(data)(validation=(str(args.images),), mean=data.mean, std=data.std))
     source = task.open(None, None, args.run, needs_train=False).validation
     assert source is not None
     batch = source.batch(range(len(source)))
     assert batch.labels is not None
+    if not -len(source) <= args.image < len(source):
+        raise SystemExit(f"--image: expected less than {len(source)}, the number of images in {args.images}, got {args.image}")
     print(f"image {args.image}, labelled {task.names[int(batch.labels[args.image])]}")
     print(explained(args.run, batch.by_name["pixel_values"], args.image, args.out or args.run, task.names))
 

@@ -123,12 +123,14 @@ class SoftTree(nn.Module):
         return TreeOutput(logits, gates, log_nodes, log_leaves, log_classes)
 
     @torch.no_grad()
-    def explain(self, x: Tensor, names: Sequence[str] | None = None) -> Explanation:
+    def explain(self, x: Tensor, names: Sequence[str] | None = None, shares: Tensor | None = None) -> Explanation:
         """The path to the likeliest leaf of one input; printed it is text, `save(file)` draws it.
 
         Args:
             x: `[*shape]`, as the tree was trained on (normalised).
             names: of the classes; none: their numbers.
+            shares: `[leaves]`, how many inputs come to each (`reach`): which classes lie on either side of a node is said of
+                those, as in `save_picture`; none: of all leaves alike.
         """
         x = x.to(self.weight.device)
         if x.shape == (1, *self.shape):
@@ -145,7 +147,9 @@ class SoftTree(nn.Module):
             steps.append(Step(node, level, right, gate, taken, math.exp(float(out.log_nodes[0, node]))))
             node = 2 * node + 1 + right
         reached = math.exp(float(out.log_leaves[0, leaf]))
-        return Explanation(self, x.cpu(), tuple(steps), leaf, reached, out.log_classes[leaf].exp().cpu(), self._names(names))
+        return Explanation(
+            self, x.cpu(), tuple(steps), leaf, reached, out.log_classes[leaf].exp().cpu(), self._names(names), shares
+        )
 
     def _names(self, names: Sequence[str] | None) -> tuple[str, ...]:
         found = tuple(map(str, range(self.classes) if names is None else names))
@@ -205,14 +209,15 @@ class Explanation:
     reached: float
     classes: Tensor
     names: tuple[str, ...]
+    shares: Tensor | None = None
 
     @property
     def label(self) -> str:
         return self.names[int(self.classes.argmax())]
 
     def __str__(self) -> str:
-        """The path as text: at each node which classes lie on either side, and where the input goes."""
-        below = self.tree.below().cpu()
+        """The path as text: at each node which classes have their share or more of either side, and where the input goes."""
+        below = self.tree.below(self.shares).cpu()
         lines = []
         for step in self.steps:
             sides = [self.among(below[2 * step.node + side]) for side in (1, 2)]

@@ -91,7 +91,7 @@ def save_path(path: Explanation, file: str | os.PathLike[str]) -> None:
     """Draws the input, the filters it meets with what each makes of it (filter * input), and the leaf it comes to."""
     kind = _kind(file)
     tree, steps = path.tree, path.steps
-    below, filters = tree.below().cpu(), tree.weight.detach().float().cpu()
+    below, filters = tree.below(path.shares).cpu(), tree.weight.detach().float().cpu()
     columns = len(steps) + 2
     figure = _figure(1.25 * columns, 3.6)
     boxes = figure.subplots(2, columns, gridspec_kw={"left": 0.01, "right": 0.99, "top": 0.8, "bottom": 0.14, "wspace": 0.12})

@@ -271,7 +271,9 @@ class Recipe:
                     " (sequence_kd)"
                 )
         elif unlabelled and not self.all_teachers and not any(hasattr(p.method.options, "generations") for p in self.parts):
-            raise ValueError(f"data.unlabelled: method {names[0]} has no teacher that says anything of those; leave it out")
+            raise ValueError(
+                f"data.unlabelled: expected none, as method {names[0]} has no teacher here to say what they are; add one"
+            )
         for phase in self.parts:
             wanted = recipes.objective_class(phase.method.name).teacher
             if wanted == "required" and not self.all_teachers:
