@@ -280,6 +280,9 @@ def main(argv: list[str]) -> int:
     wanted = [call for call in calls() if not args.calls or any(word in call.name for word in args.calls)]
     if args.launch:
         return 1 if checked_calls(wanted, check, trace=bool(args.calls)) else 0
+    if not torch.cuda.is_available():
+        print("bench smoke: torch sees no CUDA device; --launch compiles what would be launched, with no GPU", file=sys.stderr)
+        return 2
     part, parts = map(int, args.part.split("/"))
     failed = 0
     for call in wanted[part::parts]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kdfast
-from bench import launch, launch_lint, stand_in
+from bench import launch, launch_lint, smoke, stand_in
 from kdfast.options import Head, RowOptions
 
 triton = pytest.importorskip("triton")
@@ -199,3 +199,9 @@ def test_a_name_that_no_gpu_test_has() -> None:
     found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert found.returncode == 1
     assert found.stderr.strip().splitlines()[-1] == "aot: --kernel: expected part of a GPU test's name, got 'no such test'"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_smoke_calls_say_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert smoke.main([]) == 2
+    assert capsys.readouterr().err.startswith("bench smoke: torch sees no CUDA device; --launch ")
