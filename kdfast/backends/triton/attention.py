@@ -82,7 +82,16 @@ def _tiled(
     grad_k = torch.empty(k_s.shape if need_grad else (0,), dtype=grad_dtype, device=k_s.device)
     older = before_hopper(q_s.device)
     by_queries, by_keys = (
-        attention_tiles.launch(ds, dt, q_s.dtype, keys, rows * triton.cdiv(length, 128), older, key_mask is not None)
+        attention_tiles.launch(
+            ds,
+            dt,
+            q_s.dtype,
+            keys,
+            rows * triton.cdiv(length, 128),
+            older,
+            key_mask is not None,
+            options.kind == ATTENTION_KINDS[0],
+        )
         for keys, rows, length in ((False, batch * heads, lq), (True, batch * k_s.shape[1], lk))
     )
     flags = attention_tiles.flags(

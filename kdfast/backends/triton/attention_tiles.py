@@ -41,13 +41,15 @@ class Launch:
 
 
 def launch(
-    ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 1 << 30, older: bool = False, key_mask: bool = False
-) -> Launch:
+    ds: int, dt: int, dtype: torch.dtype, of_keys: bool, programs: int = 1 << 30, older: bool = False, key_mask: bool = False,
+    scores: bool = False,
+) -> Launch:  # fmt: skip
     """Size of the programs of either walk: the largest that hold their tiles in registers, and halves of them where `programs`
     (blocks of 128) would leave multiprocessors idle. A pure function of its arguments.
 
     `older`: than Hopper, whose warp groups multiply out of shared memory. Before it both sides of a product are registers' too.
-    `key_mask`: of a length that nothing divides, it takes the few registers that a tile of 32 keys leaves.
+    `key_mask`: of a length that nothing divides, it takes the few registers that a tile of 32 keys leaves. `scores`: neither
+    probabilities nor KL; in their keys' walk the compiler keeps more tiles at once.
     """
     widest = max(padded(ds), padded(dt))
     if dtype == torch.float32:
@@ -55,11 +57,15 @@ def launch(
             return Launch(16, 16, 8, 1)
         if older:
             return Launch(16, 16, 8, 1) if of_keys else Launch(16, 32, 4, 1)
-        return Launch(32, 32, 8, 1) if of_keys else Launch(64, 16 if key_mask and widest > 32 else 32, 4, 1)
+        if of_keys:
+            return Launch(16 if scores and widest > 32 else 32, 16 if scores or widest <= 32 else 32, 8, 1)
+        return Launch(64, 16 if key_mask and widest > 32 else 32, 4, 1)
     if older and widest <= 128 and (widest <= 64 or not of_keys):
         return Launch(128, 16 if of_keys else 32, 8, 3) if widest <= 64 else Launch(64, 16, 8, 2)
     if widest <= 64:
-        return Launch(128, 64, 8, 3) if programs >= 2 * 132 else Launch(64, 64, 4, 3)
+        if programs >= 2 * 132:
+            return Launch(128, 64, 8, 3)
+        return Launch(64, 32 if of_keys and dtype == torch.float16 else 64, 4, 3)
     other = 32 if widest <= 128 else 16
     return Launch(32, other, 4, 1) if of_keys else Launch(64, other, 4, 2 if other == 32 else 1)
 
