@@ -219,14 +219,16 @@ def _attention_cases() -> Iterator[Case]:
         for programs, masks in variants:
             flags = tiles.flags(kind, ds, dt, dtype, masks, masks, masks)
             by_queries, by_keys = (
-                tiles.launch(ds, dt, dtype, keys, programs, False, masks, not kind) for keys in (False, True)
+                tiles.launch(ds, dt, dtype, keys, programs, older=False, key_mask=masks, scores=kind == 0)
+                for keys in (False, True)
             )
             few = " few" if programs == 1 else ""
             label = f"{name} D={ds},{dt} {('scores', 'probs', 'kl')[kind]}{few}{'' if masks else ' no masks'}"
             kernels = attention_wide if dtype == torch.float32 else attention_half
             was = {"PRECISION": tiles.flags(kind, ds, dt, dtype, masks, masks, masks, older=True)["PRECISION"]}
             was_queries, was_keys = (
-                tiles.launch(ds, dt, dtype, keys, programs, True, masks, not kind) for keys in (False, True)
+                tiles.launch(ds, dt, dtype, keys, programs, older=True, key_mask=masks, scores=kind == 0)
+                for keys in (False, True)
             )
             queries = {**flags, **by_queries.of_queries, "GRAD": True}
             older = ({**was, **was_queries.of_queries}, was_queries.options)

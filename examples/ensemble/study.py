@@ -13,7 +13,6 @@ on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -30,7 +29,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent / "word_kd"), str(HERE.parent / "lstm")]
 
-from text_runs import SEEDS, THIRD, Piece, Study, Text, perplexities, picture, seed_of, spread, table  # noqa: E402
+from text_runs import THIRD, Piece, Study, Text, command, perplexities, picture, spread, table  # noqa: E402
 
 from kdfast import files  # noqa: E402
 from kdfast.models.ensemble import Ensemble  # noqa: E402
@@ -199,17 +198,7 @@ class Generations:
 
 
 def main(words: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument(
-        "--corpus", type=Path, default=Path("corpus"), help="made by ../word_kd/prepare.py, now if it is not there"
-    )
-    parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
-    parser.add_argument("--small", action="store_true", help="the same road in seconds")
-    args = parser.parse_args(words)
-    scale = SMALL if args.small else Scale()
-    Generations(Study(args.out, args.corpus, scale.text, scale.changes, say), scale, args.seeds).run()
-    say((args.out / "study.md").read_text(encoding="utf-8"))
+    command(__doc__ or "", "runs/study", (Scale(), SMALL), Generations, words, say)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ road in seconds, too small for a claim.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "word_kd"))
 
-from text_runs import SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, seed_of, spread, table  # noqa: E402
+from text_runs import THIRD, Piece, Study, Text, command, label_perplexities, perplexities, picture, spread, table  # noqa: E402
 
 from kdfast import files  # noqa: E402
 from kdfast.cache import CacheReader, CacheWriter, capture  # noqa: E402
@@ -242,17 +241,7 @@ class LSTMStudy:
 
 
 def main(words: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument(
-        "--corpus", type=Path, default=Path("corpus"), help="made by ../word_kd/prepare.py, now if it is not there"
-    )
-    parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
-    parser.add_argument("--small", action="store_true", help="the same road in seconds")
-    args = parser.parse_args(words)
-    scale = SMALL if args.small else Scale()
-    LSTMStudy(Study(args.out, args.corpus, scale.text, scale.changes, say), scale, args.seeds).run()
-    say((args.out / "study.md").read_text(encoding="utf-8"))
+    command(__doc__ or "", "runs/study", (Scale(), SMALL), LSTMStudy, words, say)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,29 @@ class Study:
         return [row for row in files.read_lines(file) if "validation_ppl" in row] if file.is_file() else []
 
 
+def command(
+    description: str, out: str, scales: tuple[Any, Any], made: Callable[[Study, Any, list[int]], Any],
+    words: Sequence[str] | None, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """The command line of a study.
+
+    Args:
+        description: its first line is printed. out: the default folder. scales: of the study and of `--small`; each has the
+            `text` and the `changes` of a `Study`. made: from that, the scale and the seeds, what is `run()`.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("corpus"), help="made by word_kd's prepare.py, now if it is not there"
+    )
+    parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
+    parser.add_argument("--small", action="store_true", help="the same road in seconds")
+    args = parser.parse_args(words)
+    scale = scales[args.small]
+    made(Study(args.out, args.corpus, scale.text, scale.changes, say), scale, args.seeds).run()
+    say((args.out / "study.md").read_text(encoding="utf-8"))
+
+
 def _split(corpus: Path, parts: dict[str, Path], text: Text) -> None:
     """Copies the files of each part; what `prepare.py` holds out is half for validation and half for the test."""
     train = split_files(list_files([corpus / "train"], "*.py"), [text.share], SPLIT_SEED)[0]

@@ -13,17 +13,15 @@ was.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from text_runs import HERE, SEEDS, THIRD, Piece, Study, Text, label_perplexities, perplexities, picture, seed_of, spread, table
+from text_runs import HERE, THIRD, Piece, Study, Text, command, label_perplexities, perplexities, picture, spread, table
 
 from kdfast import files
 from kdfast.cache import build
@@ -221,15 +219,7 @@ def reached(curve: Sequence[dict[str, float]], nll: float) -> dict[str, float] |
 
 
 def main(words: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/warm_start"))
-    parser.add_argument("--corpus", type=Path, default=Path("corpus"), help="made by prepare.py, now if it is not there")
-    parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
-    parser.add_argument("--small", action="store_true", help="the same road in seconds")
-    args = parser.parse_args(words)
-    scale = SMALL if args.small else Scale()
-    WarmStart(Study(args.out, args.corpus, scale.text, scale.changes, say), scale, args.seeds).run()
-    say((args.out / "study.md").read_text(encoding="utf-8"))
+    command(__doc__ or "", "runs/warm_start", (Scale(), SMALL), WarmStart, words, say)
 
 
 if __name__ == "__main__":

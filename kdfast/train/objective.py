@@ -62,6 +62,8 @@ class Objective(nn.Module):
     teacher: ClassVar[str] = "required"
     #: Whether `prepare` has the teachers write targets, for rows without one (`data.unlabelled`).
     writes: ClassVar[bool] = False
+    #: Its own students teach the next ones, with a teacher or without.
+    students_teach: ClassVar[bool] = False
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__()

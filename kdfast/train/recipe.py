@@ -270,7 +270,7 @@ class Recipe:
                     f"data.unlabelled: method {silent[0]} learns from targets only; expected one that has a teacher write them"
                     " (sequence_kd)"
                 )
-        elif unlabelled and not self.all_teachers and not any(hasattr(p.method.options, "generations") for p in self.parts):
+        elif unlabelled and not self.all_teachers and not any(recipes.objective_class(name).students_teach for name in names):
             raise ValueError(
                 f"data.unlabelled: expected none, as method {names[0]} has no teacher here to say what they are; add one"
             )

@@ -83,17 +83,11 @@ def _tiled(
     older = before_hopper(q_s.device)
     by_queries, by_keys = (
         attention_tiles.launch(
-            ds,
-            dt,
-            q_s.dtype,
-            keys,
-            rows * triton.cdiv(length, 128),
-            older,
-            key_mask is not None,
-            options.kind == ATTENTION_KINDS[0],
+            ds, dt, q_s.dtype, keys, rows * triton.cdiv(length, 128), older, key_mask=key_mask is not None,
+            scores=options.kind == "scores",
         )
         for keys, rows, length in ((False, batch * heads, lq), (True, batch * k_s.shape[1], lk))
-    )
+    )  # fmt: skip
     flags = attention_tiles.flags(
         ATTENTION_KINDS.index(options.kind), ds, dt, q_s.dtype, query_mask is not None, key_mask is not None, options.causal,
         q_s.is_cuda, older,

@@ -85,6 +85,20 @@ def basis_tile(
 
 
 @triton.jit
+def unmasked(
+    query_mask_ptr, key_mask_ptr, batch, positions, counts, of_queries, lq, lk, QUERY_MASK: tl.constexpr, KEY_MASK: tl.constexpr
+):
+    """Which of `counts` the mask of their side, queries or keys, leaves."""
+    if QUERY_MASK:
+        masked = positions < tl.where(of_queries, lq, 0)
+        counts = counts & (tl.load(query_mask_ptr + batch * lq + positions, mask=masked, other=1) != 0)
+    if KEY_MASK:
+        masked = positions < tl.where(of_queries, 0, lk)
+        counts = counts & (tl.load(key_mask_ptr + batch * lk + positions, mask=masked, other=1) != 0)
+    return counts
+
+
+@triton.jit
 def gram_kernel(
     q_s_ptr, k_s_ptr, q_t_ptr, k_t_ptr, query_mask_ptr, key_mask_ptr, partial_ptr,
     q_s_batch, q_s_head, q_s_row, k_s_batch, k_s_head, k_s_row, q_t_batch, q_t_head, q_t_row, k_t_batch, k_t_head, k_t_row,
@@ -114,13 +128,9 @@ def gram_kernel(
     total = tl.zeros([TILE, TILE], tl.float64 if WIDE else tl.float32)
     for begin in range(part * rows, tl.minimum((part + 1) * rows, length), STEP):
         positions = begin + tl.arange(0, STEP)
-        counts = positions < length
-        if QUERY_MASK:
-            masked = positions < tl.where(of_queries, lq, 0)
-            counts = counts & (tl.load(query_mask_ptr + batch * lq + positions, mask=masked, other=1) != 0)
-        if KEY_MASK:
-            masked = positions < tl.where(of_queries, 0, lk)
-            counts = counts & (tl.load(key_mask_ptr + batch * lk + positions, mask=masked, other=1) != 0)
+        counts = unmasked(
+            query_mask_ptr, key_mask_ptr, batch, positions, positions < length, of_queries, lq, lk, QUERY_MASK, KEY_MASK
+        )
         x = basis_tile(s_ptr, t_ptr, s_row, t_row, positions, counts, i, size_s, size_t, of_queries, ratio, ratio_rest,
                        DIFFERENCE, UNIT, WIDE, TILE)  # fmt: skip
         y = basis_tile(s_ptr, t_ptr, s_row, t_row, positions, counts, j, size_s, size_t, of_queries, ratio, ratio_rest,
@@ -220,13 +230,7 @@ def gradients_kernel(
             by = tl.load(by_ptr + at * (halves * TILE) + j * TILE + tl.arange(0, TILE)[None, :])
             total += tl.dot(x, by, input_precision=PRECISION, out_dtype=tl.float64 if WIDE else tl.float32)
         # A row is of its own position alone: masked at its end, no mask lives through the loop.
-        counts = inside
-        if QUERY_MASK:
-            masked = positions < tl.where(of_queries, lq, 0)
-            counts = counts & (tl.load(query_mask_ptr + batch * lq + positions, mask=masked, other=1) != 0)
-        if KEY_MASK:
-            masked = positions < tl.where(of_queries, 0, lk)
-            counts = counts & (tl.load(key_mask_ptr + batch * lk + positions, mask=masked, other=1) != 0)
+        counts = unmasked(query_mask_ptr, key_mask_ptr, batch, positions, inside, of_queries, lq, lk, QUERY_MASK, KEY_MASK)
         columns = j * TILE + tl.arange(0, TILE)[None, :]
         at = (own.to(tl.int64) * length + positions)[:, None] * size_s + columns
         total = tl.where(counts[:, None], total, 0.0)

@@ -35,6 +35,7 @@ class BornAgainOptions(WordKDOptions):
 class BornAgain(WordKD):
     Options = BornAgainOptions
     teacher = "optional"
+    students_teach = True
 
     def __init__(self, options: BornAgainOptions, setting: Setting) -> None:
         super().__init__(options, setting)

@@ -45,6 +45,7 @@ class EnsembleOptions(WordKDOptions):
 class EnsembleKD(WordKD):
     Options = EnsembleOptions
     teacher = "optional"
+    students_teach = True
 
     def __init__(self, options: EnsembleOptions, setting: Setting) -> None:
         super().__init__(options, setting)

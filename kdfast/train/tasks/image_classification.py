@@ -95,10 +95,12 @@ class ImageClassification(ClassTask[Data]):
             validation = self._read(data.validation, "data.validation")
         if self.shape and not self._folders:
             refuse_unused(data, ("size", "channels"), "of IDX files, whose images are as they are, expected none", "data")
-        if isinstance(train, Images) and train.unlabelled:
-            train, validation = self._split(train, validation)
-        else:
-            train, validation = split(train, validation, data.validation_share)
+        images = train
+        train, validation = split(train, validation, data.validation_share)
+        if isinstance(images, Images) and isinstance(validation, Subset):  # rows without a class are all trained on
+            shown = [row for row in validation.rows if images.labels[row] != IGNORE]
+            train = Subset(images, sorted({*range(len(images))} - {*shown}))
+            validation = Subset(images, shown) if shown else None
         if train is not None and data.exclude_labels:
             train = self._excluded(train)
         if train is not None and data.shift:
@@ -150,16 +152,6 @@ class ImageClassification(ClassTask[Data]):
             raise ValueError(f"{key}: expected IDX files, or {what}, got neither in {str(path)!r}")
         self._folders = True
         return [(FolderImages([f for f, _ in files], self.data, key), [name for _, name in files])]
-
-    def _split(self, train: Images, validation: Source | None) -> Splits:
-        """`split` of the rows with a label; the others are all trained on."""
-        counted = train.labels != IGNORE
-        labelled, others = (rows.nonzero().flatten().tolist() for rows in (counted, ~counted))
-        kept, held = split(Subset(train, labelled), validation, self.data.validation_share)
-        rows = [labelled[row] for row in kept.rows] if isinstance(kept, Subset) and kept.source is not train else labelled
-        if held is not None and held is not validation:
-            held = Subset(train, [labelled[row] for row in held.rows])  # type: ignore[attr-defined]
-        return Splits(Subset(train, [*rows, *others]), held)
 
     def _excluded(self, train: Source) -> Source:
         names = [label_name(label) for label in self.data.exclude_labels]
