@@ -3,9 +3,10 @@
 python study.py --data MULTI30K --out runs/study [--seeds 1 2 3] [--only plain word sequence] [--small]
 
 Everything lands under OUT: the runs, the hypotheses, the cache, `study.json` (one entry for each finished piece), `study.md`
-(the table) and `curves.png`. Stopped or killed and started again it goes on where it was. Every way gets as many steps, and as
-many tries at its learning rate and weights: short runs of seed 0, chosen by greedy BLEU on the validation set. Test figures are
-looked at by nobody but the table. `--small` is the same road in minutes, too small for a claim.
+(the table) and `curves.png`. Stopped or killed and started again it goes on where it was; once the teacher is there, two may
+run at once in one folder, each with ways of its own. Every way gets as many steps, and as many tries at its learning rate and
+weights: short runs of seed 0, chosen by greedy BLEU on the validation set. Test figures are looked at by nobody but the table.
+`--small` is the same road in minutes, too small for a claim.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Scale:
     """Sizes; `changes` are made to every recipe."""
 
     pairs: int = 29000
-    teacher_steps: int = 8000
+    teacher_steps: int = 6000
     steps: int = 3000
     tuning_steps: int = 1500
     scored: int = 1000
@@ -74,8 +75,12 @@ SMOOTHED = tries("method.label_smoothing=0.0", "method.label_smoothing=0.1")
 HALF, UNLABELLED = "data.train=corpus/half.jsonl", "data.train=corpus/half_unlabelled.jsonl"
 WAYS = {
     "plain": Way(LABELS, SMOOTHED),
-    "word": Way(("method={name: word_kd}",), tries("method.hard_weight=0.0", "method.hard_weight=0.5")),
-    "word_cached": Way(("method={name: word_kd}", "teacher={cache: cache}", "data.train=[]"), like="word"),
+    # Chosen from the cache, whose steps cost half of those beside the teacher.
+    "word_cached": Way(
+        ("method={name: word_kd}", "teacher={cache: cache}", "data.train=[]"),
+        tries("method.hard_weight=0.0", "method.hard_weight=0.5"),
+    ),
+    "word": Way(("method={name: word_kd}",), like="word_cached"),
     "sequence": Way((), SMOOTHED),
     "sequence_nbest": Way(("method.nbest=5",), like="sequence"),
     "sequence_word": Way((), tries("method.soft_weight=0.5", "method.soft_weight=1.0")),
@@ -93,14 +98,18 @@ class Study:
     def __init__(self, scale: Scale, seeds: Sequence[int], ways: Sequence[str], say: Callable[[str], None] = print) -> None:
         self.scale, self.seeds, self.ways, self.say = scale, list(seeds), list(ways), say
         self.file = Path("study.json")
-        self.kept: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Every piece that is done, by whichever of the studies in this folder."""
+        return dict(json.loads(self.file.read_text())) if self.file.is_file() else {}
 
     def once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `work` returned when this piece was done, now or before."""
         if name not in self.kept:
             began = time.perf_counter()
-            self.kept[name] = {**work(), "whole_s": round(time.perf_counter() - began, 1)}
-            files.write_json(self.file, self.kept)
+            found = {**work(), "whole_s": round(time.perf_counter() - began, 1)}
+            files.write_json(self.file, {**self.kept, name: found})
         return dict(self.kept[name])
 
     def run(self) -> None:
@@ -118,8 +127,9 @@ class Study:
 
     def time_left(self, pieces: Sequence[tuple[str, int]]) -> str:
         """By the step time of the students that are done."""
-        done = [(WAYS[n].longer, self.kept[f"{n} {s}"]["whole_s"]) for n, s in pieces if f"{n} {s}" in self.kept]
-        open_ = [WAYS[n].longer for n, s in pieces if f"{n} {s}" not in self.kept]
+        kept = self.kept
+        done = [(WAYS[n].longer, kept[f"{n} {s}"]["whole_s"]) for n, s in pieces if f"{n} {s}" in kept]
+        open_ = [WAYS[n].longer for n, s in pieces if f"{n} {s}" not in kept]
         if not done:
             return f"{len(open_)} students to go"
         each = sum(s for _, s in done) / sum(length for length, _ in done)
@@ -177,8 +187,9 @@ class Study:
             "| | greedy | beam 5 | beam - greedy | validation greedy | sentences/s greedy, beam 5 | minutes |",
             "|" + "---|" * 7,
         ]
-        groups = {"teacher": [self.kept["teacher"]]}
-        groups |= {name: [self.kept[f"{name} {s}"] for s in self.seeds if f"{name} {s}" in self.kept] for name in self.ways}
+        kept = self.kept
+        groups = {"teacher": [kept["teacher"]]}
+        groups |= {name: [kept[f"{name} {s}"] for s in self.seeds if f"{name} {s}" in kept] for name in WAYS}
         for name, found in groups.items():
             if found:
                 gap = [x["test_beam5"] - x["test_greedy"] for x in found]
@@ -186,7 +197,7 @@ class Study:
                 columns = [spread([x[key] for x in found]) for key in ("test_greedy", "test_beam5")]
                 columns += [spread(gap), spread([x["validation_greedy"] for x in found]), speed]
                 rows.append(f"| {name} | {' | '.join(columns)} | {statistics.mean(x['seconds'] for x in found) / 60:.1f} |")
-        choices = [f"- {key.removeprefix('choice ')}: {', '.join(value['settings'])}" for key, value in self.kept.items()
+        choices = [f"- {key.removeprefix('choice ')}: {', '.join(value['settings'])}" for key, value in kept.items()
                    if key.startswith("choice ")]  # fmt: skip
         files.write_text("study.md", "\n".join([*rows, "", "Chosen on validation:", "", *choices]) + "\n")
         self.draw()
@@ -194,12 +205,12 @@ class Study:
     def draw(self) -> None:
         plt = need("matplotlib.pyplot", extra="train", what="curves.png")
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for name in self.ways:
+        for number, name in enumerate(WAYS):
             for i, seed in enumerate(self.seeds):
                 rows = files.read_lines(f"students/{name}-{seed}/metrics.jsonl")
                 points = [(row["step"], row["validation_ppl"]) for row in rows if "validation_ppl" in row]
                 if points:
-                    axes.plot(*zip(*points, strict=True), color=f"C{self.ways.index(name) % 10}", label="" if i else name)
+                    axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", label="" if i else name)
         axes.set(xlabel="steps", ylabel="validation perplexity of the gold translations", yscale="log")
         axes.legend(fontsize=8)
         with files.written("curves.png") as part:
