@@ -122,7 +122,7 @@ def reviews() -> dict[str, Run]:
     for domain in DOMAINS:
         own = {"train": files(domain), "validation": files(domain, part="validation")}
         # As many times over its own rows.
-        teachers[f"single_teacher-{domain}"] = {**plain, "data": own, "steps": 150, "eval_every": 50}
+        teachers[f"single_teacher-{domain}"] = {**plain, "data": own, "steps": 100, "eval_every": 50}
     # Of the domain that some of them never saw.
     test = files("electronics", part="test")[0]
     found = {

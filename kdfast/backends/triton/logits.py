@@ -157,6 +157,8 @@ class Flags:
         if self.mixed and (self.teachers > 2 or self.parts):
             return 2
         against_mixture = divergence.JSD.value <= self.kind <= divergence.SKEW_REVERSE_KL.value
+        if against_mixture and self.parts and self.student_head and self.teacher_head:
+            return 2
         return int(self.parts or self.teachers > 1 or against_mixture)
 
 
