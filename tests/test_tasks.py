@@ -110,6 +110,22 @@ def test_a_text_classifier_learns_and_its_student_too(tokenizer: Path, tmp_path:
     assert {"kl_at_T", "hard", "top1_agreement"} <= first.keys()
 
 
+def test_rows_without_a_label_are_not_held_out(tokenizer: Path, tmp_path: Path) -> None:
+    """Nothing could be measured on them; the rows that have one are drawn as they are without the others."""
+    table = {"train": str(write_table(tmp_path / "some.tsv", True, unlabelled=30)), "validation_share": 0.3}
+    text = opened(tokenizer, "sequence_classification", table)[1]
+    (tmp_path / "tags.conll").write_text("\n".join(f"good B-A\n{'bad O' if i % 2 else 'bad'}\n\nword\n" for i in range(60)))
+    columns = {"train": str(tmp_path / "tags.conll"), "validation_share": 0.3}
+    words = opened(tokenizer, "token_classification", columns)[1]
+    for splits in (text, words):
+        rows = splits.train.source
+        held = hold_out(rows, 0.3)[1].rows
+        assert splits.validation.rows == [row for row in held if rows.labelled[row]] != held
+        assert sorted([*splits.train.rows, *splits.validation.rows]) == list(range(len(rows)))
+    labels = words.validation.batch(range(len(words.validation))).labels
+    assert bool((labels >= 0).any(1).all())
+
+
 def test_a_pair_is_marked_cut_and_padded(tokenizer: Path, tmp_path: Path) -> None:
     file = write_table(tmp_path / "pairs.tsv", True, pair=True)
     data = {"train": str(file), "text_pair": "other", "max_length": 14, "validation_share": 0.0}

@@ -104,9 +104,10 @@ def sizes_of(source: Source) -> list[np.ndarray]:
     return found
 
 
-def hold_out(train: Source, share: float) -> tuple[Source, Source]:
-    """A source without a share of its rows, and these, which of a few rows may be none."""
-    held = [share_of(str(i), SPLIT_SEED) < share for i in range(len(train))]
+def hold_out(train: Source, share: float, among: Sequence[bool] | None = None) -> tuple[Source, Source]:
+    """A source without a share of its rows, and these, which of a few rows may be none; `among`: of each row whether it may be
+    held out."""
+    held = [(among is None or among[i]) and share_of(str(i), SPLIT_SEED) < share for i in range(len(train))]
     kept, out = ([i for i, drawn in enumerate(held) if drawn is which] for which in (False, True))
     return Subset(train, kept), Subset(train, out)
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -141,11 +141,18 @@ def check_share(data: Any) -> None:
         refuse_unused(data, ("validation_share",), f"beside {named} expected none")
 
 
-def split(train: Source | None, validation: Source | None, share: float) -> Splits:
-    """The same, with a seeded share of the training rows held out where there are no validation rows."""
+class Labelled(Source, Protocol):
+    """Rows, some of which may have no label at all: `labelled` `[N]` says which have."""
+
+    labelled: Tensor
+
+
+def split(train: Labelled | None, validation: Source | None, share: float) -> Splits:
+    """The same, with a seeded share of the training rows held out where there are no validation rows; those without a label,
+    on which nothing can be measured, are all trained on."""
     if train is None or validation is not None or not share:
         return Splits(train, validation)
-    kept, held = hold_out(train, share)
+    kept, held = hold_out(train, share, train.labelled.tolist())
     return Splits(kept, held if len(held) else None)
 
 

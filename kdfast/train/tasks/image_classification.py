@@ -85,22 +85,17 @@ class ImageClassification(ClassTask[Data]):
 
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
         data = self.data
-        train: Source | None = None
+        images: Images | None = None
         validation: Source | None = None
         if needs_train:
             if not data.train:
                 raise ValueError("data.train: expected files or folders, got none; add data.train to the recipe")
-            train = self._read(data.train, "data.train", data.unlabelled)
+            images = self._read(data.train, "data.train", data.unlabelled)
         if data.validation:
             validation = self._read(data.validation, "data.validation")
         if self.shape and not self._folders:
             refuse_unused(data, ("size", "channels"), "of IDX files, whose images are as they are, expected none", "data")
-        images = train
-        train, validation = split(train, validation, data.validation_share)
-        if isinstance(images, Images) and isinstance(validation, Subset):  # rows without a class are all trained on
-            shown = [row for row in validation.rows if images.labels[row] != IGNORE]
-            train = Subset(images, sorted({*range(len(images))} - {*shown}))
-            validation = Subset(images, shown) if shown else None
+        train, validation = split(images, validation, data.validation_share)
         if train is not None and data.exclude_labels:
             train = self._excluded(train)
         if train is not None and data.shift:
@@ -174,7 +169,8 @@ class Images:
         self, stored: Sequence[IdxImages | FolderImages], labels: Tensor, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self.stored, self.labels = list(stored), labels
-        self.unlabelled = bool((labels == IGNORE).any())
+        self.labelled = labels != IGNORE
+        self.unlabelled = not bool(self.labelled.all())
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self._places = [(part, i) for part in self.stored for i in range(len(part))]
 

@@ -153,7 +153,8 @@ class Texts:
     ) -> None:  # fmt: skip
         self.ends = torch.tensor([0, *itertools.accumulate(map(len, ids))])
         self.ids, self.types, self.labels, self.pad_id = torch.cat(ids), torch.cat(types), labels, pad_id
-        self.unlabelled, self.domains = bool((labels == IGNORE).any()), domains
+        self.labelled, self.domains = labels != IGNORE, domains
+        self.unlabelled = not bool(self.labelled.all())
 
     def __len__(self) -> int:
         return len(self.labels)

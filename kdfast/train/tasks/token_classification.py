@@ -160,6 +160,8 @@ class Words:
         self.labels = torch.full((len(self.ids),), IGNORE)
         self.labels[self.firsts] = labels
         self.unlabelled = bool((labels == IGNORE).any())
+        tagged = torch.cat([torch.zeros(1, dtype=torch.int64), (self.labels != IGNORE).cumsum(0)])
+        self.labelled = tagged[self.ends].diff() > 0
 
     def __len__(self) -> int:
         return len(self.ends) - 1
