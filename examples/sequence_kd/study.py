@@ -59,31 +59,28 @@ SMALL = Scale(
 
 @dataclass(frozen=True)
 class Way:
-    """How a student is trained: overrides of `recipe.yaml`, tries to choose from, and whose choice is taken instead."""
+    """How a student is trained: overrides of `recipe.yaml`, two settings to choose from, and whose choice is taken instead."""
 
     overrides: tuple[str, ...]
-    tries: tuple[tuple[str, ...], ...] = ()
+    settings: tuple[str, ...] = ()
     like: str | None = None
     longer: int = 1
 
 
-def tries(*own: str) -> tuple[tuple[str, ...], ...]:
-    return tuple((f"optimizer.lr={lr}", setting) for lr in ("2.0e-3", "4.0e-3") for setting in own)
-
-
-SMOOTHED = tries("method.label_smoothing=0.0", "method.label_smoothing=0.1")
+RATES = ("2.0e-3", "4.0e-3", "8.0e-3")
+SMOOTHED = ("method.label_smoothing=0.0", "method.label_smoothing=0.1")
 HALF, UNLABELLED = "data.train=corpus/half.jsonl", "data.train=corpus/half_unlabelled.jsonl"
 WAYS = {
     "plain": Way(LABELS, SMOOTHED),
     # Chosen from the cache, whose steps cost half of those beside the teacher.
     "word_cached": Way(
         ("method={name: word_kd}", "teacher={cache: cache}", "data.train=[]"),
-        tries("method.hard_weight=0.0", "method.hard_weight=0.5"),
+        ("method.hard_weight=0.0", "method.hard_weight=0.5"),
     ),
     "word": Way(("method={name: word_kd}",), like="word_cached"),
     "sequence": Way((), SMOOTHED),
     "sequence_nbest": Way(("method.nbest=5",), like="sequence"),
-    "sequence_word": Way((), tries("method.soft_weight=0.5", "method.soft_weight=1.0")),
+    "sequence_word": Way((), ("method.soft_weight=0.5", "method.soft_weight=1.0")),
     "interpolation": Way(("method.interpolation=true",), SMOOTHED),
     "plain_longer": Way(LABELS, like="plain", longer=3),
     "half_plain": Way((*LABELS, HALF), like="plain"),
@@ -147,16 +144,23 @@ class Study:
         return {"bytes_per_token": built.info.bytes_per_token, "tokens": built.info.tokens}
 
     def choose(self, name: str) -> dict[str, Any]:
-        found = {}
-        for i, settings in enumerate(WAYS[name].tries):
-            key = f"try {i} of {name}"
-            found[", ".join(settings)] = self.once(key, lambda i=i, s=settings: self.try_(name, i, s))["validation_greedy"]
-            self.say(f"{name}, {', '.join(settings)}: validation {found[', '.join(settings)]:.2f} greedy")
-        best = max(found, key=lambda settings: found[settings])
-        return {"settings": best.split(", "), "tries": found}
+        """Three rates with the first setting, then the second setting at the best of them."""
+        first, second = WAYS[name].settings
+        found = {lr: self.tried(name, lr, first) for lr in RATES}
+        lr = max(found, key=lambda lr: found[lr])
+        other = self.tried(name, lr, second)
+        tries = {f"{rate}, {first}": bleu for rate, bleu in found.items()} | {f"{lr}, {second}": other}
+        return {"settings": [f"optimizer.lr={lr}", second if other > found[lr] else first], "tries": tries}
 
-    def try_(self, name: str, number: int, settings: Sequence[str]) -> dict[str, Any]:
-        out = self.train(name, 0, settings, self.scale.tuning_steps, f"tries/{name}-{number}")
+    def tried(self, name: str, lr: str, setting: str) -> float:
+        """Greedy BLEU on the validation set."""
+        settings = [f"optimizer.lr={lr}", setting]
+        bleu = self.once(f"try of {name}: {' '.join(settings)}", lambda: self.try_(name, settings))["validation_greedy"]
+        self.say(f"{name}, {', '.join(settings)}: validation {bleu:.2f} greedy")
+        return float(bleu)
+
+    def try_(self, name: str, settings: Sequence[str]) -> dict[str, Any]:
+        out = self.train(name, 0, settings, self.scale.tuning_steps, f"tries/{name}-{'-'.join(settings)}")
         return self.scores(out / "model", test=False)
 
     def student(self, name: str, seed: int) -> dict[str, Any]:
@@ -197,8 +201,10 @@ class Study:
                 columns = [spread([x[key] for x in found]) for key in ("test_greedy", "test_beam5")]
                 columns += [spread(gap), spread([x["validation_greedy"] for x in found]), speed]
                 rows.append(f"| {name} | {' | '.join(columns)} | {statistics.mean(x['seconds'] for x in found) / 60:.1f} |")
-        choices = [f"- {key.removeprefix('choice ')}: {', '.join(value['settings'])}" for key, value in kept.items()
-                   if key.startswith("choice ")]  # fmt: skip
+        choices = []
+        for name, found in ((key.removeprefix("choice "), found) for key, found in kept.items() if key.startswith("choice ")):
+            tried = "; ".join(f"{what} {bleu:.2f}" for what, bleu in found["tries"].items())
+            choices.append(f"- {name}: {', '.join(found['settings'])} (validation BLEU, greedy: {tried})")
         files.write_text("study.md", "\n".join([*rows, "", "Chosen on validation:", "", *choices]) + "\n")
         self.draw()
 
