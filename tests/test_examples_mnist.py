@@ -85,6 +85,25 @@ def test_the_study_of_hinton(paths: None, digits: Path, tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("metrics.jsonl")} == before
 
 
+def test_a_folder_of_all_of_mnist_is_split_by_its_test_files(
+    paths: None, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    prepare, whole = load("prepare", "hinton_mnist"), tmp_path / "whole"
+    whole.mkdir()
+    for file in digits.iterdir():
+        (whole / file.name).write_bytes(file.read_bytes())
+        (whole / file.name.replace("t10k", "train")).write_bytes(b"not read")
+    monkeypatch.chdir(tmp_path)
+    of_all, of_test = (prepare.split(folder, Path(folder.name), PARTS) for folder in (whole, digits))
+    for part in PARTS:
+        name = "images-idx3-ubyte"
+        assert (of_all[part] / name).read_bytes() == (of_test[part] / name).read_bytes()
+    (whole / "t10k-images-idx3-ubyte").unlink()
+    (whole / "other-images-idx3-ubyte").touch()
+    with pytest.raises(SystemExit, match=r"whole: expected t10k-images-idx3-ubyte\(\.gz\) and its labels; set KDFAST_DATA"):
+        prepare.split(whole, tmp_path / "out", PARTS)
+
+
 def test_the_study_of_the_tree(paths: None, digits: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     study = load("study", "soft_tree")

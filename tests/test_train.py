@@ -290,8 +290,13 @@ def test_identity_is_checked_before_the_first_step(cache: Path, tokenizer: Path,
         pytest.param({"student": {"path": "nowhere"}}, r"^student\.path: expected a folder with config\.json", id="no-folder"),
         pytest.param(
             {"student": {"function": "json:nothing"}},
-            r"^student\.function: 'json:nothing' cannot be imported",
+            r"^student\.function: 'json:nothing' cannot be imported: module 'json' has no attribute 'nothing'$",
             id="no-function",
+        ),
+        pytest.param(
+            {"student": {"function": "nowhere:make"}},
+            r"^student\.function: 'nowhere:make' cannot be imported: No module named .*; put the folder .* on PYTHONPATH$",
+            id="no-module",
         ),
         pytest.param(
             {"student": {"model_type": "gpt3"}}, r"^student\.model_type 'gpt3': unknown key; did you mean", id="no-such-model"

@@ -25,11 +25,13 @@ def write_idx(file: Path, values: np.ndarray) -> None:
 
 
 def split(source: Path, out: Path, parts: dict[str, int] | None = None) -> dict[str, Path]:
-    """A seeded split of the one pair of IDX files in `source`; the folder of each part."""
+    """A seeded split of the IDX files in `source`, MNIST's test files where there are several; the folder of each part."""
     parts = PARTS if parts is None else parts
     files = sorted(source.glob("*images*idx3*"))
+    if len(files) > 1:
+        files = [file for file in files if file.name.startswith("t10k")]
     if len(files) != 1:
-        raise SystemExit(f"{source}: expected one IDX file of images, got {len(files)}; set KDFAST_DATA or name its folder")
+        raise SystemExit(f"{source}: expected t10k-images-idx3-ubyte(.gz) and its labels; set KDFAST_DATA or name its folder")
     images = read_idx(files[0], 3, "images")
     labels = read_idx(files[0].with_name(files[0].name.replace("images", "labels").replace("idx3", "idx1")), 1, "labels")
     if len(images) < sum(parts.values()):

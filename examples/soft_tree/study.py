@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--network", type=Path, help="a run of ../hinton_mnist/network.yaml on the same split")
     args = parser.parse_args()
+    if args.network and not (args.network / "model").is_dir():
+        parser.error(f"--network: expected the folder of a run, with model in it, got {args.network}")
     print(study_of(Study(args.out, args.data), args.network))
 
 

@@ -168,7 +168,10 @@ def from_function(name: str, arguments: dict[str, Any], key: str) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}: {name!r} cannot be imported: {error}") from None
+        # A module that it imports itself may be what is missing; then the path is not at fault.
+        lost = isinstance(error, ModuleNotFoundError) and error.name == module_name
+        remedy = "; put the folder of its module on PYTHONPATH" if lost else ""
+        raise ValueError(f"{key}: {name!r} cannot be imported: {error}{remedy}") from None
     try:
         inspect.signature(make).bind(**arguments)
     except TypeError as error:
