@@ -208,7 +208,17 @@ def test_train_and_eval_print_json(tmp_path: Path, capsys: pytest.CaptureFixture
     assert trained["validation"]["ppl"] > 1
     words = ["eval", trained["model"], "--data", str(TEXT), "--glob", "*.py", "--sequence-length", "32", "--json"]
     assert main(words) == 0
-    assert json.loads(capsys.readouterr().out)["ppl"] < 400
+    of_model = json.loads(capsys.readouterr().out)
+    assert of_model["ppl"] < 400
+    # A run's folder: its recipe has the length and the glob.
+    assert main(["eval", trained["out"], "--data", str(TEXT), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == of_model
+    assert main(["eval", trained["out"], "--data", str(TEXT), "--sequence-length", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] < of_model["tokens"]
+    (tmp_path / "run" / "model").rename(tmp_path / "moved")
+    assert main(["eval", trained["out"], "--data", str(TEXT)]) == 2
+    assert "model: expected a run that is done, got" in capsys.readouterr().err
+    (tmp_path / "moved").rename(tmp_path / "run" / "model")
     assert main(["eval", str(tmp_path / "nothing"), "--data", str(TEXT)]) == 2
     capsys.readouterr()
     for more, message in (

@@ -136,7 +136,16 @@ def test_the_recipes_by_the_command_line(
     capsys.readouterr()
     words = ["--function", "networks:perceptron", "--task", "image_classification", "--set", "mean=[0.1307]", "std=[0.3081]"]
     assert main(["eval", "runs/hinton/student/model", "--data", "mnist/test", "--json", *words]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == PARTS["test"]
+    by_flags = json.loads(capsys.readouterr().out)
+    assert by_flags["rows"] == PARTS["test"]
+    # Of a run's folder its recipe says what the model and the images are.
+    assert main(["eval", "runs/hinton/student", "--data", "mnist/test", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == by_flags
+    assert main(["eval", "runs/soft_tree/tree", "--data", "mnist/test", "--json"]) == 0
+    single = json.loads(capsys.readouterr().out)
+    mixture = ["eval", "runs/soft_tree/tree", "--arguments", "predict=mixture", "--data", "mnist/test", "--json"]
+    assert main(mixture) == 0
+    assert json.loads(capsys.readouterr().out)["nll"] != single["nll"]
     for run in ("runs/hinton/student", "runs/soft_tree/tree"):
         assert {"recipe.yaml", "run.json", "result.json", "metrics.jsonl", "model", "checkpoints"} <= set(os.listdir(run))
 

@@ -1,40 +1,49 @@
-"""`kdfast eval MODEL --data FILES`."""
+"""`kdfast eval MODEL --data FILES`, of a model's folder or of a run's."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 import tempfile
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 #: What a recipe calls otherwise than a flag is called.
 _FLAGS = {"validation": "data", "train": "data"}
+#: Keys of a recipe's data that say what is trained on, or how, and nothing of the files that are scored.
+_OF_TRAINING = frozenset({
+    "train", "validation", "validation_share", "validation_split", "unlabelled", "dataset", "dataset_config", "split",
+    "streaming", "pack", "group_by_length", "domain_shares", "shift", "exclude_labels", "excluded",
+})  # fmt: skip
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "eval", help="perplexity and top-1 accuracy of a model on text files",
-        epilog="example: kdfast eval runs/word_kd/model --data held_out/ --glob '**/*.txt'",
-        description="Evaluates the model in a folder (config.json, safetensors weights, tokenizer.json) on files, through its"
-        " head where that can be named: logits are never formed whole. What stands around documents is what the tokenizer and"
+        "eval", help="a model's scores on files: perplexity and top-1 of text, accuracy of classes, BLEU, what its task knows",
+        epilog="examples: kdfast eval runs/word_kd --data held_out/, kdfast eval runs/word_kd/model --data held_out/",
+        description="Evaluates a model on files, through its head where that can be named: logits are never formed whole. Of"
+        " a run's folder its recipe holds for task, data, tokenizer and function, but for what is said here. Of the folder of"
+        " a model (config.json, safetensors weights, tokenizer.json), what stands around documents is what the tokenizer and"
         " the model's configuration say.",
     )  # fmt: skip
-    parser.add_argument("model", help="a folder with config.json and safetensors weights, or a hub name")
+    parser.add_argument("model", help="a run's folder, a folder with config.json and safetensors weights, or a hub name")
     parser.add_argument(
         "--function", metavar="MODULE:FUNCTION", help="what makes a model that is no transformers model, as student.function of"
-        " its recipe; the folder or file then holds its weights",
+        " its recipe; the folder or file then holds its weights. Its module may lie in the current folder",
     )  # fmt: skip
     parser.add_argument("--arguments", nargs="+", default=[], metavar="KEY=VALUE", help="of --function")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILES", help="files or folders")
-    parser.add_argument("--glob", default="**/*.txt", help="which files of a folder (default %(default)s)")
+    parser.add_argument("--glob", help="which files of a folder (default: those that the task reads, of text **/*.txt)")
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to leave out")
-    parser.add_argument("--task", help="what the data are (default: by the model's config.json; kdfast train --keys task)")
-    parser.add_argument("--tokenizer", help="tokenizer.json or its folder (default: the model's folder)")
-    parser.add_argument("--sequence-length", type=int, default=128, help="tokens per sequence (default %(default)s)")
     parser.add_argument(
-        "--special-tokens", choices=["auto", "none"], default="auto", help="auto: around documents what the tokenizer and the"
+        "--task", help="what the data are (default: the run's, or by the model's config.json; kdfast train --keys task)"
+    )
+    parser.add_argument("--tokenizer", help="tokenizer.json or its folder (default: the model's folder, or the run's)")
+    parser.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the run's, or 128)")
+    parser.add_argument(
+        "--special-tokens", choices=["auto", "none"], help="auto (default): around documents what the tokenizer and the"
         " model's configuration say; none: only what --separator and --end name",
     )  # fmt: skip
     parser.add_argument("--separator", metavar="TOKEN", help="after each text")
@@ -58,8 +67,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for name, low in (("sequence_length", 2), ("batch_size", 1), ("limit", 0)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a number >= {low}, got {getattr(args, name)}")
+        given = getattr(args, name)
+        if given is not None and given < low:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number >= {low}, got {given}")
 
     from kdfast.files import json_text
 
@@ -86,29 +96,38 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     from kdfast.train.recipe import named
     from kdfast.train.tasks import task_class
 
-    if args.function and not args.task:
+    run = _recipe_of(Path(args.model))
+    function = args.function or run.function
+    arguments = override(run.arguments, args.arguments)
+    if function and not (args.task or run.task):
         raise ValueError("task: expected what the data are, which --function does not say, got none; set --task")
-    if args.arguments and not args.function:
+    if args.arguments and not function:
         raise ValueError("--arguments: they belong to --function, got none; set --function")
-    folder = Path(args.model) if args.function else resolve_folder(args.model, "model")
-    chosen = named(args.task or kind_of(folder), "task")
-    cls, rest = task_class(chosen.name), [setting for setting in args.set if not setting.startswith("task.")]
+    where = run.model or args.model
+    folder = Path(where) if function else resolve_folder(where, "model")
     # `task.beams=[1, 5]` is the task's, any other key its data's.
     own = [setting.removeprefix("task.") for setting in args.set if setting.startswith("task.")]
-    chosen = named({"name": chosen.name, **override({}, own)}, "task")
+    rest = [setting for setting in args.set if not setting.startswith("task.")]
+    name = args.task or run.task.get("name") or kind_of(folder)
+    same = name == run.task.get("name")
+    chosen = named({"name": name, **override(run.task if same else {}, own)}, "task")
+    cls = task_class(chosen.name)
     known = {name: getattr(args, name) for name in ("glob", "exclude", "sequence_length", "special_tokens", "separator", "end")}
-    # A task without one of these has no use for its default.
-    given = {name: value for name, value in known.items() if name in {f.name for f in fields(cls.Data)}}
-    data = build(cls.Data, override({**given, "validation": args.data}, rest), "data")
-    tokenizer, file = load_tokenizer(args.tokenizer or folder) if cls.needs_tokenizer else (None, None)
+    # A task without one of these has no use for it.
+    given = {name: value for name, value in known.items() if value and name in {f.name for f in fields(cls.Data)}}
+    data = build(cls.Data, override({**(run.data if same else {}), **given, "validation": args.data}, rest), "data")
+    # What the model's folder has, was written beside the weights: the recipe's may have moved.
+    read = args.tokenizer or (folder if (folder / "tokenizer.json").is_file() else run.tokenizer or folder)
+    tokenizer, file = load_tokenizer(read) if cls.needs_tokenizer else (None, None)
     device = device_named(args.device, "--device")
     task = cls(chosen.options, data)
     with tempfile.TemporaryDirectory() as kept:
         rows = task.open(tokenizer, file, Path(kept), needs_train=False).validation
         if rows is None:
             raise ValueError(f"--data: expected rows for {chosen.name}, got none")
-        if args.function:
-            model = from_function(args.function, override({}, args.arguments), "--function")
+        if function:
+            sys.path.append("")
+            model = from_function(function, arguments, "--function" if args.function else "student.function")
             load_weights(model, folder, "model")
             task.check_model(model, rows, "model")
         else:
@@ -119,6 +138,38 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
         model = model.to(device)
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the recipe of a run says of its model and of data like those it was scored on; empty: there is none."""
+
+    model: str = ""
+    function: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+
+
+def _recipe_of(folder: Path) -> _Run:
+    """Of a run's folder; what it does not say of the model is in the model's own."""
+    import yaml
+
+    if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
+        return _Run()
+    if not (folder / "model").is_dir():
+        raise ValueError(f"model: expected a run that is done, got {str(folder)!r}, which has no model; run kdfast train again")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    student, task = recipe["student"], recipe["task"]
+    return _Run(
+        str(folder / "model"),
+        student["function"],
+        student["arguments"] if student["function"] else {},
+        task if isinstance(task, dict) else {"name": task},
+        {key: value for key, value in recipe["data"].items() if key not in _OF_TRAINING},
+        recipe["tokenizer"],
+    )
 
 
 def _with_flags(message: str) -> str:
