@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, MarianConfig, MarianMTModel
 
 from kdfast.cache import build
+from kdfast.cli import main
 from kdfast.models.view import View
 from kdfast.text import TextData
 from kdfast.train import Batch, Recipe, capture_classes, distill
@@ -124,6 +125,26 @@ def test_rows_without_a_label_are_not_held_out(tokenizer: Path, tmp_path: Path) 
         assert sorted([*splits.train.rows, *splits.validation.rows]) == list(range(len(rows)))
     labels = words.validation.batch(range(len(words.validation))).labels
     assert bool((labels >= 0).any(1).all())
+
+
+def test_a_saved_model_knows_the_classes_that_a_file_lacks(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Ids are those of the model's config: by the file alone, its first class would be the model's first."""
+    rows = [(text, label) for text, label in map(sentence, range(40))] + [("new york in paris", "other")] * 20
+    for name, kept in (("train", {"neg", "other", "pos"}), ("test", {"other", "pos"})):
+        lines = [f"{text}\t{label}" for text, label in rows if label in kept]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    data = {"train": str(tmp_path / "train.tsv"), "validation": str(tmp_path / "train.tsv")}
+    model = run(values(tokenizer, tmp_path / "run", data, "sequence_classification")).model
+    words = ["--data", str(tmp_path / "test.tsv"), "--json"]
+    for of in ([str(model), "--task", "sequence_classification"], [str(tmp_path / "run")]):
+        assert main(["eval", *of, *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["accuracy"], found["rows"]) == (1.0, 40)
+    (tmp_path / "test.tsv").write_text("text\tlabel\nthe film was good\tgood\n")
+    assert main(["eval", str(tmp_path / "run"), *words]) == 2
+    assert "expected one of the labels neg, other, pos, got 'good'" in capsys.readouterr().err
 
 
 def test_a_pair_is_marked_cut_and_padded(tokenizer: Path, tmp_path: Path) -> None:

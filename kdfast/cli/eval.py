@@ -88,13 +88,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     """The scores, and what the task says of them."""
-    from kdfast.models.load import check_ids, device_named, from_function, kind_of, load_folder, load_weights, resolve_folder
+    from kdfast.models.load import (
+        check_ids,
+        device_named,
+        from_function,
+        kind_of,
+        load_folder,
+        load_weights,
+        read_config,
+        resolve_folder,
+    )
     from kdfast.strict import build, override
     from kdfast.text.tokenizers import load_tokenizer
     from kdfast.train.evaluate import evaluate
     from kdfast.train.positions import check_positions
     from kdfast.train.recipe import named
     from kdfast.train.tasks import task_class
+    from kdfast.train.tasks.classes import ClassTask, classes_of
 
     run = _recipe_of(Path(args.model))
     function = args.function or run.function
@@ -121,6 +131,9 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     tokenizer, file = load_tokenizer(read) if cls.needs_tokenizer else (None, None)
     device = device_named(args.device, "--device")
     task = cls(chosen.options, data)
+    if isinstance(task, ClassTask) and not task.names:
+        # The files alone may lack some, and then their first would not be the model's.
+        task.names = run.classes or ([] if function else classes_of(read_config(folder)))
     with tempfile.TemporaryDirectory() as kept:
         rows = task.open(tokenizer, file, Path(kept), needs_train=False).validation
         if rows is None:
@@ -150,11 +163,14 @@ class _Run:
     task: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
+    classes: list[str] = field(default_factory=list)
 
 
 def _recipe_of(folder: Path) -> _Run:
     """Of a run's folder; what it does not say of the model is in the model's own."""
     import yaml
+
+    from kdfast.files import read_json
 
     if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
         return _Run()
@@ -162,6 +178,7 @@ def _recipe_of(folder: Path) -> _Run:
         raise ValueError(f"model: expected a run that is done, got {str(folder)!r}, which has no model; run kdfast train again")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     student, task = recipe["student"], recipe["task"]
+    classes = read_json(folder / "run.json").get("classes", []) if (folder / "run.json").is_file() else []
     return _Run(
         str(folder / "model"),
         student["function"],
@@ -169,6 +186,7 @@ def _recipe_of(folder: Path) -> _Run:
         task if isinstance(task, dict) else {"name": task},
         {key: value for key, value in recipe["data"].items() if key not in _OF_TRAINING},
         recipe["tokenizer"],
+        classes,
     )
 
 

@@ -17,6 +17,7 @@ import kdfast
 from kdfast.files import read_json, write_json, write_text
 from kdfast.train.inputs import Inputs, digest_of
 from kdfast.train.recipe import Recipe
+from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Evaluation
 
 #: Keys that change how a run is watched, not what it computes.
@@ -33,7 +34,8 @@ def begin(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
         _check_same(folder, recipe, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
-    write_json(folder / "run.json", {"seed": recipe.seed, **_hashes(inputs), **environment()})
+    classes = {"classes": inputs.task.names} if isinstance(inputs.task, ClassTask) else {}
+    write_json(folder / "run.json", {"seed": recipe.seed, **classes, **_hashes(inputs), **environment()})
 
 
 def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | None) -> None:

@@ -72,11 +72,8 @@ class ClassTask(Task[D]):
 
     def check_config(self, config: Mapping[str, Any], key: str) -> None:
         """Raises where the config of a model says other classes, or the same in another order."""
-        theirs = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
-        own = [theirs.get(i) for i in range(len(theirs))]
-        nameless = own == [f"LABEL_{i}" for i in range(len(self.names))]
-        if self.names and theirs and not nameless and own != self.names:
-            said = [str(theirs[i]) for i in sorted(theirs)]
+        said = classes_of(config)
+        if self.names and said and said != self.names:
             raise ValueError(
                 f"{key}: expected a model of the classes {_some(self.names)} in this order, got {_some(said)}; if they are the"
                 " same, list them in its order in task.labels"
@@ -112,6 +109,13 @@ class ClassTask(Task[D]):
     def headline(self, evaluation: Evaluation) -> str:
         mcc = f", MCC {evaluation['mcc']:.3f}" if "mcc" in evaluation else ""
         return f"accuracy {evaluation['accuracy']:.1%}, macro-F1 {evaluation['macro_f1']:.3f}{mcc}"
+
+
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of the classes in a model's config by their ids; none where they are the numbers that transformers gives."""
+    theirs = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+    names = [theirs[i] for i in sorted(theirs)]
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def label_name(label: Any) -> str | None:
