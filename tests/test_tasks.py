@@ -132,7 +132,8 @@ def test_a_saved_model_knows_the_classes_that_a_file_lacks(
 ) -> None:  # fmt: skip
     """Ids are those of the model's config: by the file alone, its first class would be the model's first."""
     rows = [(text, label) for text, label in map(sentence, range(40))] + [("new york in paris", "other")] * 20
-    for name, kept in (("train", {"neg", "other", "pos"}), ("test", {"other", "pos"})):
+    names = ["neg", "other", "pos"]
+    for name, kept in (("train", names), ("test", names[1:])):
         lines = [f"{text}\t{label}" for text, label in rows if label in kept]
         (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
     data = {"train": str(tmp_path / "train.tsv"), "validation": str(tmp_path / "train.tsv")}
@@ -142,6 +143,18 @@ def test_a_saved_model_knows_the_classes_that_a_file_lacks(
         assert main(["eval", *of, *words]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["accuracy"], found["rows"]) == (1.0, 40)
+    # The same of training that begins with a model, or learns from one: here without a step, so as it was saved.
+    data = {"train": str(tmp_path / "test.tsv"), "validation": str(tmp_path / "test.tsv")}
+    started = {"steps": 1, "optimizer": {"lr": 1e-9}}
+    taught = {"method": WORD_KD, "teacher": {"path": str(model)}, "init_from": str(model)}
+    begun = {
+        "path": {"student": {"path": str(model)}},
+        "cut": {"student": {"from_teacher": {"layers": [0], "path": str(model)}}},
+    }
+    for name, changes in {**begun, "taught": taught}.items():
+        result = run(values(tokenizer, tmp_path / name, data, "sequence_classification", **started, **changes))
+        assert result.evaluation["accuracy"] == 1.0
+        assert AutoModelForSequenceClassification.from_pretrained(result.model).config.id2label == dict(enumerate(names))
     (tmp_path / "test.tsv").write_text("text\tlabel\nthe film was good\tgood\n")
     assert main(["eval", str(tmp_path / "run"), *words]) == 2
     assert "expected one of the labels neg, other, pos, got 'good'" in capsys.readouterr().err

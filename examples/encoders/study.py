@@ -28,7 +28,7 @@ from kdfast.models.load import load_folder, read_config
 from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train import Recipe, distill, evaluate
 from kdfast.train.tasks import task_class
-from kdfast.train.tasks.classes import ClassTask, classes_of
+from kdfast.train.tasks.classes import ClassTask
 
 HERE = Path(__file__).parent.parent
 RESULTS = Path("results.json")
@@ -218,8 +218,8 @@ def scores(model: Path, recipe: Recipe, file: str) -> dict[str, Any]:
     """The task's scores of a model on the rows of `file`."""
     cls = task_class(recipe.task.name)
     task = cls(recipe.task.options, replace(recipe.data, train=(), validation=(file,)))
-    if isinstance(task, ClassTask) and not task.names:
-        task.names = classes_of(read_config(model))
+    if isinstance(task, ClassTask):
+        task.take_classes([read_config(model)])
     tokenizer, home = load_tokenizer(model)
     rows = task.open(tokenizer, home, model.parent / "test", False).validation
     return dict(evaluate(load_folder(model, "model", kind=cls.kind), rows, batch_size=64, task=task))

@@ -104,7 +104,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     from kdfast.train.positions import check_positions
     from kdfast.train.recipe import named
     from kdfast.train.tasks import task_class
-    from kdfast.train.tasks.classes import ClassTask, classes_of
+    from kdfast.train.tasks.classes import ClassTask
 
     run = _recipe_of(Path(args.model))
     function = args.function or run.function
@@ -131,9 +131,9 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     tokenizer, file = load_tokenizer(read) if cls.needs_tokenizer else (None, None)
     device = device_named(args.device, "--device")
     task = cls(chosen.options, data)
-    if isinstance(task, ClassTask) and not task.names:
-        # The files alone may lack some, and then their first would not be the model's.
-        task.names = run.classes or ([] if function else classes_of(read_config(folder)))
+    if isinstance(task, ClassTask):
+        task.names = task.names or run.classes
+        task.take_classes([] if function else [read_config(folder)])
     with tempfile.TemporaryDirectory() as kept:
         rows = task.open(tokenizer, file, Path(kept), needs_train=False).validation
         if rows is None:

@@ -71,6 +71,8 @@ def capture_classes(
     if not (teacher.path or teacher.function):
         raise ValueError("teacher: expected one that runs, a path or a function, got a cache")
     folder = None if teacher.path is None else resolve_folder(teacher.path, "teacher")
+    if folder is not None:
+        task.take_classes([read_config(folder)])
     tokenizer, tokenizer_file = None, None
     if task.needs_tokenizer:
         tokenizer, tokenizer_file = load_tokenizer(recipe.tokenizer or _with_tokenizer(recipe, folder))

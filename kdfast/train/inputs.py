@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdfast.cache.format import CacheMismatch
-from kdfast.models.load import resolve_folder
+from kdfast.models.load import read_config, resolve_folder
 from kdfast.strict import refuse_unused
 from kdfast.text.tokenizers import check_same_tokens, file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
@@ -70,6 +70,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     task = task_class(recipe.task.name)(
         recipe.task.options, _kept_whole(recipe.data) if validation is not None else recipe.data
     )
+    if isinstance(task, ClassTask):
+        task.take_classes(map(read_config, _model_folders(recipe)))
     cached = [spec for spec in recipe.all_teachers if spec.cache]
     cache_is_data = bool(cached) and task.cache_is_data
     _check_sources(recipe, train, cache_is_data)

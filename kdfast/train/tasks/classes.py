@@ -46,6 +46,13 @@ class ClassTask(Task[D]):
         self.names: list[str] = [str(label_name(label)) for label in self.options.labels]
         self.pad_id: int | None = None
 
+    def take_classes(self, configs: Iterable[Mapping[str, Any]]) -> None:
+        """Where the recipe lists no classes, those of the first of these models whose config names them: a file may lack some,
+        and then its first would not be the model's first.
+        """
+        if not self.names:
+            self.names = next((names for config in configs if (names := classes_of(config))), [])
+
     def ids_of(self, found: Iterable[str | None], key: str) -> Tensor:
         """Ids of labels by name, `IGNORE` for None. The first data that are asked about say what labels there are.
 
