@@ -155,6 +155,8 @@ def test_a_saved_model_knows_the_classes_that_a_file_lacks(
         result = run(values(tokenizer, tmp_path / name, data, "sequence_classification", **started, **changes))
         assert result.evaluation["accuracy"] == 1.0
         assert AutoModelForSequenceClassification.from_pretrained(result.model).config.id2label == dict(enumerate(names))
+    assert main(["eval", str(tmp_path / "run"), *words, "--sequence-length", "8"]) == 2
+    assert "kdfast eval: --sequence-length: unknown key; did you mean 'max_length'?" in capsys.readouterr().err
     (tmp_path / "test.tsv").write_text("text\tlabel\nthe film was good\tgood\n")
     assert main(["eval", str(tmp_path / "run"), *words]) == 2
     assert "expected one of the labels neg, other, pos, got 'good'" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,8 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     same = name == run.task.get("name")
     chosen = named({"name": name, **override(run.task if same else {}, own)}, "task")
     cls = task_class(chosen.name)
-    known = {name: getattr(args, name) for name in ("glob", "exclude", "sequence_length", "special_tokens", "separator", "end")}
-    # A task without one of these has no use for it.
-    given = {name: value for name, value in known.items() if value and name in {f.name for f in fields(cls.Data)}}
+    known = ("glob", "exclude", "sequence_length", "special_tokens", "separator", "end")
+    given = {name: value for name in known if (value := getattr(args, name))}
     data = build(cls.Data, override({**(run.data if same else {}), **given, "validation": args.data}, rest), "data")
     # What the model's folder has, was written beside the weights: the recipe's may have moved.
     read = args.tokenizer or (folder if (folder / "tokenizer.json").is_file() else run.tokenizer or folder)

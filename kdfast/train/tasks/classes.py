@@ -22,8 +22,9 @@ from kdfast.train.tasks.task import Evaluation, Splits, Task
 
 @dataclass(frozen=True)
 class ClassOptions:
-    """labels: the names of the classes in the order of their ids; none: those of a model that the recipe names, else those in the
-    training data, sorted."""
+    """labels: the names of the classes in the order of their ids; none: those of a model that the recipe names, else those in
+    the training data, sorted.
+    """
 
     labels: tuple[Any, ...] = ()
 
