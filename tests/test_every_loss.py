@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,6 +109,40 @@ def test_the_incoming_gradient_is_not_rounded_to_half(name: str, dtype: torch.dt
     for one, third in zip(ones, thirds, strict=True):
         one, third = one.double(), third.double()
         assert abs(float((3 * third * one).sum() / one.square().sum()) - 1) < 7e-4
+
+
+def projected(h_s: Tensor, projection: Tensor, bias: Tensor, h_t: Tensor) -> Tensor:
+    return kdfast.hidden_mse(h_s, h_t, projection, bias)
+
+
+#: Losses that multiply, and do so in float32 whatever surrounds them; the linear ones have autocast's dtype for their heads.
+MULTIPLYING = {
+    **{name: CASES[name] for name in ("attention_mse", "attention_kl", "linear_logit_mse")},
+    "attention_mse causal": Case(kdfast.attention_mse, MAPS, MAPS, fixed={"causal": True, "method": "gram"}),
+    "attention_mse probs": Case(kdfast.attention_mse, MAPS, MAPS, fixed={"on": "probs"}),
+    "linear_logit_mse logits": Case(
+        kdfast.linear_logit_mse, ((N, D), (V, D)), ((N, D), (V, D)), fixed={"method": "logits"}, per_row=False
+    ),
+    "hidden_mse projected": Case(projected, ((N, D), (D + 3, D), (D + 3,)), ((N, D + 3),)),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLYING)
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("whole", [False, True], ids=["forward", "backward too"])
+def test_autocast_rounds_nothing(name: str, backend: str | None, whole: bool) -> None:
+    """The same bits within it, and after it: what is kept of a head was not formed there in halves."""
+    case = MULTIPLYING[name]
+    student, teacher = case.tensors(torch.float32)
+    loss = functools.partial(case.loss, **case.fixed)
+    found = []
+    with kdfast.use_backend(backend) if backend else contextlib.nullcontext():
+        for autocast in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                value = loss(*student, *teacher)
+                inside = torch.autograd.grad(value, student, retain_graph=True) if whole else ()
+            found.append([value.detach(), *(inside or torch.autograd.grad(value, student))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @every

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import attention_inputs as inputs
 from kdfast.ops import rows
+from kdfast.ops.autograd import outside_autocast
 from kdfast.ops.formed import InBackward, InForward
 from kdfast.options import AttentionOptions
 
@@ -24,6 +25,7 @@ _TENSORS = 7
 
 
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
+@outside_autocast
 def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, (*options, backend, need_q, need_k) = args[:_TENSORS], args[_TENSORS:]
     need_grad = need_q or need_k  # they come out of the same sums: one costs what both cost

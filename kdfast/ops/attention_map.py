@@ -10,6 +10,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.ops import attention_inputs as inputs
 from kdfast.ops import rows
+from kdfast.ops.autograd import outside_autocast
 from kdfast.ops.formed import InBackward, InForward
 
 _lib = torch.library.Library("kdfast", "FRAGMENT")
@@ -19,6 +20,7 @@ _lib.define(
 
 
 @torch.library.impl(_lib, "attention_map", "CompositeExplicitAutograd")
+@outside_autocast
 def _attention_map(
     maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tensor, backend: str, need_grad: bool
 ) -> tuple[Tensor, Tensor]:

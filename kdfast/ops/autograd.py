@@ -1,7 +1,8 @@
-"""What every `torch.autograd.Function` of these ops shares."""
+"""What the ops and their `torch.autograd.Function`s share."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,6 +18,22 @@ def known_signature(forward: _F) -> _F:
     on short rows, and several times as much when Python's code has left the caches."""
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
+
+
+def outside_autocast(op: _F) -> _F:
+    """The implementation of an op, run with autocast off: what it multiplies in float32 would be rounded to halves there, and
+    what is kept across calls would stay so. What autocast wants of a head is an argument of its op, worked out before.
+    """
+
+    @functools.wraps(op)
+    def run(first: Tensor, *rest: Any) -> Any:
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return op(first, *rest)
+        with torch.autocast(device, enabled=False):
+            return op(first, *rest)
+
+    return run  # type: ignore[return-value]
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.chunks import Needs, grad_hidden_dtype
 from kdfast.ops import rows
+from kdfast.ops.autograd import outside_autocast
 from kdfast.ops.formed import InBackward, InForward
 from kdfast.ops.shards import gathered
 
@@ -24,6 +25,7 @@ _lib.define("hidden_cosine(Tensor student, Tensor teacher, Tensor scale, str bac
 
 
 @torch.library.impl(_lib, "hidden_mse", "CompositeExplicitAutograd")
+@outside_autocast
 def _hidden_mse(
     student: Tensor, projection: Tensor | None, bias: Tensor | None, teacher: Tensor, scale: Tensor, backend: str, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,6 +35,7 @@ def _hidden_mse(
 
 
 @torch.library.impl(_lib, "hidden_cosine", "CompositeExplicitAutograd")
+@outside_autocast
 def _hidden_cosine(
     student: Tensor, teacher: Tensor, scale: Tensor, backend: str, need_hidden: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.chunks import Needs, Side, grad_buffers
 from kdfast.ops import rows
+from kdfast.ops.autograd import outside_autocast
 from kdfast.ops.formed import InForward
 from kdfast.ops.hidden import check_mask
 from kdfast.ops.shards import gathered
@@ -22,6 +23,7 @@ _lib.define(
 
 
 @torch.library.impl(_lib, "linear_logit_mse", "CompositeExplicitAutograd")
+@outside_autocast
 def _linear_logit_mse(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, mask: Tensor | None,
     center: bool, method: str, backend: str, need_hidden: bool, need_weight: bool,

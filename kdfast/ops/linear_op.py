@@ -16,7 +16,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.chunks import Chunking, Needs, Side, grad_buffers
 from kdfast.ops import parallel, parallel_topk, rows, tails
-from kdfast.ops.autograd import known_signature, save, saved
+from kdfast.ops.autograd import known_signature, outside_autocast, save, saved
 from kdfast.ops.main_grad import MainGrad, add_to
 from kdfast.ops.scale import scale_grad
 from kdfast.options import PARTS, RowOptions
@@ -38,6 +38,7 @@ def side_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 @torch.library.impl(_lib, "linear", "CompositeExplicitAutograd")
+@outside_autocast
 def _linear(*args: Any) -> tuple[Tensor, ...]:
     h_s, w_s, b_s, h_t, w_t, b_t, labels, scale, row_index, targets, *scalars = args
     *scalars, check, need_parts, n_h, n_w, n_b = scalars
@@ -54,13 +55,11 @@ def _linear(*args: Any) -> tuple[Tensor, ...]:
         kernel = {"kernel": sparse or _sparse(backend, vocab_size, spread), "row_inputs": targets}
     elif group:
         kernel = {"kernel": parallel.row_kernel(group, h_s)}
-    # Autocast is over: what it wants is in heads_dtype, and sums kept in float32 must not be rounded behind our back.
-    with torch.autocast(h_s.device.type, enabled=False):
-        student = side_of(h_s, w_s, b_s, heads_dtype)
-        teachers = [side_of(*side, heads_dtype) for side in zip(h_t, w_t, b_t, strict=True)]
-        outputs = dispatch.kernel("linear", backend).forward(
-            student, teachers, labels, scale, options, Chunking(workspace_mb, dtype, row_index), need_parts, needs, **kernel,
-        )  # fmt: skip
+    student = side_of(h_s, w_s, b_s, heads_dtype)
+    teachers = [side_of(*side, heads_dtype) for side in zip(h_t, w_t, b_t, strict=True)]
+    outputs = dispatch.kernel("linear", backend).forward(
+        student, teachers, labels, scale, options, Chunking(workspace_mb, dtype, row_index), need_parts, needs, **kernel,
+    )  # fmt: skip
     if group and reduce_hidden and needs.hidden:
         parallel.all_reduce(outputs[2], group)
     if check:

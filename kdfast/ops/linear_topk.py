@@ -11,6 +11,7 @@ from torch import Tensor
 from kdfast import dispatch
 from kdfast.chunks import logit_chunks
 from kdfast.ops import ranges, rows, tails
+from kdfast.ops.autograd import outside_autocast
 from kdfast.ops.codec import EncodedTargets
 from kdfast.ops.linear import autocast_dtype, check_chunking, check_row_index, check_side
 from kdfast.ops.linear_op import LinearCall, side_of
@@ -35,6 +36,7 @@ _lib.define(
 
 
 @torch.library.impl(_lib, "linear_topk_capture", "CompositeExplicitAutograd")
+@outside_autocast
 def _capture(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, temperatures: Sequence[float], draws: Tensor | None,
     sample_temperature: float, softcap: float, scale: float, workspace_mb: float | None, logits_dtype: torch.dtype,
@@ -42,17 +44,13 @@ def _capture(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     outputs = capture_outputs(hidden.shape[0], weight, k, len(temperatures), draws)
     capture, head = dispatch.kernel("topk", backend).capture, Head(softcap or None, scale)
-    # Autocast is over: what it wants is in heads_dtype.
-    with torch.autocast(hidden.device.type, enabled=False):
-        side = side_of(hidden, weight, bias, heads_dtype)
-        dtype = torch.float64 if weight.dtype == torch.float64 else logits_dtype
-        for some, logits in logit_chunks(dispatch.kernel("linear", backend).product, side, workspace_mb, dtype):
-            part = None if draws is None else draws[some]
-            for out, found in zip(
-                outputs, capture(logits, k, tuple(temperatures), part, sample_temperature, head), strict=True
-            ):
-                if out.ndim > 1:
-                    out[some] = found
+    side = side_of(hidden, weight, bias, heads_dtype)
+    dtype = torch.float64 if weight.dtype == torch.float64 else logits_dtype
+    for some, logits in logit_chunks(dispatch.kernel("linear", backend).product, side, workspace_mb, dtype):
+        part = None if draws is None else draws[some]
+        for out, found in zip(outputs, capture(logits, k, tuple(temperatures), part, sample_temperature, head), strict=True):
+            if out.ndim > 1:
+                out[some] = found
     bad = rows.first_bad(outputs[2].sum(-1))
     if bad is not None:
         raise ValueError(f"hidden: row {bad} has logits that hold NaN or +inf, or are -inf throughout; expected a distribution")

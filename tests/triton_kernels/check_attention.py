@@ -55,6 +55,31 @@ def test_against_reference(
     check(sides(heads, sizes, lengths, device), kind, method, masks, causal, 5e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@KINDS
+def test_heads_wider_than_tiles(kind: str, method: str, causal: bool, device: str) -> None:
+    """Whose tiles no multiprocessor holds: 327,680 bytes at 1024."""
+    tensors = sides((2, 1, 2), (320, 576), (9, 7), device)
+    masks = tuple(torch.rand(2, n, device=device) > 0.3 for n in (9, 7))
+    check(tensors, kind, method, masks, causal, 5e-6, (0.05, 0.05))
+
+
+@pytest.mark.parametrize("method", ["gram", "tiled"])
+def test_heads_far_apart(method: str, device: str) -> None:
+    """More than 2^31 numbers between the first and the last: memory that nobody touches."""
+    if device != "cpu":
+        pytest.skip("takes 5 GB of a GPU's memory")
+    queries, keys, of_teacher, its_keys = (x[:1].bfloat16() for x in sides((3, 3, 3), (8, 8), (12, 12), device))
+    stride = 1_200_000_000
+    far = torch.empty(2 * stride + queries[0, 0].numel(), dtype=torch.bfloat16)
+    far = far.as_strided(queries.shape, (3 * stride, stride, 8, 1))
+    far.copy_(queries)
+    options, scale = AttentionOptions("scores", 0.3, 0.3, False, method), torch.ones(1, 3)
+    got = attention.forward(far, keys, of_teacher, its_keys, None, None, scale, options, True)
+    want = attention.forward(queries, keys, of_teacher, its_keys, None, None, scale, options, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @KINDS
 def test_half_precision_and_strides(kind: str, method: str, device: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):

@@ -101,6 +101,14 @@ def test_projected_mse(n: int, inputs: int, width: int, bias: bool, dtype: torch
     assert (got[1][1] == 0).all()
 
 
+@pytest.mark.parametrize("stride", [0, 1, 2])
+def test_a_bias_of_any_stride(stride: int, device: str) -> None:
+    student, teacher, scale = rows(5, 16, torch.float32, device), rows(5, 24, torch.float32, device), scale_of(5, device)
+    weight, bias = rows(24, 16, torch.float32, device), torch.randn(24 * 2, device=device).as_strided((24,), (stride,))
+    got, want = (hidden.mse(student, weight, b, teacher, scale, ALL) for b in (bias, bias.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def plain_projected(
     student: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:

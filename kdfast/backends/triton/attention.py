@@ -12,12 +12,15 @@ import triton
 from torch import Tensor
 
 from kdfast import grams
+from kdfast.backends.reference import attention as reference
 from kdfast.backends.triton import attention_grams, attention_half, attention_tiles, attention_wide
 from kdfast.backends.triton.precision import exact_products
 from kdfast.backends.triton.tiles import before_hopper, on
 from kdfast.options import ATTENTION_KINDS, AttentionOptions
 
 MAP_BLOCK, MAP_WARPS = 2048, 8
+#: Widest head, as padded, whose tiles fit a multiprocessor.
+WIDEST = 256
 #: What a product of the causal Gram form costs in products of the tiled one, its launches included.
 CAUSAL_COST = 16
 
@@ -37,7 +40,8 @@ def forward(
     if by_grams and options.causal:
         return _causal_grams(q_s, k_s, q_t, k_t, query_mask, key_mask, scale, options, need_grad)
     q_s, k_s, q_t, k_t = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q_s, k_s, q_t, k_t))
-    form = attention_grams.score_mse if by_grams else _tiled
+    widest = max(attention_tiles.padded(x.shape[3]) for x in (q_s, q_t))
+    form = attention_grams.score_mse if by_grams else _tiled if widest <= WIDEST else _formed
     return form(q_s, k_s, q_t, k_t, query_mask, key_mask, scale, options, need_grad)
 
 
@@ -58,6 +62,28 @@ def _causal_grams(
     if grad_q is None or grad_k is None:
         return loss.to(scale.dtype), q_s.new_empty(0), k_s.new_empty(0)
     return loss.to(scale.dtype), grad_q.to(q_s.dtype), grad_k.to(k_s.dtype)
+
+
+def _formed(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    scale: Tensor,
+    options: AttentionOptions,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of one batch entry at a time, by torch's products: heads too wide for tiles are few, and their maps small beside."""
+    found = []
+    with exact_products():
+        for b in range(q_s.shape[0]):
+            of = slice(b, b + 1)
+            queries, keys = (None if mask is None else mask[of] for mask in (query_mask, key_mask))
+            found.append(reference.forward(q_s[of], k_s[of], q_t[of], k_t[of], queries, keys, scale[of], options, need_grad))
+    loss, grad_q, grad_k = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return loss.to(scale.dtype), grad_q, grad_k
 
 
 def _tiled(

@@ -116,7 +116,7 @@ def gram_kernel(
     groups = heads // shared
     at = tl.where(of_queries, owner, owner - pairs)
     batch = tl.where(of_queries, at // heads, at // groups).to(tl.int64)
-    head = tl.where(of_queries, at % heads, at % groups * shared)
+    head = tl.where(of_queries, at % heads, at % groups * shared).to(tl.int64)  # a head's first row may lie beyond 2^31
     length = tl.where(of_queries, lq, lk)
     s_row, t_row = tl.where(of_queries, q_s_row, k_s_row), tl.where(of_queries, q_t_row, k_t_row)
     if of_queries:
@@ -209,7 +209,7 @@ def gradients_kernel(
         blocks = tl.cdiv(length, ROWS)
         own, j = program // (blocks * halves), program % halves
         groups = heads // share
-        batch, first = (own // groups).to(tl.int64), own % groups * share
+        batch, first = (own // groups).to(tl.int64), (own % groups * share).to(tl.int64)
         s_row, t_row = tl.where(of_queries, q_s_row, k_s_row), tl.where(of_queries, q_t_row, k_t_row)
         t_head, t_share = tl.where(of_queries, q_t_head, k_t_head), tl.where(of_queries, 1, share_t)
         if of_queries:

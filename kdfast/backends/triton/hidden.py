@@ -155,6 +155,7 @@ def mse(
     width = projection.shape[0]
     # float16 would lose 1/N to underflow.
     grad = torch.empty((n, width) if needs.any else (0, width), dtype=grad_hidden_dtype(student), device=student.device)
+    bias = None if bias is None else bias.contiguous()
     some = rows_per_chunk(n, 4 * width, PROJECTED_BYTES)
     projected = torch.empty(some, width, device=student.device)
     for begin in range(0, n, some):
