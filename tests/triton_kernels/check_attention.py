@@ -56,12 +56,12 @@ def test_against_reference(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@KINDS
-def test_heads_wider_than_tiles(kind: str, method: str, causal: bool, device: str) -> None:
+@pytest.mark.parametrize("kind", ["scores", "probs", "kl"])
+def test_heads_wider_than_tiles(kind: str, causal: bool, device: str) -> None:
     """Whose tiles no multiprocessor holds: 327,680 bytes at 1024."""
     tensors = sides((2, 1, 2), (320, 576), (9, 7), device)
     masks = tuple(torch.rand(2, n, device=device) > 0.3 for n in (9, 7))
-    check(tensors, kind, method, masks, causal, 5e-6, (0.05, 0.05))
+    check(tensors, kind, "tiled", masks, causal, 5e-6, (0.05, 0.05))
 
 
 @pytest.mark.parametrize("method", ["gram", "tiled"])
