@@ -51,10 +51,11 @@ def compile_case(case: Case, target: str) -> Report:
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     report = Report(f"{_module(case.kernel)}.{case.kernel.__name__}", case.label, target, int(options["num_warps"]))
     source = ASTSource(case.kernel, case.signature(), constants, case.hints())
+    refusals: tuple[type[BaseException], ...] = (*failures(), subprocess.CalledProcessError)
     begun = time.perf_counter()
     try:
         built = triton.compile(source, target=gpu, options=options)
-    except (*failures(), subprocess.CalledProcessError) as failure:
+    except refusals as failure:
         report.error = _root_cause(failure)
         return report
     report.seconds = round(time.perf_counter() - begun, 2)
