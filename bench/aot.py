@@ -2,7 +2,8 @@
 
 Each kernel is compiled at every size its launch function can pick and in a handful of representative types, with the
 hints the runtime would give (16-byte aligned pointers, sizes and strides that 16 divides). Registers, spills and load
-widths are read from the machine code. sm_80 and sm_90 must not spill; sm_100 and gfx942 must compile. CUDA sources: see
+widths are read from the machine code. sm_80 and sm_90 must not spill; everything must compile, with
+no more shared memory than its GPU has. CUDA sources: see
 `aot_cuda`; without nvcc they are left out, which is said. `--launch` is the launch check (`launch`): every GPU test's own calls
 for sm_90, bound as a launch binds them, which is what variants of flags are held against.
 """
@@ -24,7 +25,8 @@ from kdfast.files import json_text
 
 from . import aot_cuda
 from .aot_cases import Case, cases
-from .machine_code import Report, read_cubin
+from .machine_code import SHARED, Report, read_cubin
+from .measure import failures
 
 GATED = ("sm_80", "sm_90")
 TARGETS = (*GATED, "sm_100", "gfx942")
@@ -49,10 +51,11 @@ def compile_case(case: Case, target: str) -> Report:
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     report = Report(f"{_module(case.kernel)}.{case.kernel.__name__}", case.label, target, int(options["num_warps"]))
     source = ASTSource(case.kernel, case.signature(), constants, case.hints())
+    refusals: tuple[type[BaseException], ...] = (*failures(), subprocess.CalledProcessError)
     begun = time.perf_counter()
     try:
         built = triton.compile(source, target=gpu, options=options)
-    except (triton.CompilationError, RuntimeError, subprocess.CalledProcessError) as failure:
+    except refusals as failure:
         report.error = _root_cause(failure)
         return report
     report.seconds = round(time.perf_counter() - begun, 2)
@@ -65,11 +68,13 @@ def compile_case(case: Case, target: str) -> Report:
 
 
 def _root_cause(failure: BaseException) -> str:
-    """The last line of the innermost error: Triton wraps one for every function it was inlining."""
+    """The last line of the innermost error, which Triton wraps once for every function it was inlining; of an assembler's
+    report its first error, as a command to try it again ends that."""
     while failure.__cause__ is not None:
         failure = failure.__cause__
     lines = str(failure).strip().splitlines()
-    return lines[-1] if lines else type(failure).__name__
+    of_ptxas = next((line for line in lines if re.search(r"; error\s*:", line)), None)
+    return of_ptxas or (lines[-1] if lines else type(failure).__name__)
 
 
 def _module(kernel: Any) -> str:
@@ -92,7 +97,12 @@ def _pick(all_cases: Sequence[Case], targets: Sequence[str], quick: bool) -> lis
 
 
 def _failed(report: Report) -> bool:
-    return bool(report.error) or (report.target in GATED and report.spills > 0)
+    return bool(report.error or _too_much_shared(report)) or (report.target in GATED and report.spills > 0)
+
+
+def _too_much_shared(report: Report) -> str:
+    most = SHARED[report.target]
+    return f"  SHARED MEMORY: expected at most {most} bytes" if report.shared_bytes > most else ""
 
 
 def _cuda_targets(targets: Sequence[str], quick: bool, kernel: str) -> list[str]:
@@ -106,7 +116,7 @@ def _line(report: Report) -> str:
     if report.error:
         return f"{name}  does not compile: {report.error}"
     width = "" if report.loads_128 is None else f"{report.loads_128:9} {report.loads_narrower:9}"
-    verdict = "  SPILLS" if _failed(report) else ""
+    verdict = _too_much_shared(report) or ("  SPILLS" if _failed(report) else "")
     return f"{name} {report.registers!s:>9} {report.spills:6} {report.shared_bytes:6} {width}{verdict}"
 
 
@@ -128,25 +138,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.launch:
         from .launch import gpu_tests
 
-        return 1 if gpu_tests(options.kernel) else 0
+        return gpu_tests(options.kernel)
     targets = options.target or TARGETS
     chosen = [c for c in cases() if options.kernel in f"{_module(c.kernel)}.{c.kernel.__name__}"]
     in_cuda = [] if aot_cuda.missing() else _cuda_targets(targets, options.quick, options.kernel)
     if not chosen and not in_cuda:
         print(f"aot: --kernel: expected part of a kernel's name, got {options.kernel!r}", file=sys.stderr)
         return 2
-    failures = 0
+    failed = 0
     triton_reports = (compile_case(case, target) for case, target in _pick(chosen, targets, options.quick))
     reports = itertools.chain(triton_reports, aot_cuda.reports(in_cuda))
     if not options.json:
         print(f"{'kernel':25} {'case':42} target  warps registers spills shared 128-bit / narrower loads")
     for report in reports:
-        failures += _failed(report)
+        failed += _failed(report)
         print(json_text(dataclasses.asdict(report)) if options.json else _line(report), flush=True)
     if aot_cuda.missing() and not options.json:
         print(f"CUDA sources left out: {aot_cuda.missing()}")
     if not options.json:
-        print(
-            f"{failures} failed" if failures else f"no spills on {' and '.join(t for t in GATED if t in targets)}; all compile"
-        )
-    return 1 if failures else 0
+        print(f"{failed} failed" if failed else _all_well(targets))
+    return 1 if failed else 0
+
+
+def _all_well(targets: Sequence[str]) -> str:
+    gated = [target for target in GATED if target in targets]
+    return f"no spills on {' and '.join(gated)}; all compile" if gated else "all compile"

@@ -45,10 +45,20 @@ def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
     return found
 
 
+def lost(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Rows of kdfast that have no time now and had one: no peer's ratio to them can show it."""
+    known = {(*r.case, r.contestant, r.device, r.threads) for r in old if math.isfinite(r.median_ms)}
+    return [
+        r for r in new
+        if r.contestant.startswith("kdfast") and not math.isfinite(r.median_ms)
+        and (*r.case, r.contestant, r.device, r.threads) in known
+    ]  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
         prog="kdfast bench check", description=(__doc__ or "").split("\n")[0],
-        epilog="exit codes: 0 nothing fell behind, 1 something did or nothing could be compared, 2 wrong usage",
+        epilog="exit codes: 0 nothing fell behind, 1 something did or failed, or nothing could be compared, 2 wrong usage",
     )  # fmt: skip
     p.add_argument("new", type=Path, metavar="CSV", help="results of this checkout")
     p.add_argument("--against", type=Path, default=RESULTS, metavar="CSV", help="a file or folder (default bench/results)")
@@ -61,8 +71,10 @@ def main(argv: list[str]) -> int:
         old, new = read(args.against) if args.against.is_dir() else read_csv(args.against), read_csv(args.new)
     except ValueError as error:
         p.error(str(error))
-    found = changes(old, new)
-    if not found:
+    found, failed = changes(old, new), lost(old, new)
+    for row in failed:
+        print(f"FAILED {' '.join(x for x in row.case if x)}  {row.contestant}: {row.error or 'no time'}")
+    if not found and not failed:
         print("bench check: no case of both files has the same op, shape, dtype, peer, device and thread count")
         return 1
     for change in found:
@@ -71,4 +83,4 @@ def main(argv: list[str]) -> int:
         print(f"{word:<7}{case}  {change.row.contestant}: {change.before:.2f}x -> {change.now:.2f}x")
     agree = sum(1 / args.band <= c.factor <= args.band for c in found)
     print(f"{agree} of {len(found)} ratios agree within a factor of {args.band:g}")
-    return 1 if any(c.factor < 1 / args.band for c in found) else 0
+    return 1 if failed or any(c.factor < 1 / args.band for c in found) else 0

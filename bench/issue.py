@@ -2,7 +2,8 @@
 
 Each row kernel is compiled for sm_90 and its loops over columns are counted: instructions, those of the integer and compare
 pipe, and special functions (exp2); of attention those over tiles of scores, with their products. Over the card's rates they
-bound the time from below, as its bytes do. A kernel that needs more a column than docs/gpu.md says fails the check.
+bound the time from below, as its bytes do. A kernel that needs more a column than docs/gpu.md says fails the check, and so does
+one whose loops or products are not found as they were.
 """
 
 from __future__ import annotations
@@ -175,21 +176,32 @@ Above 1: something else cost more than both; attention waited for products of wh
 """
 
 
-def _worse(now: Count, committed: Count) -> list[str]:
+def _worse(now: Count, committed: Count | None) -> list[str]:
+    """What a count has come to need more of than the committed one, and what says that the two are not of the same loops."""
+    if committed is None:
+        return ["no committed count; kdfast bench issue --write"]
     pairs = [(name, getattr(now, name), getattr(committed, name)) for name in _PER_COLUMN]
-    worse = [f"{name} {a:g} a column, committed {b:g}" for name, a, b in pairs if a > SLACK * b + 0.05]
-    if not committed.instructions and now.loops > committed.loops:
-        worse.append(f"{now.loops} launches, committed {committed.loops}")
+    worse = [f"{name} {a:g} a column, committed {b:g}" for name, a, b in pairs if _more(a, b) or bool(a) != bool(b)
+             or (name == "products" and _more(b, a))]  # fmt: skip
+    if now.loops != committed.loops:
+        what = "loops" if committed.instructions or now.instructions else "launches"
+        worse.append(f"{now.loops} {what}, committed {committed.loops}")
     return worse
 
 
+def _more(a: float, b: float) -> bool:
+    return a > SLACK * b + 0.05
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: counted, and nothing is above the committed counts. 1: something is. 2: Triton is missing or wrong usage."""
+    """0: counted, and all is as committed or below. 1: something is not. 2: Triton is missing or wrong usage."""
     p = argparse.ArgumentParser(
         prog="kdfast bench issue", description=__doc__, epilog="example: kdfast bench issue --check --quick",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    p.add_argument("--check", action="store_true", help="fail where a count is above the committed one")
+    p.add_argument(
+        "--check", action="store_true", help="fail where a count is above the committed one, or is not of as many loops"
+    )
     p.add_argument("--quick", action="store_true", help="only the calls that cost the most instructions")
     p.add_argument("--row", default="", help="only calls whose name holds this")
     p.add_argument("--write", action="store_true", help="write bench/results/issue.csv and docs/gpu.md")
@@ -199,12 +211,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     committed, failed = read_counts(COUNTS), 0
     quick = ("kd_loss bf16 T=2 4096 x 128256", "topk")
+    wanted = [name for name in calls() if options.row in name and (not options.quick or name.startswith(quick))]
+    if not wanted:
+        where = "a name in docs/gpu.md" + (" that --quick counts" if options.quick else "")
+        print(f"issue: --row: expected part of {where}, got {options.row!r}", file=sys.stderr)
+        return 2
     now = {}
     by_name = {row.name: row for row in rows()}
-    for name, found in measure(lambda name: options.row in name and (not options.quick or name.startswith(quick))):
+    for name, found in measure(wanted.__contains__):
         now[name] = found
         low, high = model.predicted(by_name[name], found, H200) if name in by_name else attention_times(found, H200)
-        worse = _worse(found, committed[name]) if options.check and name in committed else []
+        worse = _worse(found, committed.get(name)) if options.check else []
         failed += bool(worse)
         print(
             f"{name:50} {found.instructions:6.1f} instructions, {found.alu:5.1f} alu, {found.special:5.2f} special, "

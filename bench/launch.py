@@ -7,7 +7,8 @@
 Interpreter and ahead-of-time compilation go around how arguments are bound and specialised. Here everything happens but the
 execution; results come from the reference, so that the tests go on and hold. What is found is a failure: a call that raises,
 an argument no kernel can take, a grid no GPU has, a launch on another device than its tensors', a wait of the host inside a
-public call, a spill, a product of halves or TF32 without tensor cores. `test_gpu_cluster.py` launches no Triton.
+public call, a spill, more shared memory than there is, a product of halves or TF32 without tensor cores.
+`test_gpu_cluster.py` launches no Triton.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from . import launch_lint, stand_in
-from .machine_code import Report, read_cubin
+from .machine_code import SHARED, Report, read_cubin
 
 #: Of an SM of sm_90: registers, threads, blocks, bytes of shared memory, and what each block takes of those for itself.
 _REGISTERS, _THREADS, _BLOCKS, _SHARED, _OWN = 65536, 2048, 32, 233472, 1024
@@ -77,6 +78,8 @@ class Variant:
     def wrong(self) -> str:
         if self.spills:
             return f"{self.spills} instructions of spills"
+        if self.shared > SHARED["sm_90"]:
+            return f"{self.shared} bytes of shared memory, expected at most {SHARED['sm_90']}"
         return "a product of halves or TF32 by FFMA" if re.search(r"FFMA \((?!ieee)", self.dots) else ""
 
     def line(self) -> str:
@@ -129,7 +132,7 @@ def _driver() -> Any:
     class Properties:
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
-            return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+            return {"max_shared_mem": SHARED["sm_90"], "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 
     class Sm90:
         binary_ext, utils = "cubin", Properties
@@ -332,13 +335,13 @@ def _left_out(item: Any) -> str:
 
 
 def gpu_tests(name: str = "") -> int:
-    """The kernels of the GPU tests whose name holds `name`; returns how much failed."""
+    """The kernels of the GPU tests whose name holds `name`: 0 all well, 1 something failed, 2 there are no such tests."""
     import pytest
 
     files = [str(path) for path in sorted(_TESTS.glob("test_gpu*.py")) if path.name != "test_gpu_cluster.py"]
     if not files:
         print("aot: --launch needs the checkout's tests, which an installation does not have", file=sys.stderr)
-        return 1
+        return 2
     began = time.perf_counter()
     with launches_only() as found:
         plugin = _Plugin(found, name)
@@ -346,13 +349,13 @@ def gpu_tests(name: str = "") -> int:
         code = pytest.main([*base, *files], plugins=[plugin])
         if not plugin.named:
             print(f"aot: --kernel: expected part of a GPU test's name, got {name!r}", file=sys.stderr)
-            return 1
+            return 2
         for why, n in plugin.left.items():
             print(f"{n} tests left out: {why}")
         print(f"{plugin.passed} tests passed, {plugin.failed} failed")
         failed = plugin.failed or int(plugin.passed == 0 or code not in (0, 1))
-        return report(found, failed, time.perf_counter() - began, table=True)
+        return 1 if report(found, failed, time.perf_counter() - began, table=True) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(1 if gpu_tests(*sys.argv[1:2]) else 0)
+    sys.exit(gpu_tests(*sys.argv[1:2]))

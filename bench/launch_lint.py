@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 
-from .stand_in import INDEXED, WAITS, replaced
+from .stand_in import INDEXED, opened, reads, replaced
 
 _PACKAGE = Path(kdfast.__file__).parent
 #: Where a wait of the host has no branch for CPUs to stand in.
@@ -58,8 +58,10 @@ class NoWaits(TorchDispatchMode):
     """On a CPU, under the interpreter: what a Triton backend asks of its tensors' values outside its kernels is an error."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if (out := opened(self, func, args, kwargs or {})) is not NotImplemented:
+            return out
         by_mask = func in INDEXED and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if (func in WAITS or by_mask) and (line := _asking()):
+        if (reads(func) or by_mask) and (line := _asking()):
             raise RuntimeError(f"{line}: {func} would make the host wait for the device")
         return func(*args, **(kwargs or {}))
 
@@ -81,7 +83,7 @@ def no_waits() -> Iterator[None]:
     the host's numbers for a device.
     """
     with contextlib.ExitStack() as stack:
-        for name in ("tolist", "numpy"):
+        for name in ("tolist", "numpy", "cpu"):
             call = getattr(torch.Tensor, name)
             stack.enter_context(replaced(torch.Tensor, **{name: _refusing(f"Tensor.{name}", call, lambda *_, **__: True)}))
         for name in ("tensor", "as_tensor"):

@@ -262,8 +262,9 @@ def check(call: Call, device: str, backend: str | None = None) -> str:
         value = got[name]
         dtype = torch.float32 if name == "value" else value.dtype
         allowed = (_ALLOWED_PRODUCT if call.product else _ALLOWED)[dtype if name != "value" or not call.product else call.dtype]
-        error = float((value.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
-        if not error <= allowed and float((value.double() - want.double()).abs().max()) > 1e-7:
+        difference = float((value.double() - want.double()).abs().max())
+        error = difference / max(float(want.double().abs().max()), 1e-30)
+        if not (error <= allowed or difference <= 1e-7):  # NaN is neither
             wrong.append(f"{name} off by {error:.1e} of its largest, allowed {allowed:.0e}")
     return "; ".join(wrong)
 
@@ -277,6 +278,10 @@ def main(argv: list[str]) -> int:
     p.add_argument("--launch", action="store_true", help="compile for sm_90 what would be launched; needs no GPU")
     p.add_argument("--part", default="0/1", metavar="I/N", help="every N-th call, from the I-th")
     args = p.parse_args(argv)
+    for word in args.calls:
+        if not any(word in call.name for call in calls()):
+            print(f"bench smoke: calls: expected part of a call's name (kd_loss, topk, linear), got {word!r}", file=sys.stderr)
+            return 2
     wanted = [call for call in calls() if not args.calls or any(word in call.name for word in args.calls)]
     if args.launch:
         return 1 if checked_calls(wanted, check, trace=bool(args.calls)) else 0

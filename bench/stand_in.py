@@ -8,6 +8,7 @@ events and graphs are not here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,15 +28,38 @@ MULTIPROCESSORS = 132
 _PACKAGE = str(Path(kdfast.__file__).parent)
 _CLI = str(Path(kdfast.__file__).parent / "cli")
 _aten = torch.ops.aten
-#: What reads values back, or sizes that depend on them.
-WAITS = {
-    _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.equal.default,
-    _aten._unique2.default, _aten.unique_dim.default, _aten.unique_consecutive.default, _aten.bincount.default,
-    _aten.repeat_interleave.Tensor,
-}  # fmt: skip
+#: torch's own words for what reads values back, or sizes that depend on them.
+_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 
 Told = Callable[[str], None]
+
+
+@functools.cache
+def reads(func: Any) -> bool:
+    """Whether an operator makes the host wait for values, or for sizes that depend on them; of `INDEXED` the indices say."""
+    return func not in INDEXED and any(tag in func.tags for tag in _READS)
+
+
+@functools.cache
+def _made_of_others(func: Any) -> Any:
+    """The key under which an operator is Python of kdfast, or made of other operators; None where it is neither.
+
+    Autograd takes the latter apart, but not within an op of kdfast: `item` comes there as `item`, `where` as `where`.
+    """
+    if func.namespace == "kdfast":
+        return torch._C.DispatchKey.CompositeExplicitAutograd
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return key if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) else None
+
+
+def opened(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator gives, if it is made of others that `mode` then sees one by one; else NotImplemented."""
+    key = _made_of_others(func)
+    if key is None:
+        return NotImplemented
+    with mode:  # torch has put it aside for the call it is in
+        return func._op_dk(key, *args, **kwargs)
 
 
 class OnDevice(Tensor):
@@ -149,9 +173,8 @@ def _asking() -> str:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func.namespace == "kdfast":
-        with _Mode():  # torch has put it aside for the call it is in
-            return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+    if (out := opened(_Mode(), func, args, kwargs)) is not NotImplemented:
+        return out
     here = False
 
     def held(x: Any) -> Any:
@@ -178,7 +201,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _look(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tells of what would make the host wait."""
-    if func in WAITS and not kwargs.get("output_size"):
+    if reads(func) and not kwargs.get("output_size"):
         _wait(func.overloadpacket.__name__)
     elif func in INDEXED and any(x is not None and (x.dtype == torch.bool or not isinstance(x, OnDevice)) for x in args[1]):
         _wait("index by a mask, or by numbers of the host")
@@ -254,11 +277,11 @@ def device(told: Told) -> Iterator[None]:
     properties = SimpleNamespace(
         multi_processor_count=MULTIPROCESSORS, total_memory=80 << 30, name="stand-in", major=9, minor=0
     )
-    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: _wait("Stream.synchronize"))
     cuda: dict[str, Any] = {
         "is_available": lambda: True, "device": _on, "current_device": current_device,
         "get_device_properties": lambda device=None: properties, "current_stream": lambda device=None: stream,
-        "get_device_capability": lambda device=None: (9, 0), "synchronize": lambda device=None: None,
+        "get_device_capability": lambda device=None: (9, 0), "synchronize": lambda device=None: _wait("torch.cuda.synchronize"),
         "get_device_name": lambda device=None: "stand-in", "get_sync_debug_mode": lambda: 0,
         "set_sync_debug_mode": lambda mode: None,
     }  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 from bench import issue, issue_counts, issue_model, issue_targets
@@ -39,6 +42,37 @@ def test_a_count_above_the_committed_one_is_named() -> None:
     launches = Count(0, 0, 0, 0, 6)
     assert issue._worse(launches, launches) == []
     assert issue._worse(Count(0, 0, 0, 0, 7), launches) == ["7 launches, committed 6"]
+
+
+def test_fewer_instructions_are_no_failure_but_loops_that_are_not_found_are() -> None:
+    committed = Count(40.0, 10.0, 4.0, 128, 2, products=256)
+    assert issue._worse(dataclasses.replace(committed, instructions=30.0, alu=5.0, special=2.0), committed) == []
+    assert issue._worse(dataclasses.replace(committed, loops=1, instructions=20.0), committed) == ["1 loops, committed 2"]
+    for products in (0, 128):
+        said = [f"products {products} a column, committed 256"]
+        assert issue._worse(dataclasses.replace(committed, products=products), committed) == said
+    assert issue._worse(dataclasses.replace(committed, special=0.0), committed) == ["special 0 a column, committed 4"]
+    assert len(issue._worse(Count(0, 0, 0, 0, 0), committed)) == 5
+    assert issue._worse(Count(0, 0, 0, 0, 0), Count(0, 0, 0, 0, 6)) == ["0 launches, committed 6"]
+
+
+def test_a_call_without_a_committed_count_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(issue, "COUNTS", tmp_path / "issue.csv")
+    assert issue.main(["--check", "--row", "scale"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("no committed count; kdfast bench issue --write")
+
+
+@pytest.mark.parametrize("options", [["--row", "nope"], ["--quick", "--row", "scale"]])
+def test_a_row_that_is_not_there(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    assert issue.main(options) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("issue: --row: expected part of a name in docs/gpu.md")
 
 
 PRODUCTS = """

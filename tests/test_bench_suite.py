@@ -76,6 +76,17 @@ def test_check_does_not_compare_machines(tmp_path: Path, capsys: pytest.CaptureF
     assert "no case of both files" in capsys.readouterr().out
 
 
+def test_check_tells_of_what_kdfast_no_longer_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    write_csv(rows(10.0), old)
+    now = rows(10.0)
+    now[1] = dataclasses.replace(now[1], median_ms=math.nan, time_ratio=math.nan, error="RuntimeError: broken")
+    write_csv(now, new)
+    assert check.main([str(new), "--against", str(old)]) == 1
+    assert "kdfast overwrite_logits: RuntimeError: broken" in capsys.readouterr().out
+    assert check.main([str(new), "--against", str(new)]) == 0  # it was so before
+
+
 def test_a_mark_is_met_short_or_not_measured() -> None:
     page = performance.page(rows(16.0))
     lines = [line for line in page.splitlines() if line.startswith("| `kd_loss`, KL + CE, 256 x 128256, float32 |")]

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 import kdfast
-from bench import launch, launch_lint, smoke, stand_in
+from bench import aot, launch, launch_lint, smoke, stand_in
+from bench.aot_cases import Case
+from bench.machine_code import SHARED, Report
 from kdfast.options import Head, RowOptions
 
 triton = pytest.importorskip("triton")
+tl = triton.language
 THREADS = 1
 
 
@@ -55,7 +58,12 @@ WAITING: dict[str, Callable[[torch.Tensor], object]] = {
     "nonzero": lambda x: x.nonzero(), "mask": lambda x: x[x > 0], "cpu": lambda x: x.cpu(), "numpy": lambda x: x.numpy(),
     "tensor": lambda x: torch.tensor([1.0], device=x.device), "host's index": lambda x: x[torch.tensor([1])],
     "host's values": lambda x: x.copy_(torch.ones(3)), "float": lambda x: float(x.sum()),
-    "equal": lambda x: torch.equal(x, x + 1),
+    "equal": lambda x: torch.equal(x, x + 1), "allclose": lambda x: torch.allclose(x, x), "unique": lambda x: x.unique(),
+    "where": lambda x: torch.where(x > 0), "argwhere": lambda x: torch.argwhere(x > 0), "if": lambda x: 1 if x.sum() > 0 else 2,
+    "is_nonzero": lambda x: torch.is_nonzero(x[:1]), "masked_select": lambda x: x.masked_select(x > 0),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x, (x > 0).long()),
+    "one_hot": lambda x: torch.nn.functional.one_hot((x > 0).long()),
+    "synchronize": lambda x: torch.cuda.synchronize(), "stream": lambda x: torch.cuda.current_stream().synchronize(),
 }  # fmt: skip
 FREE: dict[str, Callable[[torch.Tensor], object]] = {
     "arithmetic": lambda x: (x * 2 + 1).sum(), "set": lambda x: x.fill_(1),
@@ -88,11 +96,11 @@ def test_the_stand_in_tells_of_nothing_else(name: str, waits: list[str]) -> None
     assert waits == []
 
 
-#: Where the tensor is a CPU's, the interpreter's, nothing is copied between host and device.
-COPIES = ("cpu", "host's index", "host's values")
+#: Where the tensor is a CPU's, the interpreter's, nothing is copied between host and device, and there is no stream.
+OF_DEVICES = ("host's index", "host's values", "synchronize", "stream")
 
 
-@pytest.mark.parametrize("name", [name for name in WAITING if name not in COPIES])
+@pytest.mark.parametrize("name", [name for name in WAITING if name not in OF_DEVICES])
 def test_the_interpreter_refuses_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, here = torch.randn(3), Path(__file__).parent
     with launch_lint.interpreted():
@@ -110,6 +118,58 @@ def test_the_interpreter_refuses_nothing_else(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch_lint, "_NEVER", (str(Path(__file__).parent),))
     with launch_lint.interpreted():
         FREE[name](torch.randn(3))
+
+
+@pytest.fixture
+def within(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.Tensor], object], str], None]:
+    """Calls `hidden_cosine` on a device, whose op asks something of a tensor, as a line of a Triton backend's."""
+    from kdfast.backends.reference import hidden
+
+    names: dict[str, Any] = {}
+    place = Path(kdfast.__file__).parent / "backends" / "triton" / "hidden.py"
+    exec(compile("def waiting(ask, x):\n    ask(x)", str(place), "exec"), names)
+    own = hidden.cosine
+
+    def run(ask: Callable[[torch.Tensor], object], device: str) -> None:
+        def cosine(student: torch.Tensor, *rest: Any) -> Any:
+            names["waiting"](ask, student[0])
+            return own(student, *rest)
+
+        monkeypatch.setattr(hidden, "cosine", cosine)
+        with kdfast.use_backend("reference"):
+            x = torch.randn(4, 3, device=device).requires_grad_()
+            kdfast.hidden_cosine(x, torch.randn(4, 3, device=device)).backward()
+
+    return run
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_waits_within_an_op_are_told(name: str, within: Callable[..., None]) -> None:
+    told: list[str] = []
+    with stand_in.device(told.append):
+        within(WAITING[name], "cuda")
+    assert told
+    assert all("hidden.py:2 waiting" in line for line in told)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_nothing_else_within_an_op_is_told(name: str, within: Callable[..., None]) -> None:
+    told: list[str] = []
+    with stand_in.device(told.append):
+        within(FREE[name], "cuda")
+    assert told == []
+
+
+@pytest.mark.parametrize("name", [name for name in WAITING if name not in OF_DEVICES])
+def test_the_interpreter_refuses_waits_within_an_op(name: str, within: Callable[..., None]) -> None:
+    with pytest.raises(RuntimeError, match=r"hidden.py:2: .* would make the host wait"), launch_lint.interpreted():
+        within(WAITING[name], "cpu")
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_interpreter_refuses_nothing_else_within_an_op(name: str, within: Callable[..., None]) -> None:
+    with launch_lint.interpreted():
+        within(FREE[name], "cpu")
 
 
 def test_the_stand_in_computes_what_a_cpu_does() -> None:
@@ -180,6 +240,60 @@ def test_spills_are_found_with_the_table_and_without(capsys: pytest.CaptureFixtu
         assert "instructions of spills" in said
 
 
+@triton.jit
+def shared_kernel(a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    i, k = tl.arange(0, M), tl.arange(0, K)
+    total = tl.zeros([M, M], tl.float32)
+    for start in range(0, n, K):
+        a = tl.load(a_ptr + i[:, None] * n + start + k[None, :])
+        total += tl.dot(a, tl.load(b_ptr + (start + k)[:, None] * M + i[None, :]))
+    tl.store(c_ptr + i[:, None] * M + i[None, :], total)
+
+
+@triton.jit
+def nonsense_kernel(x_ptr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, 32)
+    y = tl.inline_asm_elementwise("nonsense $0, $1;", "=r,r", [tl.load(x_ptr + i)], tl.int32, True, 1)
+    tl.store(x_ptr + i, y)
+
+
+def test_more_shared_memory_than_there_is_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    with launched() as found:
+        a, b = (torch.ones(128, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        with torch.cuda.device(a.device):
+            shared_kernel[(1,)](a, b, a.float(), 128, M=128, K=64, num_warps=8, num_stages=9)
+    assert launch.report(found, 0, 0.0, False) == 1
+    assert "bytes of shared memory, expected at most 232448" in capsys.readouterr().out
+    (variant,) = found.variants.values()
+    variant.shared = SHARED["sm_90"]
+    assert variant.wrong == ""
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_ahead_of_time_shared_memory_has_to_fit(target: str) -> None:
+    most = SHARED[target]
+    fits, not_ = (aot_report(target, shared_bytes=n) for n in (most, most + 1))
+    assert (aot._failed(fits), aot._failed(not_)) == (False, True)
+    assert f"SHARED MEMORY: expected at most {most} bytes" in aot._line(not_)
+    assert "SHARED" not in aot._line(fits)
+
+
+def aot_report(target: str, **found: Any) -> Report:
+    return Report("module.kernel", "bf16", target, 4, registers=32, **found)
+
+
+def test_what_an_assembler_refuses_is_a_finding() -> None:
+    case = Case(nonsense_kernel, "", {"x": torch.float32}, {}, {"num_warps": 1})
+    report = aot.compile_case(case, "sm_90")
+    assert "Not a name of any known instruction: 'nonsense'" in report.error
+    assert aot._failed(report)
+
+
+def test_the_last_sentence_names_what_may_not_spill() -> None:
+    assert aot._all_well(["sm_90", "sm_100"]) == "no spills on sm_90; all compile"
+    assert aot._all_well(["sm_100"]) == "all compile"
+
+
 def test_products_are_read_off_the_layouts() -> None:
     of = "tensor<16x16xf32, #o> * tensor<16x16xf32, #o1> -> tensor<16x16xf32"
     text = f"""
@@ -197,7 +311,7 @@ def test_products_are_read_off_the_layouts() -> None:
 def test_a_name_that_no_gpu_test_has() -> None:
     command = [sys.executable, "-m", "bench", "aot", "--launch", "--kernel", "no such test"]
     found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
-    assert found.returncode == 1
+    assert found.returncode == 2
     assert found.stderr.strip().splitlines()[-1] == "aot: --kernel: expected part of a GPU test's name, got 'no such test'"
 
 
@@ -205,3 +319,26 @@ def test_a_name_that_no_gpu_test_has() -> None:
 def test_the_smoke_calls_say_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert smoke.main([]) == 2
     assert capsys.readouterr().err.startswith("bench smoke: torch sees no CUDA device; --launch ")
+
+
+def test_a_name_that_no_smoke_call_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert smoke.main(["--launch", "kd_loss parts", "no_such_call"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert said.err.startswith("bench smoke: calls: expected part of a call's name")
+    assert "got 'no_such_call'" in said.err
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("of", ["value", "student"])
+def test_the_smoke_check_names_what_is_wrong(of: str, factor: float) -> None:
+    def run(student: torch.Tensor, labels: torch.Tensor, teacher0: torch.Tensor) -> torch.Tensor:
+        off = factor if student.dtype == torch.float32 else 1.0
+        if of == "student" and student.requires_grad:
+            student.register_hook(lambda grad: grad * off)
+        loss = kdfast.kd_loss(student, teacher0, labels, hard_weight=0.3)
+        return loss + (loss * off - loss).detach() if of == "value" else loss
+
+    call = smoke.Call("", smoke._rows(17), run, ("student",), torch.float32)
+    wrong = smoke.check(call, "cpu")
+    assert wrong.startswith(f"{of} off by ") if factor != 1 else wrong == ""
