@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
+from typing import NoReturn
 
 #: Ops of which `kdfast bench OP ...` shows one or two shapes each, beside each other; at length one is `full OP`.
 IN_SUITE = ("logits", "linear", "topk", "attention", "hidden", "linear_logit_mse")
@@ -28,6 +30,13 @@ COMMANDS = {
     "smoke": "every op in few calls on a GPU against float64; with no GPU through Triton's binder and compiler (--launch)",
     "gpu": "everything that needs a GPU, in two visits of minutes: --contact, --record; --dry-run shows the plan",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line, as every error is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def spelled(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor
 import kdfast
 from kdfast.options import DIVERGENCES
 
+from .commands import Parser
 from .launch import checked_calls
 
 #: Largest error of a tensor over its largest value, by the dtype it is in.
@@ -269,28 +271,48 @@ def check(call: Call, device: str, backend: str | None = None) -> str:
     return "; ".join(wrong)
 
 
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with whole numbers 0 <= I < N, such as 0/2, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def chosen(words: list[str], part: tuple[int, int]) -> list[Call]:
+    """The calls that have one of some words in their names (no words: all), and of those every N-th from the I-th.
+
+    Raises:
+        ValueError: a word is in no call's name.
+    """
+    known = calls()
+    if unknown := [word for word in words if not any(word in call.name for call in known)]:
+        raise ValueError(f"expected words in the names of the calls, such as kd_loss or attention_kl, got {unknown[0]!r}")
+    return [call for call in known if not words or any(word in call.name for word in words)][part[0] :: part[1]]
+
+
 def main(argv: list[str]) -> int:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="kdfast bench smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: kdfast bench smoke --launch kd_loss",
     )  # fmt: skip
     p.add_argument("calls", nargs="*", help="words in the names of the calls to make; none: all")
     p.add_argument("--launch", action="store_true", help="compile for sm_90 what would be launched; needs no GPU")
-    p.add_argument("--part", default="0/1", metavar="I/N", help="every N-th call, from the I-th")
+    p.add_argument("--part", default=(0, 1), type=_part, metavar="I/N", help="every N-th call, from the I-th (0 is the first)")
     args = p.parse_args(argv)
-    for word in args.calls:
-        if not any(word in call.name for call in calls()):
-            print(f"bench smoke: calls: expected part of a call's name (kd_loss, topk, linear), got {word!r}", file=sys.stderr)
-            return 2
-    wanted = [call for call in calls() if not args.calls or any(word in call.name for word in args.calls)]
+    try:
+        wanted = chosen(args.calls, args.part)
+    except ValueError as error:
+        p.error(f"argument calls: {error}")
+    if not wanted:
+        print(f"bench smoke: part {args.part[0]}/{args.part[1]} has no calls")
+        return 0
     if args.launch:
         return 1 if checked_calls(wanted, check, trace=bool(args.calls)) else 0
     if not torch.cuda.is_available():
         print("bench smoke: torch sees no CUDA device; --launch compiles what would be launched, with no GPU", file=sys.stderr)
         return 2
-    part, parts = map(int, args.part.split("/"))
     failed = 0
-    for call in wanted[part::parts]:
+    for call in wanted:
         began = time.perf_counter()
         try:
             wrong = check(call, "cuda")

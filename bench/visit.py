@@ -7,6 +7,7 @@ of the stage in progress after every case (`running.csv`): a visit that is cut s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.machinery
 import os
@@ -15,9 +16,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,10 @@ SECONDS = {"contact": 230.0, "record": 440.0}
 #: Building the C++ extension, and the CUDA kernels after it, on 16 cores.
 _BUILD_S = {"_C": 30.0, "_cuda": 45.0}
 _RESERVE_S = 5.0
+#: The stage that shows that kdfast is right.
+_TESTS = "tests"
+_INTERRUPTED = "interrupted"
+_LEFT_OUT = "left out: "
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,14 @@ def plan(kind: str, device: str, size: str, scratch: Path) -> list[Stage]:
         without = "" if shutil.which("ncu") and device == "cuda" else "there is no ncu here"
         return [
             Stage("versions", 10, facts("versions")), build("_C", "cpu"),
-            Stage("tests", 60, tests("gpu and smoke", "test_gpu_smoke.py")), limits,
+            Stage(_TESTS, 60, tests("gpu and smoke", "test_gpu_smoke.py")), limits,
             Stage("kdfast alone", 60, rows=",".join(op for op in proven if op != "train"), size=own),
             Stage("profile", 20, facts("profile")), Stage("counters", 20, counters, left_out=without), *cluster,
         ]  # fmt: skip
     groups = [Stage(group, sweep.SECONDS[group], rows=group, size=size) for group in sweep.GROUPS if group != sweep.UNPROVEN]
     return [
         Stage("versions", 10, facts("versions")), build("_C", "cpu"), limits,
-        Stage("tests", 110, tests("gpu", "test_gpu*.py", "test_triton_interpreted.py")), *groups, *cluster,
+        Stage(_TESTS, 110, tests("gpu", "test_gpu*.py", "test_triton_interpreted.py")), *groups, *cluster,
     ]  # fmt: skip
 
 
@@ -141,28 +148,73 @@ def describe(kind: str, stages: Sequence[Stage], limit: float) -> str:
 
 
 def unpack(wheels: Path, folder: Path) -> None:
-    """Makes what the wheels in a folder hold importable by the stages."""
-    for wheel in sorted(wheels.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
+    """Makes what the wheels in a folder hold importable by the stages.
+
+    Raises:
+        ValueError: it is no folder, has no wheels, or one of them cannot be unpacked.
+    """
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        state = "one without any" if wheels.is_dir() else "a file" if wheels.exists() else "nothing there"
+        raise ValueError(f"expected a folder with wheels (*.whl), got {wheels}: {state}")
+    for wheel in found:
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise ValueError(f"expected wheels, which are zip archives, got {wheel}: {error}") from error
     os.environ["PYTHONPATH"] = os.pathsep.join(x for x in (str(folder), os.environ.get("PYTHONPATH", "")) if x)
 
 
-def call(command: Sequence[str], seconds: float, log: Path, env: Sequence[tuple[str, str]] = ()) -> str:
-    """Runs a command from the repository's root, its output added to `log`; kills it and its children when the time is over.
+#: What ends a visit from outside: Ctrl-C, a `kill`, and the terminal that goes away.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Between two looks whether one of them came.
+_LOOK_S = 0.1
 
-    Returns why it failed, or "".
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[int]]:
+    """A list that gets the signals of `_STOPS` while it lasts; they do nothing else. Those that are ignored stay ignored."""
+    told = list[int]()
+    if threading.current_thread() is not threading.main_thread():  # Python tells of signals in the main thread alone
+        yield told
+        return
+    heard = [number for number in _STOPS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, lambda number, frame: told.append(number)) for number in heard}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def call(command: Sequence[str], seconds: float, log: Path, env: Sequence[tuple[str, str]] = ()) -> str:
+    """Runs a command from the repository's root, its output added to `log`; returns why it failed, or "".
+
+    No process of it outlives the call, which may end because the command does, its time is over, or a signal asks to stop.
+
+    Raises:
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
     """
-    with log.open("ab") as file:
+    end = time.monotonic() + seconds
+    # Noted, not raised: an exception between the start of the process and the `try` would leave it on the card.
+    with log.open("ab") as file, _noted() as told:
         process = subprocess.Popen(
             list(command), cwd=_ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | dict(env)
         )
+        code: int | None = None
         try:
-            code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            while code is None and not told and (left := end - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=min(left, _LOOK_S))
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its session is empty
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"stopped after {seconds:.0f} s"
+    if told:
+        raise KeyboardInterrupt
+    if code is None:
+        return f"stopped after {seconds:.0f} s"
     return f"exit code {code}" if code else ""
 
 
@@ -188,8 +240,10 @@ class Visit:
         for at, stage in enumerate(stages):
             left = self.patience * self.seconds - (time.monotonic() - start)
             kept = 0.0 if stage.kept else sum(s.seconds for s in stages[at + 1 :] if s.kept and not s.left_out)
-            self._stage(stage, min(self.patience * stage.seconds, left - self.patience * kept))
-            write_csv(self.rows, self.path)
+            try:
+                self._stage(stage, min(self.patience * stage.seconds, left - self.patience * kept))
+            finally:
+                write_csv(self.rows, self.path)
             row = next(r for r in reversed(self.rows) if r.op == "stage")
             print(f"{self.kind}: {stage.name}: {row.error or row.note}; {max(left, 0):.0f} s were left", flush=True)
         return self.rows
@@ -200,28 +254,41 @@ class Visit:
         why = stage.left_out or too_late
         with self.log.open("a") as file:
             file.write(f"\n=== {stage.name}: {why or f'at most {seconds:.0f} s'}\n")
-        if stage.rows and not stage.left_out:
-            why = self._measure(stage, seconds, why)
-        elif not why:
-            why = call(stage.command, seconds, self.log, stage.env)
+        try:
+            if stage.rows and not stage.left_out:
+                why = self._measure(stage, seconds, why)
+            elif not why:
+                why = call(stage.command, seconds, self.log, stage.env)
+        except KeyboardInterrupt:
+            self._note(stage, began, _INTERRUPTED)
+            raise
         found = self.scratch / "limits.csv"
         if stage.name == "limits" and found.exists():
             self._keep_limits(read_csv(found))
+        self._note(stage, began, why)
+
+    def _note(self, stage: Stage, began: float, why: str) -> None:
+        """The row of the stage itself."""
         last = self.log.read_text(errors="replace").strip().splitlines()[-1][:160]
         told = f"; {last}" if not (stage.rows or stage.left_out or last.startswith("===")) else ""
         note = f"took {time.monotonic() - began:.0f} s{told}"
-        row = Row("stage", stage.name, note=f"left out: {stage.left_out}" if stage.left_out else note)
+        row = Row("stage", stage.name, note=f"{_LEFT_OUT}{stage.left_out}" if stage.left_out else note)
         self.rows.append(stamp(dataclasses.replace(row, error="" if stage.left_out else why), self.device))
 
     def _measure(self, stage: Stage, seconds: float, why: str) -> str:
         """The rows of some ops' cases, by a process that writes each as it comes; every planned case has its rows."""
         path = self.path.with_name("running.csv")
-        if not why:
-            command = [sys.executable, "-m", f"{__package__}.sweep", stage.rows, stage.size, self.device]
-            why = call([*command, f"{seconds - _RESERVE_S:.0f}", str(path), *self.limits], seconds, self.log)
-        rows = read_csv(path) if path.exists() else []
-        path.unlink(missing_ok=True)
-        self.rows += rows + sweep.unreached(stage.rows, stage.size, self.device, rows, why or "its process ended early")
+        path.unlink(missing_ok=True)  # a visit that was killed left it: those rows are not of this one
+        command = [sys.executable, "-m", f"{__package__}.sweep", stage.rows, stage.size, self.device]
+        try:
+            why = why or call([*command, f"{seconds - _RESERVE_S:.0f}", str(path), *self.limits], seconds, self.log)
+        except KeyboardInterrupt:
+            why = _INTERRUPTED
+            raise
+        finally:
+            rows = read_csv(path) if path.exists() else []
+            path.unlink(missing_ok=True)
+            self.rows += rows + sweep.unreached(stage.rows, stage.size, self.device, rows, why or "its process ended early")
         return why
 
     def _keep_limits(self, rows: list[Row]) -> None:
@@ -232,6 +299,22 @@ class Visit:
 
 
 def failed(rows: Sequence[Row]) -> list[Row]:
-    """kdfast's own rows without a number, and stages that did not end well; the unproven kernel's are told, not counted."""
+    """kdfast's own rows without a number, and stages that did not end well.
+
+    The unproven kernel's are told, not counted, with all that is in its process, which it may take down; nor is what the
+    seconds did not reach, which is what is worth least (but see `unproven`).
+    """
     ours = (r for r in rows if r.error and (r.op == "stage" or r.contestant.startswith("kdfast")))
-    return [r for r in ours if "cluster" not in r.contestant and "out of time" not in r.error]
+    return [r for r in ours if "cluster" not in r.contestant and r.op != sweep.UNPROVEN and not _late(r)]
+
+
+def unproven(rows: Sequence[Row]) -> str:
+    """Why a visit shows nothing, though nothing failed in it: its seconds did not reach the tests, or any stage; else ""."""
+    stages = [row for row in rows if row.op == "stage" and not row.note.startswith(_LEFT_OUT)]
+    if stages and all(_late(row) for row in stages):
+        return f"nothing ran: {stages[0].error}"
+    return next((f"the tests did not run: {row.error}" for row in stages if row.contestant == _TESTS and _late(row)), "")
+
+
+def _late(row: Row) -> bool:
+    return row.error.startswith("out of time")

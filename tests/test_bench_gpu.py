@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
+import signal
 import sys
+import threading
 import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch.nn.functional as F
 
 import kdfast
-from bench import gpu, linear_hard, peers, report, sweep, train, visit
-from bench.report import Limits, read_csv
+from bench import gpu, linear_hard, peers, report, smoke, sweep, train, visit
+from bench.report import Limits, Row, read_csv, write_csv
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 THREADS = 1  # on a busy machine two would wait for each other at every operation
@@ -138,6 +144,198 @@ def test_a_stage_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     assert visit.call([sys.executable, "-c", "print('no nvcc'); exit(3)"], 60, log) == "exit code 3"
     assert visit.call([sys.executable, "-c", "print('fine')"], 60, log) == ""
     assert log.read_text() == "no nvcc\nfine\n"
+
+
+@contextlib.contextmanager
+def a_signal(number: signal.Signals, when: Callable[[], bool]) -> Iterator[None]:
+    """Sends it to this process as soon as `when()`, unless it would end the tests: then nobody has asked to hear of it."""
+    own: signal.Handlers | Callable[..., object] = signal.SIG_DFL
+    if number == signal.SIGINT:
+        own = signal.default_int_handler
+    over, before = threading.Event(), signal.signal(number, own)
+
+    def send() -> None:
+        while not over.is_set() and not when():
+            time.sleep(0.005)
+        if not over.is_set() and signal.getsignal(number) is not signal.SIG_DFL:
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        over.set()
+        sender.join()
+        assert signal.signal(number, before) == own  # as the call found it
+
+
+def gone(pid: str) -> bool:
+    """Whether a process ends soon (one that nobody has fetched yet has ended): a killed child's child takes a moment."""
+    end = time.monotonic() + 10
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+    return True
+
+
+_PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(os.getpid(), child.pid, "here", flush=True)
+if len(sys.argv) > 1: time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_call_that_is_interrupted_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with a_signal(number, lambda: log.exists() and "here" in log.read_text()), pytest.raises(KeyboardInterrupt):
+        visit.call([sys.executable, "-c", _PARENT, "stay"], 10, log)
+    assert all(gone(pid) for pid in log.read_text().split()[:2])
+
+
+def test_a_stage_that_ends_leaves_no_process(tmp_path: Path) -> None:
+    assert visit.call([sys.executable, "-c", _PARENT], 30, tmp_path / "log") == ""
+    assert gone((tmp_path / "log").read_text().split()[1])
+
+
+def test_an_interrupted_visit_keeps_its_rows(tmp_path: Path) -> None:
+    stage = visit.Stage("many", 60, rows="scale,attention,topk,codec,linear_topk,hidden,divergences", size="tiny")
+    with a_signal(signal.SIGTERM, (tmp_path / "running.csv").exists), pytest.raises(KeyboardInterrupt):
+        the_visit(tmp_path).run([stage, visit.Stage("after", 10, (sys.executable, "-c", "1"))])
+    rows = read_csv(tmp_path / "rows.csv")
+    assert not (tmp_path / "running.csv").exists()
+    assert [(r.contestant, r.error) for r in rows if r.op == "stage"] == [("many", "interrupted")]
+    ours = [r for r in rows if r.contestant == "kdfast"]
+    assert ours[0].median_ms > 0
+    assert ours[-1].error == "interrupted"
+    assert len(ours) == len(sweep.plan(stage.rows, "tiny", "cpu"))
+
+
+def test_rows_of_a_visit_that_was_killed_are_not_those_of_the_next(tmp_path: Path) -> None:
+    job = sweep.plan("scale", "tiny", "cpu")[0].contest
+    write_csv([Row("scale", "kdfast", dtype="float32", shape=job.shape, median_ms=1.0)], tmp_path / "running.csv")
+    rows = the_visit(tmp_path, seconds=1.0).run([visit.Stage("scale", 60, rows="scale", size="tiny")])
+    assert all(r.error.startswith("out of time") for r in rows)
+    assert not (tmp_path / "running.csv").exists()
+
+
+def test_what_is_worth_least_may_be_late_but_not_the_tests() -> None:
+    late = sweep.out_of_time(1, 5, "the")
+    ran, out, group = Row("stage", "versions"), Row("stage", "build _C", note="left out: it is there"), Row("logits", "kdfast")
+    tests, tests_late = Row("stage", "tests"), Row("stage", "tests", error=late)
+    measured, measured_late = Row("stage", "logits", error=late), Row("logits", "kdfast", error=late)
+    assert visit.unproven([ran, out, tests, group, measured, measured_late]) == ""
+    assert visit.failed([ran, out, tests, measured, measured_late]) == []
+    assert visit.unproven([ran, out, tests_late, measured, measured_late]) == f"the tests did not run: {late}"
+    assert visit.unproven([out, tests_late, measured, measured_late]) == f"nothing ran: {late}"
+    assert visit.unproven([out, measured, measured_late]) == f"nothing ran: {late}"
+    stopped = Row("stage", "tests", error="stopped after 60 s")
+    assert visit.failed([ran, stopped, measured]) == [stopped]
+
+
+def test_a_kernel_that_takes_its_process_down_is_told_not_counted() -> None:
+    why = "stopped after 30 s"
+    rows = [
+        Row("stage", "cluster", error=why),
+        Row("cluster", "kdfast", error=why),
+        Row("cluster", "cluster kernel", error=why),
+    ]
+    assert visit.failed(rows) == []
+    assert visit.failed([*rows, Row("logits", "kdfast", error=why)]) == [Row("logits", "kdfast", error=why)]
+
+
+@pytest.mark.parametrize("kind", visit.SECONDS)
+def test_a_visit_that_reaches_nothing_says_so(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([f"--{kind}", "--dry-run", "--seconds", "0.1", "--out", str(tmp_path / "new" / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bench gpu: nothing ran: out of time: ")
+    assert line.endswith("; give it more --seconds")
+
+
+def test_a_picture_is_that_of_its_visit(tmp_path: Path) -> None:
+    gpu.run("contact", tmp_path, "cpu", "tiny", 0.01)
+    (path,) = tmp_path.glob("*.csv")
+    path.with_suffix(".png").write_bytes(b"of the visit before")
+    gpu.run("contact", tmp_path, "cpu", "tiny", 0.01)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".log"]
+
+
+def refusal(main: Callable[[list[str]], int], words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that is said of wrong usage."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    text = capsys.readouterr()
+    (line,) = text.err.splitlines()
+    assert (stop.value.code, text.out) == (2, "")
+    return line
+
+
+@pytest.mark.parametrize("got", ["-5", "nan", "0", "inf", "a"])
+def test_seconds_are_above_zero(got: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(gpu.main, ["--dry-run", "--out", str(tmp_path), f"--seconds={got}"], capsys)
+    assert f"argument --seconds: expected a number of seconds above 0, got {got!r}" in line
+
+
+def test_a_commit_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(gpu.main, ["--dry-run", "--out", str(tmp_path), "--commit", ""], capsys)
+    assert "argument --commit: expected a commit, got ''" in line
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for out, why in ((file, "File exists"), (file / "in", "Not a directory"), (Path("/proc/none"), "No such file")):
+        line = refusal(gpu.main, ["--dry-run", "--out", str(out)], capsys)
+        assert f"argument --out: expected a folder that can be written, got {out}: {why}" in line
+
+
+def test_wheels_that_are_none_are_told_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "as it was")
+
+    def said(wheels: Path) -> str:
+        return refusal(gpu.main, ["--dry-run", "--out", str(tmp_path / "out"), "--wheels", str(wheels)], capsys)
+
+    folder = tmp_path / "wheels"
+    assert f"argument --wheels: expected a folder with wheels (*.whl), got {folder}: nothing there" in said(folder)
+    folder.mkdir()
+    assert "one without any" in said(folder)
+    wheel = folder / "x.whl"
+    wheel.write_bytes(b"none")
+    assert "a file" in said(wheel)
+    assert f"argument --wheels: expected wheels, which are zip archives, got {wheel}: File is not a zip file" in said(folder)
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.py", "a = 1\n" * 100)
+    broken = bytearray(wheel.read_bytes())
+    broken[36:44] = bytes(8)
+    wheel.write_bytes(broken)
+    assert f"got {wheel}: " in said(folder)
+    assert os.environ["PYTHONPATH"] == "as it was"
+
+
+@pytest.mark.parametrize("got", ["x", "7/3", "3/3", "0/0", "-1/2", "1", "1/2/3", ""])
+def test_a_part_of_the_smoke_calls_is_one_of_them(got: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(smoke.main, [f"--part={got}"], capsys)
+    assert f"argument --part: expected I/N with whole numbers 0 <= I < N, such as 0/2, got {got!r}" in line
+
+
+def test_words_that_name_no_smoke_call_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(smoke.main, ["--launch", "kd_loss", "kdloss"], capsys)
+    assert "argument calls: expected words in the names of the calls, such as kd_loss or attention_kl, got 'kdloss'" in line
+
+
+def test_parts_are_all_smoke_calls_once(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [call.name for call in smoke.calls()]
+    parts = [[call.name for call in smoke.chosen([], (i, 3))] for i in range(3)]
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert [call.name for call in smoke.chosen(["float16"], (0, 1))] == [name for name in names if "float16" in name]
+    assert smoke.main(["--launch", "softcap", "--part", "1/2"]) == 0  # heeded there too
+    assert capsys.readouterr().out == "bench smoke: part 1/2 has no calls\n"
 
 
 def test_a_group_whose_process_dies_keeps_its_rows(tmp_path: Path) -> None:

@@ -321,14 +321,6 @@ def test_the_smoke_calls_say_that_there_is_no_gpu(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.startswith("bench smoke: torch sees no CUDA device; --launch ")
 
 
-def test_a_name_that_no_smoke_call_has(capsys: pytest.CaptureFixture[str]) -> None:
-    assert smoke.main(["--launch", "kd_loss parts", "no_such_call"]) == 2
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    assert said.err.startswith("bench smoke: calls: expected part of a call's name")
-    assert "got 'no_such_call'" in said.err
-
-
 @pytest.mark.parametrize("factor", [1.0, 1.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("of", ["value", "student"])
 def test_the_smoke_check_names_what_is_wrong(of: str, factor: float) -> None:
