@@ -283,6 +283,7 @@ def device(told: Told) -> Iterator[None]:
         "get_device_properties": lambda device=None: properties, "current_stream": lambda device=None: stream,
         "get_device_capability": lambda device=None: (9, 0), "synchronize": lambda device=None: _wait("torch.cuda.synchronize"),
         "get_device_name": lambda device=None: "stand-in", "get_sync_debug_mode": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
         "set_sync_debug_mode": lambda mode: None,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:

@@ -39,13 +39,15 @@ def head_of(weight: Tensor, center: bool) -> Head:
     """The `Head` of a weight, from an earlier call if nothing was written to it since.
 
     Known by its memory, place, shape and version counter, and on a GPU by the stream that forms its Gram, for which another
-    stream would not wait. The memory is held weakly: a head that is gone is forgotten at the next call.
+    stream would not wait. A CUDA graph forms its own, which is filled when it is replayed and no other may read. The memory is
+    held weakly: a head that is gone is forgotten at the next call.
     """
     global _heads
     heads = _heads
     if any(memory.expired() for memory, _ in heads.values()):
         _heads = heads = {key: entry for key, entry in heads.items() if not entry[0].expired()}
-    if weight.is_inference():  # has no version counter
+    captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or weight.is_inference():  # the latter has no version counter
         return Head(column_mean(weight) if center else None)
     memory = StorageWeakRef(weight.untyped_storage())
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0

@@ -16,6 +16,7 @@ import kdfast
 from bench import aot, launch, launch_lint, smoke, stand_in
 from bench.aot_cases import Case
 from bench.machine_code import SHARED, Report
+from kdfast.head_grams import head_of
 from kdfast.options import Head, RowOptions
 
 triton = pytest.importorskip("triton")
@@ -150,6 +151,20 @@ def test_waits_within_an_op_are_told(name: str, within: Callable[..., None]) -> 
         within(WAITING[name], "cuda")
     assert told
     assert all("hidden.py:2 waiting" in line for line in told)
+
+
+def test_a_graph_forms_its_own_gram_of_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a capture forms is filled when that graph is replayed: another that read it would read what nobody wrote."""
+    with stand_in.device(lambda line: None):
+        weight = torch.randn(8, 4, device="cuda")
+        assert weight.is_cuda
+        kept = head_of(weight, False)
+        assert head_of(weight, False) is kept
+        with monkeypatch.context() as capture:
+            capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            first, second = head_of(weight, False), head_of(weight, False)
+        assert len({id(head) for head in (kept, first, second)}) == 3
+        assert head_of(weight, False) is kept
 
 
 @pytest.mark.parametrize("name", FREE)

@@ -237,6 +237,8 @@ def test_opcheck(index: Tensor | None, backend: str) -> None:
         ({"teacher_hidden": torch.randn(5, 8)}, r"teacher_hidden: expected leading dimensions \[4\] .* got \[5\]"),
         ({"student_weight": torch.randn(8)}, r"student_weight: expected shape \[V, D\]"),
         ({"teacher_bias": torch.randn(19)}, r"teacher_bias: expected shape \[20\]"),
+        ({"student_bias": torch.randn(20, device="meta")}, r"student_bias: expected device cpu like student_hidden, got meta"),
+        ({"teacher_bias": torch.ones(20, dtype=torch.int64)}, r"teacher_bias: expected dtype float32.* got torch\.int64"),
         ({"workspace_mb": 0}, "workspace_mb: expected a finite number above 0, got 0"),
         ({"labels": torch.full((4,), 20)}, "labels: row 0 has label 20, expected 0 <= label < 20"),
         ({"student_hidden": torch.full((4, 8), torch.nan)}, "row 0 has loss NaN"),

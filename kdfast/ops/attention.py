@@ -126,7 +126,8 @@ def attention_mse(
         loss = (softmax(scores_s) - softmax(scores_t))[counts...].square().mean()                  # on="probs"
 
     where softmax runs over the keys that count. On scores the work and the memory grow with the length, not its square:
-    the summed square of Q K^T is the inner product of Q^T Q and K^T K. On probabilities tiles of scores come and go.
+    the summed square of Q K^T is the inner product of Q^T Q and K^T K. On probabilities tiles of scores come and go; a GPU
+    has no room for those of heads wider than 256, and there the maps of one batch entry at a time are formed.
 
     Args:
         q_s, k_s: the student's queries `[B, H, Lq, D]` and keys `[B, Hk, Lk, D]`, Hk dividing H (head h uses key head

@@ -35,7 +35,10 @@ def check_side(
             f"{side}hidden: expected shape [..., {weight.shape[1]}] to match {side}weight {list(weight.shape)},"
             f" got {list(hidden.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is None:
+        return
+    rows.check_float(f"{side}bias", bias, like=like, like_name=like_name)
+    if bias.shape != weight.shape[:1]:
         raise ValueError(f"{side}bias: expected shape [{weight.shape[0]}] to match {side}weight, got {list(bias.shape)}")
 
 
