@@ -11,8 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdfast import grams
-from kdfast.backends.reference import attention as reference
+from kdfast import dispatch, grams
 from kdfast.backends.triton import attention_grams, attention_half, attention_tiles, attention_wide
 from kdfast.backends.triton.precision import exact_products
 from kdfast.backends.triton.tiles import before_hopper, on
@@ -76,12 +75,12 @@ def _formed(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maps of one batch entry at a time, by torch's products: heads too wide for tiles are few, and their maps small beside."""
-    found = []
+    plain, found = dispatch.kernel("attention", "reference"), []
     with exact_products():
         for b in range(q_s.shape[0]):
             of = slice(b, b + 1)
             queries, keys = (None if mask is None else mask[of] for mask in (query_mask, key_mask))
-            found.append(reference.forward(q_s[of], k_s[of], q_t[of], k_t[of], queries, keys, scale[of], options, need_grad))
+            found.append(plain.forward(q_s[of], k_s[of], q_t[of], k_t[of], queries, keys, scale[of], options, need_grad))
     loss, grad_q, grad_k = (torch.cat(parts) for parts in zip(*found, strict=True))
     return loss.to(scale.dtype), grad_q, grad_k
 
