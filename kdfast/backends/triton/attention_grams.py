@@ -85,6 +85,12 @@ def basis_tile(
 
 
 @triton.jit
+def far(head, stride):
+    """How far a head's first number lies, which may be beyond 2^31."""
+    return tl.cast(head, tl.int64) * stride
+
+
+@triton.jit
 def unmasked(
     query_mask_ptr, key_mask_ptr, batch, positions, counts, of_queries, lq, lk, QUERY_MASK: tl.constexpr, KEY_MASK: tl.constexpr
 ):
@@ -116,14 +122,15 @@ def gram_kernel(
     groups = heads // shared
     at = tl.where(of_queries, owner, owner - pairs)
     batch = tl.where(of_queries, at // heads, at // groups).to(tl.int64)
-    head = tl.where(of_queries, at % heads, at % groups * shared).to(tl.int64)  # a head's first row may lie beyond 2^31
+    head = tl.where(of_queries, at % heads, at % groups * shared)
     length = tl.where(of_queries, lq, lk)
     s_row, t_row = tl.where(of_queries, q_s_row, k_s_row), tl.where(of_queries, q_t_row, k_t_row)
     if of_queries:
-        s_ptr, t_ptr = q_s_ptr + batch * q_s_batch + head * q_s_head, q_t_ptr + batch * q_t_batch + head * q_t_head
+        s_ptr = q_s_ptr + batch * q_s_batch + far(head, q_s_head)
+        t_ptr = q_t_ptr + batch * q_t_batch + far(head, q_t_head)
     else:
-        s_ptr = k_s_ptr + batch * k_s_batch + head // share_s * k_s_head
-        t_ptr = k_t_ptr + batch * k_t_batch + head // share_t * k_t_head
+        s_ptr = k_s_ptr + batch * k_s_batch + far(head // share_s, k_s_head)
+        t_ptr = k_t_ptr + batch * k_t_batch + far(head // share_t, k_t_head)
     rows = tl.cdiv(tl.cdiv(length, parts), STEP) * STEP
     total = tl.zeros([TILE, TILE], tl.float64 if WIDE else tl.float32)
     for begin in range(part * rows, tl.minimum((part + 1) * rows, length), STEP):
@@ -209,21 +216,21 @@ def gradients_kernel(
         blocks = tl.cdiv(length, ROWS)
         own, j = program // (blocks * halves), program % halves
         groups = heads // share
-        batch, first = (own // groups).to(tl.int64), (own % groups * share).to(tl.int64)
+        batch, first = (own // groups).to(tl.int64), own % groups * share
         s_row, t_row = tl.where(of_queries, q_s_row, k_s_row), tl.where(of_queries, q_t_row, k_t_row)
         t_head, t_share = tl.where(of_queries, q_t_head, k_t_head), tl.where(of_queries, 1, share_t)
         if of_queries:
-            s_ptr, t_ptr = q_s_ptr + batch * q_s_batch + first * q_s_head, q_t_ptr + batch * q_t_batch
+            s_ptr, t_ptr = q_s_ptr + batch * q_s_batch + far(first, q_s_head), q_t_ptr + batch * q_t_batch
             by_ptr, grad_ptr = by_keys_ptr, grad_q_ptr
         else:
-            s_ptr, t_ptr = k_s_ptr + batch * k_s_batch + first // share_s * k_s_head, k_t_ptr + batch * k_t_batch
+            s_ptr, t_ptr = k_s_ptr + batch * k_s_batch + far(first // share_s, k_s_head), k_t_ptr + batch * k_t_batch
             by_ptr, grad_ptr = by_queries_ptr, grad_k_ptr
         positions = program // halves % blocks * ROWS + tl.arange(0, ROWS)
         inside = positions < length
         total = tl.zeros([ROWS, TILE], tl.float64 if WIDE else tl.float32)
         for step in range(share * count):
             head, i = first + step // count, step % count
-            x = basis_tile(s_ptr, t_ptr + head // t_share * t_head, s_row, t_row, positions, inside, i, size_s, size_t,
+            x = basis_tile(s_ptr, t_ptr + far(head // t_share, t_head), s_row, t_row, positions, inside, i, size_s, size_t,
                            of_queries, ratio, ratio_rest, DIFFERENCE, UNIT, WIDE, TILE)  # fmt: skip
             x = tl.where(tl.load(scale_ptr + batch * heads + head) != 0, x, 0.0)  # 0 * NaN of a head without weight
             at = ((batch * heads + head) * count + i) * TILE + tl.arange(0, TILE)[:, None]
