@@ -143,8 +143,8 @@ timed.
 _AIMS_HEAD = """Of a floor: the time that the bytes that must move take at the copy rate, or the products at the product rate;
 or as many times as fast as plain PyTorch. The range is of what L2 keeps between two passes, half of its 50 MB (each of its
 halves may keep a copy of what the other fetched) or all of it, and for attention of whether products and arithmetic overlap.
-The last column: *reached* by the lower end; *bound* where no kernel of this form can, with the arithmetic; *short* where it
-does not and nothing found here forbids it.
+The last column: *reached* by the lower end, or by the upper one if L2 keeps what is said; *bound* where no kernel of this form
+can, with the arithmetic; *short* where it does not and nothing found here forbids it.
 """
 _COUNTS_HEAD = """Machine code for sm_90 as the pinned Triton makes it: the loops over columns, all passes of a row together,
 per column; for attention the loops over tiles, forward and backward, per score, no mask. What a branch steps over in a row's
