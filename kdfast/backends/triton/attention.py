@@ -7,6 +7,8 @@ dozens of launches. Tiles are those of `attention_half` and `attention_wide`: on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -63,26 +65,18 @@ def _causal_grams(
     return loss.to(scale.dtype), grad_q.to(q_s.dtype), grad_k.to(k_s.dtype)
 
 
-def _formed(
-    q_s: Tensor,
-    k_s: Tensor,
-    q_t: Tensor,
-    k_t: Tensor,
-    query_mask: Tensor | None,
-    key_mask: Tensor | None,
-    scale: Tensor,
-    options: AttentionOptions,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps of one batch entry at a time, by torch's products: heads too wide for tiles are few, and their maps small beside."""
+def _formed(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` by maps of one batch entry at a time and torch's products: heads too wide for tiles are few, and their maps
+    small beside them.
+    """
+    *tensors, options, need_grad = arguments
     plain, found = dispatch.kernel("attention", "reference"), []
     with exact_products():
-        for b in range(q_s.shape[0]):
-            of = slice(b, b + 1)
-            queries, keys = (None if mask is None else mask[of] for mask in (query_mask, key_mask))
-            found.append(plain.forward(q_s[of], k_s[of], q_t[of], k_t[of], queries, keys, scale[of], options, need_grad))
+        for entry in range(tensors[0].shape[0]):
+            own = (None if x is None else x[entry : entry + 1] for x in tensors)
+            found.append(plain.forward(*own, options, need_grad))
     loss, grad_q, grad_k = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return loss.to(scale.dtype), grad_q, grad_k
+    return loss, grad_q, grad_k
 
 
 def _tiled(

@@ -143,7 +143,7 @@ def keys_kernel(
     # Scores are [keys, queries]: their gradient is the left side of the last product as it stands.
     grad = tl.zeros([BLOCK_K, DS], tl.float32)
     for index in range(key_head * share_s, (key_head + 1) * share_s):
-        head = tl.cast(index, tl.int64)
+        head = tl.cast(index, tl.int64)  # as key_head is; the interpreter counts in less
         pair = batch * heads + head
         k_t = load_rows(k_t_ptr + batch * k_t_batch + head // share_t * k_t_head, keys, key_counts, k_t_row, size_t, DT)
         scale = tl.load(scale_ptr + pair)

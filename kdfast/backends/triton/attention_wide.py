@@ -200,7 +200,7 @@ def keys_kernel(
         clear = tl.minimum(tl.cdiv(first + BLOCK_K, BLOCK_Q), tl.cdiv(lq, BLOCK_Q)) * BLOCK_Q
     grad = tl.zeros([BLOCK_K, DS], tl.float32)
     for index in range(key_head * share_s, (key_head + 1) * share_s):
-        head = tl.cast(index, tl.int64)
+        head = tl.cast(index, tl.int64)  # as key_head is; the interpreter counts in less
         pair = batch * heads + head
         k_t = load_rows(k_t_ptr + batch * k_t_batch + head // share_t * k_t_head, keys, key_counts, k_t_row, size_t, DT)
         if CLOSE:
