@@ -6,17 +6,11 @@ import argparse
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 #: What a recipe calls otherwise than a flag is called.
 _FLAGS = {"validation": "data", "train": "data"}
-#: Keys of a recipe's data that say what is trained on, or how, and nothing of the files that are scored.
-_OF_TRAINING = frozenset({
-    "train", "validation", "validation_share", "validation_split", "unlabelled", "dataset", "dataset_config", "split",
-    "streaming", "pack", "group_by_length", "domain_shares", "shift", "exclude_labels", "excluded",
-})  # fmt: skip
 
 
 def add_parser(subparsers: Any) -> None:
@@ -103,10 +97,11 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     from kdfast.train.evaluate import evaluate
     from kdfast.train.positions import check_positions
     from kdfast.train.recipe import named
+    from kdfast.train.run_folder import trained
     from kdfast.train.tasks import task_class
     from kdfast.train.tasks.classes import ClassTask
 
-    run = _recipe_of(Path(args.model))
+    run = trained(Path(args.model))
     function = args.function or run.function
     arguments = override(run.arguments, args.arguments)
     if function and not (args.task or run.task):
@@ -150,43 +145,6 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
         model = model.to(device)
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the recipe of a run says of its model and of data like those it was scored on; empty: there is none."""
-
-    model: str = ""
-    function: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    task: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
-    classes: list[str] = field(default_factory=list)
-
-
-def _recipe_of(folder: Path) -> _Run:
-    """Of a run's folder; what it does not say of the model is in the model's own."""
-    import yaml
-
-    from kdfast.files import read_json
-
-    if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
-        return _Run()
-    if not (folder / "model").is_dir():
-        raise ValueError(f"model: expected a run that is done, got {str(folder)!r}, which has no model; run kdfast train again")
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    student, task = recipe["student"], recipe["task"]
-    classes = read_json(folder / "run.json").get("classes", []) if (folder / "run.json").is_file() else []
-    return _Run(
-        str(folder / "model"),
-        student["function"],
-        student["arguments"] if student["function"] else {},
-        task if isinstance(task, dict) else {"name": task},
-        {key: value for key, value in recipe["data"].items() if key not in _OF_TRAINING},
-        recipe["tokenizer"],
-        classes,
-    )
 
 
 def _with_flags(message: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run folder says about itself: recipe, seed, versions, commit, data hash, result."""
+"""What a run folder says about itself: recipe, seed, versions, commit, data hash, result, the model that came of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from kdfast.train.tasks.task import Evaluation
 
 #: Keys that change how a run is watched, not what it computes.
 _FREE = ("steps", "ahead", "alignment", "log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")
+#: Keys of a recipe's data that say what is trained on, or how, and nothing of the files that are scored.
+_OF_TRAINING = frozenset({
+    "train", "validation", "validation_share", "validation_split", "unlabelled", "dataset", "dataset_config", "split",
+    "streaming", "pack", "group_by_length", "domain_shares", "shift", "exclude_labels", "excluded",
+})  # fmt: skip
 
 
 def begin(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
@@ -56,6 +62,42 @@ def finished(folder: Path, recipe: Recipe, inputs: Inputs) -> dict[str, Any] | N
         return None
     result: dict[str, Any] = read_json(folder / "result.json")
     return result
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model of a run that is done, and what its recipe says of it and of data like those it was scored on."""
+
+    model: str = ""
+    function: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    classes: list[str] = field(default_factory=list)
+
+
+def trained(folder: Path) -> Trained:
+    """Of a run's folder; empty of any other folder, and of one that is a model's itself.
+
+    Raises:
+        ValueError: the run has not come to its model.
+    """
+    if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
+        return Trained()
+    if not (folder / "model").is_dir():
+        raise ValueError(f"model: expected a run that is done, got {str(folder)!r}, which has no model; run kdfast train again")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    student, task = recipe["student"], recipe["task"]
+    return Trained(
+        str(folder / "model"),
+        student["function"],
+        student["arguments"] if student["function"] else {},
+        task if isinstance(task, dict) else {"name": task},
+        {key: value for key, value in recipe["data"].items() if key not in _OF_TRAINING},
+        recipe["tokenizer"],
+        read_json(folder / "run.json").get("classes", []) if (folder / "run.json").is_file() else [],
+    )
 
 
 def environment() -> dict[str, Any]:
