@@ -216,19 +216,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "a name in docs/gpu.md" + (" that --quick counts" if options.quick else "")
         print(f"issue: --row: expected part of {where}, got {options.row!r}", file=sys.stderr)
         return 2
+    missing = [name for name in calls() if name not in committed and name not in wanted]
+    if options.write and missing:
+        print(
+            f"issue: --write: expected counts of every call, got none of {missing[0]}; leave out --row and --quick",
+            file=sys.stderr,
+        )
+        return 2
     now = {}
     by_name = {row.name: row for row in rows()}
+    print("by column, of attention by score; milliseconds as predicted")
     for name, found in measure(wanted.__contains__):
         now[name] = found
-        low, high = model.predicted(by_name[name], found, H200) if name in by_name else attention_times(found, H200)
+        times = [model.predicted(by_name[name], found, card) if name in by_name else attention_times(found, card)
+                 for card in (H100, H200)]  # fmt: skip
+        predicted = ", ".join(
+            f"{card.name} {low:.2f} - {high:.2f} ms" for card, (low, high) in zip((H100, H200), times, strict=True)
+        )
         worse = _worse(found, committed.get(name)) if options.check else []
         failed += bool(worse)
         print(
             f"{name:50} {found.instructions:6.1f} instructions, {found.alu:5.1f} alu, {found.special:5.2f} special, "
             f"{found.products:5.0f} products, {found.loops} loops, {found.registers} registers; "
-            f"H200 {low:.2f} - {high:.2f} ms  {'; '.join(worse)}",
+            f"{predicted}  {'; '.join(worse)}",
             flush=True,
         )  # fmt: skip
+    if options.check:
+        print(f"{len(now)} calls, {failed} of them above the committed count or not of as many loops")
     if options.write:
         counts = committed | now
         write_text(COUNTS, counts_csv({name: counts[name] for name in calls()}))
