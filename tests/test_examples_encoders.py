@@ -42,7 +42,10 @@ def test_data_sets_are_split_once_and_for_all(scripts: Any, tmp_path: Path) -> N
         pairs = "".join(f'{i}\tone "{i}\ttwo\tentailment\n' for i in range(rows))
         write(data / f"rte/{part}.tsv", f"index\tsentence1\tsentence2\tlabel\n{pairs}")
         write(data / f"wnut17/{part}.conll", "\n".join(f"word{i}\tO\nparis\tB-loc\n" for i in range(rows)))
-    review = "<review>\n<rating>\n1.0\n</rating>\n<review_text>\nBad & {}\n  worse \n</review_text>\n</review>\n"
+    review = (
+        "<review>\n<rating>\n1.0\n</rating>\n<review_text>\nBad & {}\n  worse \n!  It broke on the\tfirst day. Never again"
+        "\n</review_text>\n</review>\n"
+    )  # fmt: skip
     for domain in ("books", "dvd"):
         for sentiment in prepare.SENTIMENTS:
             write(data / f"amazon_reviews/{domain}.{sentiment}.review", "".join(review.format(i) for i in range(60)))
@@ -51,7 +54,12 @@ def test_data_sets_are_split_once_and_for_all(scripts: Any, tmp_path: Path) -> N
         assert counts[name]["train"] + counts[name]["validation"] == 200
         assert 8 < counts[name]["validation"] < 35
         assert counts[name]["test"] == 7
-    assert counts["amazon_reviews"] == {"books": 120, "dvd": 120}
+    reviews = sum(len((out / f"amazon/{domain}/train.jsonl").read_text().splitlines()) for domain in ("books", "dvd"))
+    assert counts["amazon_reviews"] == {"books": 120, "dvd": 120, "sentences": 2 * reviews}
+    header, first, second, *_ = (out / "amazon/sentences.tsv").read_text().splitlines()
+    assert header == "text\tlabel"
+    assert first in {f"Bad & {i} worse !\t" for i in range(60)}
+    assert second == "It broke on the first day.\t"
     assert (out / "rte/test.tsv").read_text().splitlines()[:2] == [
         "index\tsentence1\tsentence2\tlabel",
         '0\tone "0\ttwo\tentailment',
@@ -61,7 +69,9 @@ def test_data_sets_are_split_once_and_for_all(scripts: Any, tmp_path: Path) -> N
              for part in ("train", "validation", "test")}  # fmt: skip
     assert sum(map(len, parts.values())) == 120
     assert all(parts.values())
-    assert {row["text"] for row in parts["test"]} < {f"Bad & {i} worse" for i in range(60)}
+    assert {row["text"] for row in parts["test"]} < {
+        f"Bad & {i} worse ! It broke on the first day. Never again" for i in range(60)
+    }
     assert {(row["domain"], row["label"]) for row in parts["train"]} == {("dvd", "negative"), ("dvd", "positive")}
     (data / "rte" / "train.tsv").unlink()
     with pytest.raises(SystemExit, match="expected one of the folders sst2, rte, wnut17, amazon_reviews, found none"):

@@ -10,7 +10,8 @@ MNLI by genre, which the paper of Meta-KD also uses, needs no preparation: its j
 (`data: {text: sentence1, text_pair: sentence2, label: gold_label, domain: genre}`).
 
 A tenth of the training rows is held out for every choice (`validation`); the dev files are looked at once (`test`). Of the
-reviews, which have no dev files, a tenth is `validation` and another tenth `test`. A set that is not there is left out.
+reviews, which have no dev files, a tenth is `validation` and another tenth `test`; the sentences of their training part are
+`amazon/sentences.tsv`, without a label. A set that is not there is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from kdfast.text.files import share_of
 
 HELD_OUT = 0.1
 SENTIMENTS = ("negative", "positive")
+#: Fewest and most words of a sentence.
+WORDS = (4, 40)
 
 
 def parts(rows: Sequence[str], held: Sequence[str], name: str) -> dict[str, list[str]]:
@@ -73,9 +76,16 @@ def reviews(file: Path) -> Iterator[str]:
         yield " ".join(found[1].split())
 
 
+def sentences(text: str) -> Iterator[str]:
+    """Of a text; a tab would end a column."""
+    for found in re.split(r"(?<=[.!?])\s+", text.replace("\t", " ")):
+        if WORDS[0] <= len(found.split()) <= WORDS[1]:
+            yield found
+
+
 def amazon(data: Path, out: Path) -> dict[str, int]:
     folder = data / "amazon_reviews"
-    counts = {}
+    counts, said = {}, []
     for domain in sorted({file.name.split(".")[0] for file in folder.glob("*.review")}):
         found: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
         for sentiment in SENTIMENTS:
@@ -86,7 +96,8 @@ def amazon(data: Path, out: Path) -> dict[str, int]:
             for part, some in parts(rows, ("validation", "test"), f"{domain}.{sentiment}").items():
                 found[part] += some
         counts[domain] = sum(write(out / "amazon" / domain, found, ".jsonl").values())
-    return counts
+        said += [f"{sentence}\t" for row in found["train"] for sentence in sentences(json.loads(row)["text"])]
+    return {**counts, **write(out / "amazon", {"sentences": said}, ".tsv", "text\tlabel\n")}
 
 
 def prepare(data: Path, out: Path) -> dict[str, dict[str, int]]:

@@ -73,7 +73,8 @@ def sst2() -> dict[str, Run]:
             phase["method"] |= weights
         return {"phases": changed}
 
-    only = {"name": "word_kd", "temperature": 1.0}
+    only, labelled = {"name": "word_kd", "temperature": 1.0}, {"data": {"train": ["data/sst2/train.tsv"]}}
+    student = alone(SMALL, "runs/sst2/teacher/model")
     runs = {
         "tinybert": {},
         "tinybert-reference": {"phases": [{**p, "method": {**p["method"], "flavor": "reference"}} for p in phases]},
@@ -81,12 +82,14 @@ def sst2() -> dict[str, Run]:
         "tinybert-without-hidden": without(hidden_weight=0.0, embedding_weight=0.0),
         # As many steps: those of the general stage go to the next.
         "tinybert-without-general": {"phases": [{**phases[1], "steps": phases[0]["steps"] + phases[1]["steps"]}, phases[2]]},
-        "tinybert-without-augmentation": {
-            "phases": [*phases[:2], {**phases[2], "method": {"name": "tinybert", "stage": "prediction"}}]
+        # Copies of the rows with other words in the place of sentences of reviews.
+        "tinybert-augmented": {
+            **labelled,
+            "phases": [*phases[:2], {**phases[2], "method": {**phases[2]["method"], "augment": {"copies": 5}}}],
         },
         "tinybert-prediction-only": {"phases": None, "steps": total, "method": only},
-        "alone": {"phases": None, "steps": total, **alone(SMALL, "runs/sst2/teacher/model")},
-        "alone-longer": {"phases": None, "steps": 3 * total, **alone(SMALL, "runs/sst2/teacher/model")},
+        "alone": {"phases": None, "steps": total, **student, **labelled},
+        "alone-longer": {"phases": None, "steps": 3 * total, **student, **labelled},
     }
     test = "data/sst2/test.tsv"
     found = {f"sst2/{name}": Run("tinybert/recipe.yaml", changes, ("sst2/teacher",), test) for name, changes in runs.items()}
@@ -185,15 +188,19 @@ def pairs_and_tags() -> dict[str, Run]:
             "data/wnut17/test.conll",
         ),
     }  # fmt: skip
+    *first, last = yaml.safe_load((HERE / "tinybert/recipe.yaml").read_text())["phases"]
+    # No sentences without a label that are like these; copies of the few rows in their place.
+    phases = [*first, {**last, "steps": 800, "method": {**last["method"], "augment": {"copies": 5}}}]
+    steps = sum(phase["steps"] for phase in phases)
     found: dict[str, Run] = {}
     for name, (changes, test) in sets.items():
         teacher = f"{name}/teacher"
-        student = {**changes, "teacher": {"path": f"runs/{teacher}/model"}}
+        student = {**changes, "phases": phases, "teacher": {"path": f"runs/{teacher}/model"}}
         found[teacher] = Run("encoders/teacher.yaml", changes, test=test, seeded=False)
         found[f"{name}/tinybert"] = Run("tinybert/recipe.yaml", student, (teacher,), test)
         found[f"{name}/alone"] = Run(
             "tinybert/recipe.yaml",
-            {**changes, "phases": None, "steps": 2000, **alone(SMALL, f"runs/{teacher}/model")}, (teacher,), test,
+            {**changes, "phases": None, "steps": steps, **alone(SMALL, f"runs/{teacher}/model")}, (teacher,), test,
         )  # fmt: skip
     return found
 
