@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
-from test_tasks import BERT, run, sentence, tokenizer, values, write_table  # noqa: F401
+from task_rows import BERT, run, sentence, tokenizer_file, values, write_table  # noqa: F401
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from kdfast.train import Batch
@@ -98,7 +98,7 @@ def test_classes_equal_their_definition_with_rows_of_the_teacher_only() -> None:
     same(step, live, batch, 3, want)
 
 
-def test_a_head_first_then_every_other_layer_then_a_task(tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_head_first_then_every_other_layer_then_a_task(tokenizer: Path, tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     torch.manual_seed(0)
@@ -135,7 +135,7 @@ def test_a_head_first_then_every_other_layer_then_a_task(tokenizer: Path, tmp_pa
     assert tuned.evaluation["accuracy"] == 1.0
 
 
-def test_faults_are_said_in_one_line_before_training(tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_faults_are_said_in_one_line_before_training(tokenizer: Path, tmp_path: Path) -> None:
     size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     for name, vocabulary in (("teacher", size), ("larger", size + 1)):
         BertForMaskedLM(BertConfig(vocab_size=vocabulary, **BERT)).save_pretrained(tmp_path / name)

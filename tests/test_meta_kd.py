@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
-from test_tasks import BAD, BERT, GOOD, opened, run, tokenizer, values  # noqa: F401
+from task_rows import BAD, BERT, GOOD, opened, run, tokenizer_file, values  # noqa: F401
 from test_tinybert import batch, model, truth
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -184,7 +184,7 @@ def write_reviews(folder: Path, pair: bool = False, rows: int = 30) -> dict[str,
     return files
 
 
-def test_shares_of_a_domain_are_drawn_one_within_the_other(tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_shares_of_a_domain_are_drawn_one_within_the_other(tokenizer: Path, tmp_path: Path) -> None:
     files = write_reviews(tmp_path / "r", rows=200)
     data = {"train": [str(f) for f in files.values()], "domain": "domain", "validation_share": 0.0}
 
@@ -214,7 +214,7 @@ def test_shares_of_a_domain_are_drawn_one_within_the_other(tokenizer: Path, tmp_
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def encoder(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     torch.manual_seed(0)

@@ -1,29 +1,26 @@
-"""The tasks from their files to their scores, each from a live teacher; language tasks from a cache too."""
+"""Text and word tasks from their files to their scores, each from a live teacher; language tasks from a cache too."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import nn
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
+from task_rows import BAD, GOOD, WORD_KD, WORDS, opened, run, sentence, tokenizer_file, values, write_conll, write_table  # noqa: F401
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, MarianConfig, MarianMTModel
 
 from kdfast.cache import build
 from kdfast.cli import main
 from kdfast.models.view import View
 from kdfast.text import TextData
-from kdfast.train import Batch, Recipe, capture_classes, distill
+from kdfast.train import Batch, Recipe
 from kdfast.train.data import hold_out
 from kdfast.train.inputs import open_inputs
 from kdfast.train.kd import distillation
@@ -31,63 +28,7 @@ from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import class_scores, class_summary
 from kdfast.train.tasks.token_classification import entities
 
-BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.2,
-        "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
-WORD_KD = {"name": "word_kd", "temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
-GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
-
-
-def sentence(i: int) -> tuple[str, str]:
-    word = (GOOD if i % 2 else BAD)[i % 3]
-    return " ".join(["the film was", *["really"] * (i % 4), word]), "pos" if i % 2 else "neg"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary written out: one that is trained may differ from run to run."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = ["the", "film", "was", "really", "who", "plays", "in", "paris", "and", "new", "york", "so"]
-    tokens = [*special, *words, *GOOD, *BAD, "##film", ",", '"']
-    found = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    found.normalizer, found.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    found.add_special_tokens(special)
-    found.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
-    )
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    found.save(str(file))
-    return file
-
-
-def values(tokenizer: Path | None, out: Path, data: dict[str, Any], task: Any, **changes: Any) -> dict[str, Any]:
-    return {
-        "task": task, "out": str(out), "tokenizer": None if tokenizer is None else str(tokenizer), "data": data,
-        "student": {"model_type": "bert", "config": BERT}, "optimizer": {"lr": 1e-2}, "steps": 30, "batch_size": 8,
-        "tracker": "none", "method": "supervised", **changes,
-    }  # fmt: skip
-
-
-def run(recipe: dict[str, Any]) -> Any:
-    return distill(Recipe.build(recipe), say=lambda line: None)
-
-
-def opened(tokenizer: Path, task: Any, data: dict[str, Any]) -> tuple[Any, Any]:
-    recipe = Recipe.build(values(tokenizer, Path("unused"), data, task))
-    made = task_class(recipe.task.name)(recipe.task.options, recipe.data)
-    return made, made.open(Tokenizer.from_file(str(tokenizer)), tokenizer, Path("unused"), True)
-
-
 # Texts and pairs
-
-
-def write_table(file: Path, header: bool, rows: int = 40, pair: bool = False, unlabelled: int = 0) -> Path:
-    lines = ["text\tlabel" if not pair else "text\tother\tlabel"] if header else []
-    for i in range(rows):
-        text, label = sentence(i)
-        middle = f"\t{sentence(i + 2)[0]}" if pair else ""
-        lines.append(f"{text}{middle}\t{'' if i < unlabelled else label}")
-    file.write_text("\n".join(lines) + "\n")
-    return file
 
 
 def test_a_text_classifier_learns_and_its_student_too(tokenizer: Path, tmp_path: Path) -> None:
@@ -296,15 +237,6 @@ def test_entities_in_tags(tags: str, found: list[Any]) -> None:
     assert entities(tags.split()) == found
 
 
-WORDS = [("who", "O"), ("plays", "O"), ("in", "O"), ("new", "B-loc"), ("york", "I-loc"), ("and", "O"), ("paris", "B-loc")]
-
-
-def write_conll(file: Path, sentences: int) -> Path:
-    turned = [WORDS[i % 3 :] + WORDS[: i % 3] for i in range(sentences)]
-    file.write_text("\n\n".join("\n".join("\t".join(pair) for pair in words) for words in turned) + "\n")
-    return file
-
-
 def test_labels_stand_at_first_tokens_and_long_sentences_go_on(tokenizer: Path, tmp_path: Path) -> None:
     file = tmp_path / "t.conll"
     file.write_text("-DOCSTART-\tO\n\nparisfilm\tB-loc\nin\tO\n\nwho\nplays\tO\n")
@@ -348,264 +280,6 @@ def test_entity_f1_by_hand() -> None:
     found = task.summary([task.score(View(own_logits=said), Batch(labels, labels))])
     assert found["entity_f1"] == found["entity_precision"] == found["entity_recall"] == 0.5
     assert found["accuracy"] == 0.5
-
-
-# Images
-
-
-def write_idx(file: Path, values: np.ndarray) -> None:
-    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
-    file.write_bytes(gzip.compress(raw) if file.suffix == ".gz" else raw)
-
-
-def pictures(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Class c is bright in column 2c."""
-    labels = np.arange(rows) % 3
-    images = np.random.default_rng(0).integers(0, 60, (rows, 6, 6))
-    images[np.arange(rows), :, 2 * labels] += 180
-    return images, labels
-
-
-def make_classifier(classes: int = 3) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, classes))
-
-
-IMAGES = {"student": {"function": f"{__name__}:make_classifier"}, "steps": 80}
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"], ids=["plain", "gzipped"])
-def test_a_class_that_only_the_teacher_names_is_learnt(suffix: str, tmp_path: Path) -> None:
-    images, labels = pictures(90)
-    write_idx(tmp_path / f"images-idx3-ubyte{suffix}", images)
-    write_idx(tmp_path / f"labels-idx1-ubyte{suffix}", labels)
-    data = {"train": str(tmp_path), "validation_share": 0.3, "mean": [0.2], "std": [0.3]}
-    teacher = run(values(None, tmp_path / "teacher", data, "image_classification", **IMAGES))
-    assert teacher.evaluation["accuracy"] == 1.0
-    hidden = {**data, "exclude_labels": [2], "excluded": "hide"}
-    taught = {"function": f"{__name__}:load_classifier", "arguments": {"folder": str(teacher.model)}}
-    changes = {**IMAGES, "method": {**WORD_KD, "temperature": 3.0}, "teacher": taught}
-    student = run(values(None, tmp_path / "student", hidden, "image_classification", **changes))
-    assert student.evaluation["accuracy"] == 1.0
-    alone = run(values(None, tmp_path / "alone", {**data, "exclude_labels": [2]}, "image_classification", **IMAGES))
-    assert alone.evaluation["accuracy"] < 0.75
-
-
-def test_images_without_a_class_are_what_a_teacher_is_heard_on(tmp_path: Path) -> None:
-    """A digit that no label shows is learnt from images that only the teacher names; labels beside those are not read."""
-    images, labels = pictures(120)
-    for part, rows in (("all", labels >= 0), ("shown", labels != 2), ("unnamed", labels == 2)):
-        (tmp_path / part).mkdir()
-        write_idx(tmp_path / part / "images-idx3-ubyte", images[rows])
-        if part != "unnamed":
-            write_idx(tmp_path / part / "labels-idx1-ubyte", labels[rows])
-    whole = {"train": str(tmp_path / "all"), "validation": str(tmp_path / "all"), "mean": [0.2], "std": [0.3]}
-    teacher = run(values(None, tmp_path / "teacher", whole, "image_classification", **IMAGES))
-    task = {"name": "image_classification", "labels": [0, 1, 2]}
-    data = {**whole, "train": str(tmp_path / "shown"), "unlabelled": [str(tmp_path / "unnamed")]}
-    taught = {"function": f"{__name__}:load_classifier", "arguments": {"folder": str(teacher.model)}}
-    changes = {**IMAGES, "method": {**WORD_KD, "temperature": 3.0}, "teacher": taught}
-    assert run(values(None, tmp_path / "student", data, task, **changes)).evaluation["accuracy"] == 1.0
-    shown = {**data, "unlabelled": []}
-    assert run(values(None, tmp_path / "alone", shown, task, **IMAGES)).evaluation["accuracy"] < 0.75
-    with pytest.raises(ValueError, match=r"data\.unlabelled: expected none, as method supervised has no teacher here"):
-        run(values(None, tmp_path / "fails", data, task, **IMAGES))
-    born = {**IMAGES, "method": {**WORD_KD, "name": "born_again", "generations": 2}}
-    assert run(values(None, tmp_path / "born", data, task, **born)).evaluation["accuracy"] < 0.75
-    shared = {**data, "validation": [], "validation_share": 0.2}
-    result = run(values(None, tmp_path / "shared", shared, task, **changes))
-    assert result.evaluation["rows"] == len(hold_out(range(80), 0.2)[1])  # of the rows with a label
-
-
-def load_classifier(folder: str) -> nn.Module:
-    from safetensors.torch import load_file
-
-    model = make_classifier()
-    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-    return model
-
-
-def test_images_of_the_same_names_and_sizes_are_told_apart(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
-    from PIL import Image
-
-    digests = []
-    for folder, shade in (("first", 10), ("second", 200)):
-        (tmp_path / folder).mkdir()
-        for i in range(70):
-            Image.fromarray(np.full((6, 6), shade + i % 5, np.uint8)).save(tmp_path / folder / f"{i}.bmp")
-        data = {"train": str(tmp_path / "labelled"), "unlabelled": str(tmp_path / folder), "channels": 1}
-        for label in ("a", "b"):
-            (tmp_path / "labelled" / label).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / "labelled" / label / "0.bmp")
-        recipe = Recipe.build(
-            values(None, tmp_path / "run", data, "image_classification", method=WORD_KD, teacher={"path": "x"})
-        )
-        task = task_class(recipe.task.name)(recipe.task.options, recipe.data)
-        digests.append(task.open(None, None, tmp_path, True).train.digest)
-    assert digests[0] != digests[1]
-
-
-def test_folders_of_images_and_a_transformers_classifier(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
-    from PIL import Image
-
-    images, labels = pictures(24)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        folder = tmp_path / "images" / f"class{label}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
-    vit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 3}
-    data = {"train": str(tmp_path / "images"), "validation_share": 0.3, "size": [6], "channels": 1}
-    changes = {"student": {"model_type": "vit", "config": vit}, "steps": 2}
-    result = run(values(None, tmp_path / "run", data, "image_classification", **changes))
-    config = json.loads((result.model / "config.json").read_text())
-    assert config["id2label"] == {"0": "class0", "1": "class1", "2": "class2"}
-    assert (config["num_channels"], config["image_size"]) == (1, 6)
-    assert set(result.evaluation) == {"accuracy", "macro_f1", "nll", "rows"}
-
-
-def test_faults_in_images_are_said_in_one_line(tmp_path: Path) -> None:
-    images, labels = pictures(6)
-    write_idx(tmp_path / "images-idx3-ubyte", images)
-    recipe = values(None, tmp_path / "run", {"train": str(tmp_path)}, "image_classification", **IMAGES)
-    with pytest.raises(ValueError, match=r"data\.train: expected a file of labels beside .* \(labels-idx1-ubyte\), found none"):
-        run(recipe)
-    write_idx(tmp_path / "labels-idx1-ubyte", labels[:4])
-    with pytest.raises(ValueError, match=r"expected as many labels as images, got 4"):
-        run(recipe)
-    write_idx(tmp_path / "labels-idx1-ubyte", labels)
-    whole = (tmp_path / "images-idx3-ubyte").read_bytes()
-    (tmp_path / "images-idx3-ubyte").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"expected 216 bytes of values \(\[6, 6, 6\]\) .* got 215"):
-        run(recipe)
-
-
-# From caches
-
-
-def cached(tmp_path: Path, recipe: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with the teacher's cache in the place of the teacher."""
-    from kdfast.train.recipe import Teacher
-
-    taught = {**recipe, "teacher": {"cache": str(tmp_path / "cache")}, "out": str(tmp_path / "from-cache")}
-    info = capture_classes(Recipe.build(taught), Teacher(**teacher), tmp_path / "cache", temperatures=(1.0, 2.0), batch_size=8)
-    assert info.kl_max < 1e-12
-    assert (info.k, info.alignment) == (info.vocab_size, "same")
-    return taught
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k in ("loss", "kl_at_T", "hard", "grad_norm")} for row in rows if "loss" in row]
-
-
-def make_tables(task: str, tmp_path: Path) -> dict[str, Any]:
-    if task == "token_classification":
-        train, dev = write_conll(tmp_path / "train.conll", 24), write_conll(tmp_path / "dev.conll", 3)
-        train.write_text(train.read_text().replace("who\tO", "who", 5))  # without a tag
-        return {"train": str(train), "validation": str(dev)}
-    train = write_table(tmp_path / "train.tsv", True, unlabelled=10 if task.endswith("unlabelled") else 0)
-    return {"train": str(train), "validation": str(write_table(tmp_path / "dev.tsv", True, rows=12))}
-
-
-@pytest.mark.parametrize("name", ["sequence_classification", "sequence_classification, unlabelled", "token_classification"])
-def test_a_student_from_a_cache_of_classes_is_the_one_from_the_live_teacher(name: str, tokenizer: Path, tmp_path: Path) -> None:
-    task, data = name.split(",")[0], make_tables(name, tmp_path)
-    teacher = run(values(tokenizer, tmp_path / "teacher", data, task, steps=10))
-    live = {
-        **values(tokenizer, tmp_path / "live", data, task, steps=6, method=WORD_KD),
-        "teacher": {"path": str(teacher.model)},
-    }
-    want = run(live)
-    taught = cached(tmp_path, live, live["teacher"])
-    got = run(taught)
-    for a, b in zip(losses(want.out), losses(got.out), strict=True):
-        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
-    assert got.evaluation == pytest.approx(want.evaluation, rel=1e-4)
-    # Two caches are an ensemble; of one teacher twice it is that teacher.
-    both = {**taught, "teachers": [taught["teacher"]] * 2, "teacher": None, "out": str(tmp_path / "both")}
-    assert run(both).evaluation == pytest.approx(want.evaluation, rel=1e-4)
-
-
-def test_rows_from_a_cache_of_classes_are_grouped_by_length(tokenizer: Path, tmp_path: Path) -> None:
-    task, data = "sequence_classification", make_tables("sequence_classification", tmp_path)
-    teacher = run(values(tokenizer, tmp_path / "teacher", data, task, steps=2))
-    live = values(tokenizer, tmp_path / "live", {**data, "group_by_length": True}, task, steps=4, method=WORD_KD)
-    live["teacher"] = {"path": str(teacher.model)}
-    assert losses(run(cached(tmp_path, live, live["teacher"])).out) == [
-        {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in row.items()} for row in losses(run(live).out)
-    ]
-
-
-def test_rows_without_label_count_for_nothing_where_nobody_is_heard(tokenizer: Path, tmp_path: Path) -> None:
-    """The loss is the mean over the rows with a label, whatever stands beside them."""
-    task, data = "sequence_classification", make_tables("sequence_classification, unlabelled", tmp_path)
-    made = run(values(tokenizer, tmp_path / "run", data, task, steps=3, accumulation=2))
-    rows = [json.loads(line) for line in (made.out / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if "loss" in row]
-    assert [row["loss"] for row in trained] == pytest.approx([row["hard"] for row in trained], rel=1e-6)
-
-
-def test_images_from_a_cache_and_what_does_not_belong_to_it(tokenizer: Path, tmp_path: Path) -> None:
-    images, labels = pictures(90)
-    write_idx(tmp_path / "images-idx3-ubyte", images)
-    write_idx(tmp_path / "labels-idx1-ubyte", labels)
-    whole = {"train": str(tmp_path), "validation_share": 0.3}
-    data = {**whole, "exclude_labels": [2], "excluded": "hide"}
-    teacher = run(values(None, tmp_path / "teacher", whole, "image_classification", **IMAGES))
-    spec = {"function": f"{__name__}:load_classifier", "arguments": {"folder": str(teacher.model)}}
-    method = {**WORD_KD, "temperature": 2.0}
-    live = {**values(None, tmp_path / "live", data, "image_classification", **IMAGES), "method": method, "teacher": spec}
-    live["steps"] = 10
-    want = run(live)
-    taught = cached(tmp_path, live, spec)
-    got = run(taught)
-    for a, b in zip(losses(want.out), losses(got.out), strict=True):
-        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
-
-    def fails(recipe: dict[str, Any], match: str) -> None:
-        with pytest.raises(ValueError, match=match):
-            run({**recipe, "out": str(tmp_path / "fails")})
-
-    other = {**data, "validation_share": 0.2}
-    fails({**taught, "data": other}, r"teacher\.cache: expected a cache of these \d+ training rows, got \d+ of others")
-    named = {"name": "image_classification", "labels": [2, 1, 0]}
-    fails({**taught, "task": named}, r"teacher\.cache: expected the classes 2, 1, 0, got 0, 1, 2")
-    fails({**taught, "method": {**method, "temperature": 3.0}}, r"method\.temperature: 3 is not in the cache")
-    text = {**values(tokenizer, tmp_path / "text", {"train": "unused"}, "causal_lm")}
-    from kdfast.train.recipe import Teacher
-
-    with pytest.raises(ValueError, match="expected a task with classes, got causal_lm"):
-        capture_classes(Recipe.build(text), Teacher(**spec), tmp_path / "none")
-
-
-def test_a_killed_capture_of_classes_goes_on(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdfast.cache import CacheReader, CacheWriter
-    from kdfast.train.recipe import Teacher
-
-    data = make_tables("sequence_classification", tmp_path)
-    teacher = run(values(tokenizer, tmp_path / "teacher", data, "sequence_classification", steps=2))
-    recipe, spec = Recipe.build(values(tokenizer, tmp_path / "run", data, "sequence_classification")), str(teacher.model)
-    made = CacheWriter.__init__
-
-    def small(self: CacheWriter, path: Any, **settings: Any) -> None:
-        made(self, path, **settings, records_per_shard=8)
-
-    monkeypatch.setattr(CacheWriter, "__init__", small)
-
-    def killed(done: int, total: int) -> None:
-        if done == 24:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        capture_classes(recipe, Teacher(path=spec), tmp_path / "cache", batch_size=8, progress=killed)
-    again: list[int] = []
-    capture_classes(recipe, Teacher(path=spec), tmp_path / "cache", batch_size=8, progress=lambda d, _: again.append(d))
-    assert again == [32, 40]
-    capture_classes(recipe, Teacher(path=spec), tmp_path / "whole", batch_size=8)
-    a, b = (CacheReader(tmp_path / name).batch(range(40)) for name in ("cache", "whole"))
-    assert torch.equal(a.targets.logprobs, b.targets.logprobs)
-    assert torch.equal(a.labels, b.labels)
 
 
 # Masked models and encoder-decoders

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
-from test_tasks import BERT, run, sentence, tokenizer, values, write_table  # noqa: F401
+from task_rows import BERT, run, sentence, tokenizer_file, values, write_table  # noqa: F401
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
 
 from kdfast.models.view import look
@@ -190,7 +190,7 @@ def test_the_loss_is_the_weighted_sum_and_a_term_of_weight_0_is_not_formed() -> 
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
+def folders(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A table, a plain encoder, and a teacher that was fine-tuned from it."""
     home = tmp_path_factory.mktemp("folders")
     size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
@@ -253,7 +253,7 @@ def test_two_stages_are_phases_that_share_projections_and_resume_exactly(folders
         assert [name for name in final if not torch.equal(kept[name], final[name])] == []
 
 
-def test_a_student_of_tags(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_student_of_tags(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
     """All stages on token classification, where a word without a tag is the teacher's."""
     lines = [
         f"who O\nplays O\nin O\n{'paris B-loc' if i % 2 else 'new B-loc'}\n{'film' if i % 3 else 'york I-loc'}\n"
@@ -280,7 +280,7 @@ def test_a_student_of_tags(folders: dict[str, Path], tokenizer: Path, tmp_path: 
         assert run(made).evaluation["entity_f1"] > 0.7
 
 
-def test_words_that_could_stand_in_the_place_of_others(tokenizer: Path) -> None:  # noqa: F811
+def test_words_that_could_stand_in_the_place_of_others(tokenizer: Path) -> None:
     words = Tokenizer.from_file(str(tokenizer))
     begins, continues = word_tokens(words, words.get_vocab_size())
     named = {token: (bool(begins[i]), bool(continues[i])) for token, i in words.get_vocab().items()}
@@ -290,7 +290,7 @@ def test_words_that_could_stand_in_the_place_of_others(tokenizer: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["embeddings", "masked_lm"])
-def test_copies_with_other_words(by: str, folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_copies_with_other_words(by: str, folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
     made = task_class(TASK)(None, task_class(TASK).Data(train=(str(folders["train"]),), validation_share=0.0))
     words = Tokenizer.from_file(str(tokenizer))
     rows = made.open(words, tokenizer, tmp_path, True).train
@@ -337,7 +337,7 @@ def test_a_run_on_copies(folders: dict[str, Path], tmp_path: Path) -> None:
     assert run(recipe(folders, tmp_path / "run", method=method, steps=6)).steps == 6
 
 
-def test_faults_are_said_in_one_line_before_training(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_faults_are_said_in_one_line_before_training(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
     def fails(match: str, method: Any = "tinybert", **changes: Any) -> None:
         with pytest.raises(ValueError, match=match) as caught:
             run(recipe(folders, tmp_path / "run", **{"method": method, **changes}))
