@@ -77,8 +77,8 @@ def reviews(file: Path) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Of a text; a tab would end a column."""
-    for found in re.split(r"(?<=[.!?])\s+", text.replace("\t", " ")):
+    """Of a text as `reviews` gives it, which has no tab that would end a column."""
+    for found in re.split(r"(?<=[.!?]) ", text):
         if WORDS[0] <= len(found.split()) <= WORDS[1]:
             yield found
 

@@ -63,8 +63,18 @@ def alone(student: Mapping[str, Any], path: str) -> dict[str, Any]:
     return {"method": "supervised", "teacher": None, "student": {"from_teacher": {**cut, "path": path}}}
 
 
+def stages() -> list[dict[str, Any]]:
+    """TinyBERT's: general, intermediate, prediction."""
+    return list(yaml.safe_load((HERE / "tinybert/recipe.yaml").read_text())["phases"])
+
+
+def with_copies(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """On copies of the rows too, with other words."""
+    return {**stage, "method": {**stage["method"], "augment": {"copies": 5}}}
+
+
 def sst2() -> dict[str, Run]:
-    phases = yaml.safe_load((HERE / "tinybert/recipe.yaml").read_text())["phases"]
+    phases = stages()
     total = sum(phase["steps"] for phase in phases)
 
     def without(**weights: float) -> dict[str, Any]:
@@ -83,10 +93,7 @@ def sst2() -> dict[str, Run]:
         # As many steps: those of the general stage go to the next.
         "tinybert-without-general": {"phases": [{**phases[1], "steps": phases[0]["steps"] + phases[1]["steps"]}, phases[2]]},
         # Copies of the rows with other words in the place of sentences of reviews.
-        "tinybert-augmented": {
-            **labelled,
-            "phases": [*phases[:2], {**phases[2], "method": {**phases[2]["method"], "augment": {"copies": 5}}}],
-        },
+        "tinybert-augmented": {**labelled, "phases": [*phases[:2], with_copies(phases[2])]},
         "tinybert-prediction-only": {"phases": None, "steps": total, "method": only},
         "alone": {"phases": None, "steps": total, **student, **labelled},
         "alone-longer": {"phases": None, "steps": 3 * total, **student, **labelled},
@@ -188,9 +195,9 @@ def pairs_and_tags() -> dict[str, Run]:
             "data/wnut17/test.conll",
         ),
     }  # fmt: skip
-    *first, last = yaml.safe_load((HERE / "tinybert/recipe.yaml").read_text())["phases"]
+    *first, last = stages()
     # No sentences without a label that are like these; copies of the few rows in their place.
-    phases = [*first, {**last, "steps": 800, "method": {**last["method"], "augment": {"copies": 5}}}]
+    phases = [*first, {**with_copies(last), "steps": 800}]
     steps = sum(phase["steps"] for phase in phases)
     found: dict[str, Run] = {}
     for name, (changes, test) in sets.items():
