@@ -143,6 +143,40 @@ def test_what_cannot_be_cut_is_said_in_one_line() -> None:
         cut_out(neox, None, None, 16, "student")
 
 
+@pytest.mark.parametrize("source", ["path", "from_teacher"])
+def test_dropout_of_a_student_from_weights_is_the_recipes(source: str, tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    make("gpt2", vocab_size=300).save_pretrained(folder)
+    values = recipe_values(tokenizer, tmp_path / "run")
+    spec = {"path": str(folder)} if source == "path" else {"from_teacher": {"path": str(folder), "layers": [0, 2]}}
+
+    def built(config: dict[str, Any]) -> Any:
+        recipe = Recipe.build({**values, "student": {**spec, "config": config}})
+        return build_student(recipe, task_class("causal_lm")(recipe.task.options, recipe.data), 300)
+
+    student, plain = built({"resid_pdrop": 0.25, "attn_pdrop": 0.0}), built({})
+    rates = {name: module.p for name, module in student.named_modules() if isinstance(module, nn.Dropout)}
+    assert {rate for name, rate in rates.items() if "resid" in name} == {0.25}
+    assert {rate for name, rate in rates.items() if "attn_dropout" in name} == {0.0}
+    torch.testing.assert_close(student.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    refused = (
+        ({"n_layer": 2}, r"student\.config\.n_layer: expected 3, .*got 2"),
+        ({"n_embd": 16}, r"student\.config\.n_embd: expected 32, .*got 16"),
+        ({"resid_drop": 0.1}, r"student\.config\.resid_drop.*resid_pdrop"),
+        ({"dtype": "bfloat16"}, r"student\.config\.dtype"),
+    )
+    for config, line in refused:
+        with pytest.raises(ValueError, match=line) as error:
+            built(config)
+        assert "\n" not in str(error.value)
+
+
+def test_a_config_beside_a_function_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"student.*config: it is a transformers model's, but function is given"):
+        Recipe.build({**values, "student": {"function": "my_student:make", "config": {"dropout": 0.1}}})
+
+
 def test_bfloat16_weights_leave_rotary_frequencies_as_they_are() -> None:
     model = make("llama")
     before = model.model.rotary_emb.inv_freq.clone()

@@ -127,6 +127,40 @@ def load_folder(
     return model
 
 
+def check_fields(path: str | Path, fields: dict[str, Any], key: str, *, kind: str) -> None:
+    """Raises where `fields` are none of the configuration in a folder, or would change which weights its model has.
+
+    Args:
+        path: the folder or name. key: what an error calls the fields. kind: one of `AUTO_CLASSES`.
+    """
+    if not fields:
+        return
+    folder = resolve_folder(path, key)
+    own = AutoConfig.from_pretrained(folder, local_files_only=True)
+    known = {name: value for name, value in own.to_dict().items() if name not in ("dtype", "torch_dtype")}
+    for name in fields:
+        if name not in known:
+            raise ValueError(unknown_key(f"{key}.{name}", name, known))
+    shapes = _shapes(own, key, kind)
+    for name, value in fields.items():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **{name: value})
+        if _shapes(config, f"{key}.{name}", kind) != shapes:
+            raise ValueError(
+                f"{key}.{name}: expected {known[name]!r}, which the weights in {folder} have, got {value!r}; beside path and"
+                " from_teacher it sets what changes no weight's shape, such as dropout (fewer layers, narrower: from_teacher;"
+                " more, wider: init_from)"
+            )
+
+
+def _shapes(config: Any, key: str, kind: str) -> dict[str, torch.Size]:
+    """Of the weights of the model that a configuration makes, which is not formed."""
+    try:
+        with torch.device("meta"):
+            return {name: value.shape for name, value in auto_class(kind).from_config(config).state_dict().items()}
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{key}: no model for {kind}: {' '.join(str(error).split())[:200]}") from None
+
+
 def lacks(missing: Sequence[str]) -> str:
     """Which weights a folder has not, in words."""
     return f"has no weights {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.models.grow import start_from
-from kdfast.models.load import from_config, from_function, lacks, load_folder, quiet, read_config, resolve_folder, tied
+from kdfast.models.load import check_fields, from_config, from_function, lacks, load_folder, quiet, read_config, resolve_folder, tied
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.train.inputs import Inputs
@@ -71,6 +71,8 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
     if spec.function:
         return from_function(spec.function, spec.arguments, "student.function")
     if spec.path:
+        check_fields(spec.path, spec.config, "student.config", kind=task.kind)
+        settings |= spec.config
         return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
     if spec.from_teacher:
         source = spec.from_teacher.path or next((t.path for t in recipe.all_teachers if t.path), None)
@@ -78,6 +80,8 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
             raise ValueError("student.from_teacher.path: expected the teacher's folder, which teacher.path does not give")
         cut = spec.from_teacher
         key = "student.from_teacher.path"
+        check_fields(source, spec.config, "student.config", kind=task.kind)
+        settings |= spec.config
         teacher = load_folder(source, key, kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
         return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
     return from_config(spec.model_type or "", spec.config, "student", kind=task.kind, **fields)
