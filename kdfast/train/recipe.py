@@ -56,8 +56,8 @@ class Model:
 
     Args:
         model_type: name of a `transformers` architecture (`gpt2`, `llama`, ...), with random weights.
-        config: fields of its configuration; `vocab_size` defaults to the tokenizer's. Beside `path` and `from_teacher` those that
-            change no weight's shape, such as dropout.
+        config: fields of its configuration; `vocab_size` defaults to the tokenizer's. Beside `path` and `from_teacher` those
+            that change no weight's shape, such as dropout.
         path: a local folder that `from_pretrained` reads, or a hub name.
         function: `module:function`, called with `arguments`, returning an `nn.Module` that maps inputs to logits or to an
             output with `.logits`.
@@ -87,7 +87,8 @@ class Model:
         if len(given) > 1:
             raise ValueError(f"expected one of model_type, path, function, from_teacher, got {' and '.join(given)}")
         if self.config and (self.function or not given):
-            raise ValueError(f"config: it is a transformers model's, but {given[0] if given else 'none'} is given; leave it out")
+            source = given[0] if given else "none"
+            raise ValueError(f"config: it is a transformers model's, but {source} is given; leave it out")
         if given and not self.function:
             refuse_unused(self, ("arguments",), f"beside {given[0]} expected none, they are a function's")
         if self.dtype == "auto" and (self.function or self.model_type):

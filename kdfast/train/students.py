@@ -13,7 +13,17 @@ from transformers import PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.models.grow import start_from
-from kdfast.models.load import check_fields, from_config, from_function, lacks, load_folder, quiet, read_config, resolve_folder, tied
+from kdfast.models.load import (
+    check_fields,
+    from_config,
+    from_function,
+    lacks,
+    load_folder,
+    quiet,
+    read_config,
+    resolve_folder,
+    tied,
+)
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.train.inputs import Inputs
