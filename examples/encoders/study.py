@@ -134,20 +134,27 @@ def reviews() -> dict[str, Run]:
         own = {"train": files(domain), "validation": files(domain, part="validation")}
         # As many times over its own rows.
         teachers[f"single_teacher-{domain}"] = {**plain, "data": own, "steps": 100, "eval_every": 50}
+    # Where every student begins: drawn to the encoder on text of the domains that each teacher saw.
+    seen = files("books", "dvd")
+    corpus = {"paths": seen, "sequence_length": 64}
+    general = [{"steps": 1500, "method": {"name": "tinybert", "stage": "general", "corpus": corpus}}]
+    start = {"task": {"labels": ["negative", "positive"]}, "teacher": {"path": "encoder"}, "student": NARROW, "phases": general,
+             "data": {"train": seen, "validation": files("books", part="validation")}}  # fmt: skip
     # Of the domain that some of them never saw.
     test = files("electronics", part="test")[0]
     found = {
         f"reviews/{name}": Run(teacher, changes, test=files(name.split("-")[1], part="test")[0] if "single" in name else test,
                                seeded=False) for name, changes in teachers.items()
     }  # fmt: skip
+    found["reviews/start"] = Run("tinybert/recipe.yaml", start, test=test, seeded=False)
 
     def student(domain: str, share: float, of: str, **method: Any) -> Run:
         data = {"validation": files(domain, part="validation"), "domain_shares": {domain: share}}
         changes: dict[str, Any] = {
             "method": {"name": "meta_kd", "domain": domain, "encoder": "encoder", **method},
-            "teacher": {"path": f"runs/reviews/{of}/model"}, "data": data, "student": NARROW,
+            "teacher": {"path": f"runs/reviews/{of}/model"}, "data": data, "student": {"path": "runs/reviews/start/model"},
         }  # fmt: skip
-        return Run("meta_kd/recipe.yaml", changes, (f"reviews/{of}",), files(domain, part="test")[0])
+        return Run("meta_kd/recipe.yaml", changes, (f"reviews/{of}", "reviews/start"), files(domain, part="test")[0])
 
     unweighed = {"instance_weights": False, "transfer_weight": 0.0}
     for domain in DOMAINS:
@@ -160,10 +167,10 @@ def reviews() -> dict[str, Run]:
     found["reviews/electronics-without-corruption"] = student(
         "electronics", 1.0, "meta_teacher-without-corruption", transfer_weight=0.0
     )  # fmt: skip
+    found["reviews/electronics-100%-multi-unseen"] = student("electronics", 1.0, "multi_teacher-unseen", **unweighed)
     for share in (0.02, 0.05, 0.1, 1.0):
         name = f"reviews/electronics-{share:.0%}"
         found[f"{name}-meta-unseen"] = student("electronics", share, "meta_teacher-unseen")
-        found[f"{name}-multi-unseen"] = student("electronics", share, "multi_teacher-unseen", **unweighed)
         if share < 1:
             found[f"{name}-meta"] = student("electronics", share, "meta_teacher")
             found[f"{name}-alone"] = _alone_of(whole, "electronics", share)
@@ -173,7 +180,8 @@ def reviews() -> dict[str, Run]:
 def _alone_of(run: Run, domain: str, share: float) -> Run:
     data = {"train": [f"data/amazon/{domain}/train.jsonl"], "domain_shares": {domain: share},
             "validation": [f"data/amazon/{domain}/validation.jsonl"]}  # fmt: skip
-    return replace(run, changes={**alone(NARROW, "runs/reviews/meta_teacher/model"), "data": data})
+    changes = {"method": "supervised", "teacher": None, "student": run.changes["student"], "data": data}
+    return replace(run, changes=changes, needs=("reviews/start",))
 
 
 def pairs_and_tags() -> dict[str, Run]:
@@ -281,7 +289,9 @@ def table(known: Mapping[str, Any]) -> str:
             continue
         what = headline(rows[0]["test"])[0]
         held, test = ([row[part].get(what, float("nan")) for row in rows] for part in ("validation", "test"))
-        teacher = next((known[f"{needed}:1"] for needed in RUNS[name].needs if f"{needed}:1" in known), None)
+        teacher = next(
+            (known[f"{needed}:1"] for needed in RUNS[name].needs if "teacher" in needed and f"{needed}:1" in known), None
+        )
         share = ""
         if teacher is not None and what in teacher["test"] and what != "ppl":
             share = f"{statistics.mean(test) / teacher['test'][what]:.1%}"
