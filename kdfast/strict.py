@@ -23,8 +23,8 @@ def one_of(default: Any, *choices: str) -> Any:
     return dataclasses.field(default=default, metadata={"choices": choices})
 
 
-def build(cls: type, values: Any, path: str = "") -> Any:
-    """An instance of the dataclass `cls` from a mapping, checked key by key.
+def build(cls: type, values: Any, path: str = "", *, beside: Sequence[str] = ()) -> Any:
+    """An instance of the dataclass `cls` from a mapping, checked key by key; `beside` are keys that were taken out before.
 
     Raises:
         ValueError: an unknown key (the nearest valid one is named), a missing one, a wrong type, a number out of range.
@@ -35,7 +35,7 @@ def build(cls: type, values: Any, path: str = "") -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in values:
         if key not in fields:
-            raise ValueError(unknown_key(_join(path, str(key)), str(key), fields, _below(hints, str(key), path)))
+            raise ValueError(unknown_key(_join(path, str(key)), str(key), [*fields, *beside], _below(hints, str(key), path)))
     made = {}
     for name, field in fields.items():
         where = _join(path, name)
@@ -140,7 +140,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise ValueError(f"{where}: expected {_type_name(args[0])} or a list of it, got {_show(value)}")
+            raise ValueError(f"{where}: expected a list of {_type_name(args[0])}, got {_show(value)}; write [{value}]")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if origin is dict:
         if not isinstance(value, Mapping):

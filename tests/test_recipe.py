@@ -48,7 +48,9 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
             r"^method\.temprature: unknown key; .*'temperature'",
             id="unknown-option",
         ),
-        pytest.param({**GOOD, "task": "causal"}, r"^task 'causal': unknown task; did you mean 'causal_lm'", id="no-such-task"),
+        pytest.param(
+            {**GOOD, "task": "causal"}, r"^task 'causal': unknown task; expected one of causal_lm, ", id="no-such-task"
+        ),
         pytest.param(
             {**GOOD, "data": {"validation_share": 0.9}}, r"^data\.validation_share: expected a number <= 0\.5", id="above-range"
         ),
@@ -134,3 +136,8 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"out: \xe9\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML: 'utf-8' codec"):
         Recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_a_mistyped_key_of_the_recipe_finds_those_that_are_chosen_by_name_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^methd: unknown key; did you mean 'method'\?"):
+        Recipe.build({**GOOD, "methd": {"temperature": 3}})

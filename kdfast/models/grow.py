@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from kdfast.models.heads import call, logits_in
-from kdfast.models.load import load_folder, load_weights, tied, weight_files
+from kdfast.models.load import load_folder, load_weights, read_config, tied, weight_files
 from kdfast.models.shrink import _DECODER_DEPTH, _DEPTH, _HEADS, _WIDTH, _name_of_first, _stacks
 from kdfast.tensors import reading_tensors
 
@@ -43,6 +43,11 @@ _AXES = (
     (r"(down_proj|wo)\.weight$", "RI"), (r"(o_proj|down_proj)\.bias$", "R"),
     (r"relative_attention_bias\.weight$", "=N"), (r"[qk]_norm\.weight$", "="), (r"norm\.weight$", "R"),
 )  # fmt: skip
+#: What a configuration says that changes nothing a model computes in evaluation.
+_BESIDE = re.compile(
+    r"drop|_token_id|dtype|version|architectures|_name_or_path|use_cache|2(id|label)|num_labels|problem_type|initializer|init_std"
+    r"|finetuning_task|task_specific|transformers"
+)
 #: Blocks of rows, one for each gate.
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 
@@ -67,10 +72,12 @@ def start_from(
     fits = all(own.get(name) == shape for name, shape in shapes.items())
     config: Any = getattr(student, "config", None)
     deeper = config is not None and any(_depth(shapes, stack) != len(layers) for stack, layers in _stacks(student).items())
-    if fits and not deeper:
+    described = (Path(path) / "config.json").is_file()
+    lacking = own.keys() - shapes.keys() - tied(student).keys() - set(tied(student).values())
+    if fits and not deeper and not (lacking and described and config is not None):
         load_weights(student, path, key)
-        return None
-    if config is None or not (Path(path) / "config.json").is_file():
+        return _other_settings(config, path, key) if config is not None and described else None
+    if config is None or not described:
         return _grow_module(student, path, shapes, key)
     small: Any = load_folder(path, key, kind=kind, missing=[])
     if small.config.model_type != config.model_type:
@@ -135,6 +142,14 @@ def difference(student: nn.Module, small: nn.Module, example: Mapping[str, Tenso
         found.append(logits_in(call(model.eval(), example)).float())
         model.train(was_training)
     return float((found[0] - found[1]).abs().max() / found[1].abs().max().clamp(min=1e-30))
+
+
+def _other_settings(config: Any, path: str | Path, key: str) -> str | None:
+    """A line about what the weights, which fit, were trained with and the student has not: bases of angles, kinds of norms."""
+    theirs, its = read_config(Path(path)), config.to_dict()
+    differs = [f"{name} {theirs[name]!r}, here {its[name]!r}" for name in theirs.keys() & its.keys()
+               if theirs[name] != its[name] and not _BESIDE.search(name)]  # fmt: skip
+    return f"{key}: {path} was trained with {'; '.join(sorted(differs))}: another function" if differs else None
 
 
 def _grow_module(student: nn.Module, path: str | Path, shapes: Mapping[str, tuple[int, ...]], key: str) -> str:

@@ -130,8 +130,9 @@ def _named(model: nn.Module) -> LinearHead | None:
     module = find() if find is not None else None
     if not _plain_linear(module):
         return None
-    biased = getattr(model, "final_logits_bias", None) is not None
-    return LinearHead(module, head_form(model.config), model if biased else None)  # type: ignore[arg-type]
+    # The module that has the buffer itself: an adapter's wrapper shows it too, and setting it there changes nothing.
+    biased_by = next((m for m in model.modules() if m._buffers.get("final_logits_bias") is not None), None)
+    return LinearHead(module, head_form(model.config), biased_by)  # type: ignore[arg-type]
 
 
 def head_form(config: Any) -> Head:

@@ -34,6 +34,9 @@ AUTO_CLASSES = {
     "encoder": "AutoModel",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TOKEN_IDS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
+)  # fmt: skip
 
 
 def auto_class(kind: str) -> Any:
@@ -71,7 +74,16 @@ def resolve_folder(name: str | Path, key: str) -> Path:
     if (path / "config.json").is_file():
         return path
     if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise ValueError(f"{key}: expected a folder with config.json and safetensors weights, got {str(name)!r}")
+        line = f"{key}: expected a folder with config.json and safetensors weights, got {str(name)!r}"
+        if (path / "model/config.json").is_file():
+            raise ValueError(f"{line}, a run's; its model is {str(path / 'model')!r}")
+        if (path / "recipe.yaml").is_file():
+            raise ValueError(
+                f"{line}, a run without a model of transformers: it is not finished, or its student is a function's"
+            )
+        if (path / "model.safetensors").is_file():
+            raise ValueError(f"{line}, weights of a function's module: name the function, and the folder as its weights")
+        raise ValueError(line)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -127,38 +139,30 @@ def load_folder(
     return model
 
 
-def check_fields(path: str | Path, fields: dict[str, Any], key: str, *, kind: str) -> None:
-    """Raises where `fields` are none of the configuration in a folder, or would change which weights its model has.
+def check_fields(path: str | Path, fields: dict[str, Any], key: str) -> None:
+    """Raises where `fields` of the configuration in a folder are unknown, or part of what its weights were trained as.
 
     Args:
-        path: the folder or name. key: what an error calls the fields. kind: one of `AUTO_CLASSES`.
+        path: the folder or name. key: what an error calls the fields.
     """
     if not fields:
         return
-    folder = resolve_folder(path, key)
-    own = AutoConfig.from_pretrained(folder, local_files_only=True)
-    known = {name: value for name, value in own.to_dict().items() if name not in ("dtype", "torch_dtype")}
+    known = read_config(resolve_folder(path, key))
+    known = (
+        {**AutoConfig.for_model(known["model_type"]).to_dict(), **known} if known.get("model_type") in CONFIG_MAPPING else known
+    )
     for name in fields:
         if name not in known:
-            raise ValueError(unknown_key(f"{key}.{name}", name, known))
-    shapes = _shapes(own, key, kind)
-    for name, value in fields.items():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **{name: value})
-        if _shapes(config, f"{key}.{name}", kind) != shapes:
+            raise ValueError(unknown_key(f"{key}.{name}", name, [k for k in known if _is_free(k)]))
+        if not _is_free(name):
             raise ValueError(
-                f"{key}.{name}: expected {known[name]!r}, which the weights in {folder} have, got {value!r}; beside path and"
-                " from_teacher it sets what changes no weight's shape, such as dropout (fewer layers, narrower: from_teacher;"
-                " more, wider: init_from)"
+                f"{key}.{name}: expected dropout or token ids alone beside path and from_teacher, as the weights in {path}"
+                " were trained with the others; leave it out (fewer layers, narrower: from_teacher; more, wider: init_from)"
             )
 
 
-def _shapes(config: Any, key: str, kind: str) -> dict[str, torch.Size]:
-    """Of the weights of the model that a configuration makes, which is not formed."""
-    try:
-        with torch.device("meta"):
-            return {name: value.shape for name, value in auto_class(kind).from_config(config).state_dict().items()}
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{key}: no model for {kind}: {' '.join(str(error).split())[:200]}") from None
+def _is_free(name: str) -> bool:
+    return "drop" in name or name.endswith("_token_id")
 
 
 def lacks(missing: Sequence[str]) -> str:
@@ -175,13 +179,16 @@ def from_config(model_type: str, fields: dict[str, Any], key: str, *, kind: str 
     """
     if model_type not in CONFIG_MAPPING:
         raise ValueError(unknown_key(f"{key}.model_type {model_type!r}", model_type, list(CONFIG_MAPPING.keys())))
-    known = CONFIG_MAPPING[model_type]().to_dict()
+    its = CONFIG_MAPPING[model_type]()
+    known = {**its.to_dict(), "num_labels": 2}
+    if its.is_encoder_decoder:  # what `generate` needs to know, which not every architecture has a default for
+        known |= {"decoder_start_token_id": None, "eos_token_id": None}
     for name in fields:
-        if name not in known and name not in ("num_labels",):
+        if name not in known:
             raise ValueError(unknown_key(f"{key}.config.{name}", name, known))
     # Token ids of the architecture's own tokenizer mean nothing here and may lie outside the vocabulary.
-    ids: dict[str, Any] = {k: None for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in known}
-    given = {**ids, **{k: v for k, v in defaults.items() if v is not None}, **fields}
+    ids = {k: None for k in _TOKEN_IDS if k in known and k != "decoder_start_token_id"}  # Marian has to have one
+    given = {**ids, **{k: v for k, v in defaults.items() if v is not None and (k in known or k not in _TOKEN_IDS)}, **fields}
     try:
         config = AutoConfig.for_model(model_type, **given)
         return auto_class(kind).from_config(config, dtype=torch.float32)

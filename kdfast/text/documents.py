@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,12 @@ _TASKS = {
     **dict.fromkeys(("mask_token", "mask_share"), ("masked",)),
     "field": ("causal", "masked"),
     "end": ("causal", "seq2seq"),
+}
+#: Options that name a row's fields.
+_FIELDS = {
+    "causal": ("messages_field", "prompt_field", "completion_field", "field"),
+    "masked": ("field",),
+    "seq2seq": ("source_field", "target_field"),
 }
 #: Rows, and characters of them, that are tokenised together.
 _ROWS, _CHARACTERS = 256, 1 << 18
@@ -54,6 +60,8 @@ class Corpus:
         task: causal, masked or seq2seq.
         seed: of the masks of a masked language model.
         name: how an error calls an option.
+        otherwise: fields of a model's configuration that count where `folder` has none: `decoder_start_token_id`,
+            `eos_token_id`.
 
     Raises:
         ValueError: what is named is not there, or options do not go together.
@@ -69,8 +77,10 @@ class Corpus:
         task: str = "causal",
         seed: int = 0,
         name: Naming = python_name,
+        otherwise: Mapping[str, Any] | None = None,
     ) -> None:
         self.data, self.tokenizer, self.task = data, tokenizer, task
+        self._otherwise = dict(otherwise or {})
         self._folder = None if folder is None else Path(folder)
         self._seed, self._name = seed, name
         for f in dataclasses.fields(data):
@@ -142,7 +152,21 @@ class Corpus:
         for name, size in self._source.files:
             state.update(f"{name}\0{size}\0".encode())
         chosen = self.specials.describe(self.tokenizer)
+        if self.task == "seq2seq" and self._otherwise:
+            start, end = self._decoder
+            chosen |= {
+                "decoder_start": self.tokenizer.id_to_token(start),
+                "decoder_end": [*map(self.tokenizer.id_to_token, end)],
+            }
         return {**self.data.as_json(), "task": self.task, "files": state.hexdigest(), "chosen_tokens": chosen}
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """What a model of these documents is told: `decoder_start_token_id`, `eos_token_id`, as far as there are any."""
+        if self.task != "seq2seq":
+            return {"eos_token_id": self.specials.end[0]} if self.task == "causal" and self.specials.end else {}
+        start, end = self._decoder
+        return {"decoder_start_token_id": start, **({"eos_token_id": end[0]} if end else {})}
 
     def _forget(self) -> None:
         self.documents = self.taught = self.cut = self.dropped = 0
@@ -210,7 +234,15 @@ class Corpus:
                 return Draft(row, form, row.texts(fields[:1]))
         if form is None:
             wanted = ", or ".join(" and ".join(fields) for fields in self._forms.values())
-            raise ValueError(f"{row.where}: expected an object with {wanted}, got {', '.join(row.values) or 'nothing'}")
+            named = "/".join(self._name(option) for option in _FIELDS[self.task])
+            remedy = f"name its fields in {named}"
+            if self.task == "seq2seq" and row.has(self._forms["pair"][:1]):
+                remedy = f"or set {self._name('unlabelled')}: true for sources that a teacher translates"
+            elif self.task == "causal" and row.has(("source", "target")):
+                remedy += ", or set task: seq2seq"
+            raise ValueError(
+                f"{row.where}: expected an object with {wanted}, got {', '.join(row.values) or 'nothing'}; {remedy}"
+            )
         fields = self._forms[form]
         if form == "chat":
             written = self._chat.write(row.values[fields[0]], row.where)
@@ -284,10 +316,15 @@ class Corpus:
     @functools.cached_property
     def _decoder(self) -> tuple[int, tuple[int, ...]]:
         """The id a decoder starts from, and those that end it, as the model's configuration has them."""
-        said = {**read_json(self._folder, "generation_config.json"), **read_json(self._folder, "config.json")}
+        files = [read_json(self._folder, name) for name in ("config.json", "generation_config.json")]
+        said = {k: v for of in (self._otherwise, *reversed(files)) for k, v in of.items() if v is not None}
         start, end = said.get("decoder_start_token_id"), said.get("eos_token_id")
         if not isinstance(start, int):
-            raise ValueError("teacher: expected decoder_start_token_id in its config.json, found none")
+            where = "" if self._folder is None else f" in {self._folder}"
+            raise ValueError(
+                "decoder_start_token_id: expected the id that a decoder starts from in config.json or generation_config.json"
+                f" beside the tokenizer{where}, or in student.config, found none"
+            )
         if self.data.end is not None or self.data.separator is not None:
             return start, self.specials.end
         first = end[0] if isinstance(end, list) and end else end

@@ -72,6 +72,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     )
     if isinstance(task, ClassTask):
         task.take_classes(map(read_config, _model_folders(recipe)))
+    if isinstance(task, LanguageTask):
+        task.take_ids([recipe.student.config, *map(read_config, _model_folders(recipe))])
     cached = [spec for spec in recipe.all_teachers if spec.cache]
     cache_is_data = bool(cached) and task.cache_is_data
     _check_sources(recipe, train, cache_is_data)
@@ -130,6 +132,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     if pack:
         refuse_unused(recipe.data, ("group_by_length",), "beside data.pack, which leaves little padding, expected none", "data")
     _check_labels(train, vocab_size, task)
+    if isinstance(task, LanguageTask):
+        task.take_start(train)
     homes = () if tokenizer_file is None else _homes(recipe, tokenizer_file)
     return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train), homes)
 

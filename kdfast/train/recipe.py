@@ -56,8 +56,7 @@ class Model:
 
     Args:
         model_type: name of a `transformers` architecture (`gpt2`, `llama`, ...), with random weights.
-        config: fields of its configuration; `vocab_size` defaults to the tokenizer's. Beside `path` and `from_teacher` those
-            that change no weight's shape, such as dropout.
+        config: fields of its configuration; beside `path` and `from_teacher`, whose weights have theirs, dropout and ids alone.
         path: a local folder that `from_pretrained` reads, or a hub name.
         function: `module:function`, called with `arguments`, returning an `nn.Module` that maps inputs to logits or to an
             output with `.logits`.
@@ -322,7 +321,7 @@ class Recipe:
         elif "method" not in chosen:
             chosen["method"] = named("supervised", "method")
         # What is chosen by name is built already; the rest goes by the fields.
-        rest: Recipe = build(_Rest, values)
+        rest: Recipe = build(_Rest, values, beside=("method", "task", "data", "phases"))
         return cls(**{name: getattr(rest, name) for name in _REST}, **chosen)
 
     def to_yaml(self) -> str:

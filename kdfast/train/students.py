@@ -81,7 +81,7 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
     if spec.function:
         return from_function(spec.function, spec.arguments, "student.function")
     if spec.path:
-        check_fields(spec.path, spec.config, "student.config", kind=task.kind)
+        check_fields(spec.path, spec.config, "student.config")
         settings |= spec.config
         return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
     if spec.from_teacher:
@@ -90,7 +90,7 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
             raise ValueError("student.from_teacher.path: expected the teacher's folder, which teacher.path does not give")
         cut = spec.from_teacher
         key = "student.from_teacher.path"
-        check_fields(source, spec.config, "student.config", kind=task.kind)
+        check_fields(source, spec.config, "student.config")
         settings |= spec.config
         teacher = load_folder(source, key, kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
         return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")

@@ -7,7 +7,6 @@ import inspect
 import pkgutil
 from typing import Any
 
-from kdfast.strict import unknown_key
 from kdfast.train.tasks.task import Task
 
 _MACHINERY = ("task", "language", "classes")
@@ -25,7 +24,7 @@ def task_class(name: str) -> type[Task[Any]]:
         ValueError: there is none.
     """
     if name not in names():
-        raise ValueError(unknown_key(f"task {name!r}", name, names()).replace("unknown key", "unknown task"))
+        raise ValueError(f"task {name!r}: unknown task; expected one of {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     return next(
         c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Task) and c.__module__ == module.__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,6 +64,34 @@ class LanguageTask(Task[Data]):
     #: What `Corpus` makes of a row.
     corpus_task: ClassVar[str]
 
+    def __init__(self, options: Any, data: Any) -> None:
+        super().__init__(options, data)
+        #: Ids that rows start from and end with, by what a model's configuration calls them.
+        self.ids: dict[str, int] = {}
+        self._said: dict[str, Any] = {}
+
+    def take_ids(self, configs: Iterable[Mapping[str, Any]]) -> None:
+        """What the first of these configurations says that says anything, for a tokenizer that lies by itself."""
+        for config in configs:
+            for name in ("decoder_start_token_id", "eos_token_id"):
+                if config.get(name) is not None:
+                    self._said.setdefault(name, config[name])
+
+    def take_start(self, rows: Source) -> None:
+        """What decoders start from, of rows that may be a cache's or the caller's."""
+        decoder = rows.batch([0]).by_name.get("decoder_input_ids")
+        if decoder is not None:
+            self.ids["decoder_start_token_id"] = int(decoder[0, 0])
+
+    def check_model(self, model: nn.Module, train: Source, key: str) -> None:
+        start, its = self.ids.get("decoder_start_token_id"), getattr(model, "config", None)
+        said = getattr(its, "decoder_start_token_id", None)
+        if start is not None and said is not None and said != start:
+            remedy = "; leave it out" if key == "student" else "; are both of one tokenizer?"
+            raise ValueError(
+                f"{key}: its decoder starts from id {said} (decoder_start_token_id), expected {start} like the rows{remedy}"
+            )
+
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
         data, train, validation = self.data, None, None
         files = list(data.train)
@@ -97,11 +125,12 @@ class LanguageTask(Task[Data]):
             return key if option == "paths" else f"data.{option}"
 
         home = None if file is None else file.parent
-        corpus = Corpus(spec, tokenizer, home, task=self.corpus_task, name=name)
+        corpus = Corpus(spec, tokenizer, home, task=self.corpus_task, name=name, otherwise=self._said)
+        self.ids |= corpus.ids
         return Documents.of(corpus, folder)
 
     def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
-        return {"vocab_size": vocab_size}
+        return {"vocab_size": vocab_size, **self.ids}
 
     def example(self, model: nn.Module) -> dict[str, Tensor]:
         device = next(model.parameters()).device
