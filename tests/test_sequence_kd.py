@@ -182,6 +182,43 @@ def test_completions_of_prompts_and_the_prompt_is_masked(sampled: bool, home: tu
         assert {line["weight"] for line in chosen} == {0.5}
 
 
+def test_hypotheses_do_not_depend_on_what_shares_a_batch(home: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A long prompt takes no room from a short one, whose hypotheses end where the teacher ends them."""
+    tokenizer, _, _ = home
+    rows = [{"prompt": " ".join(WORDS[i % 7] for i in range(length)), "completion": "ein"} for length in (11, 2, 3, 7, 10, 12)]
+    data = write_rows(tmp_path / "prompts.jsonl", rows)
+    teacher = save(llama(3), tmp_path / "teacher", tokenizer)
+    found = []
+    for size in (1, 32):
+        method = {"name": "sequence_kd", "beam": 3, "nbest": 3, "decode_batch_size": size}
+        values = recipe_values(
+            tokenizer, data, tmp_path / f"run{size}", method=method, teacher={"path": str(teacher)}, task="causal_lm", steps=1,
+            student={"path": str(teacher)}, data={"train": [str(data)], "validation": [str(data)], "sequence_length": 12},
+        )  # fmt: skip
+        run(values)
+        targets = lines(tmp_path / f"run{size}" / "prepared" / "0" / "targets.jsonl")
+        found.append([(line["row"], line["rank"], line["ids"], round(line["score"], 3)) for line in targets])
+    assert found[0] == found[1]
+    assert {row for row, *_ in found[0]} == {0, 1, 2, 3, 4}
+    assert max(len(ids) for row, _, ids, _ in found[0] if row == 1) > 1
+
+
+def test_copies_in_a_folder_of_an_earlier_version_are_learned_once(home: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    tokenizer, data, teacher = home
+    method = {"name": "sequence_kd", "beam": 4, "nbest": 3, "max_tokens": 4, "decoded": str(tmp_path / "decoded")}
+    base = {"teacher": {"path": str(teacher)}, "steps": 1, "method": method}
+    run(recipe_values(tokenizer, data, tmp_path / "one", **base))
+    kept = tmp_path / "decoded" / "hypotheses.jsonl"
+    found = lines(kept)
+    write_rows(kept, [{**found[i - 1], "rank": 1} if line["rank"] == 1 else line for i, line in enumerate(found)])
+    run(recipe_values(tokenizer, data, tmp_path / "two", **base))
+    found = lines(tmp_path / "two" / "prepared" / "0" / "targets.jsonl")
+    assert [line["rank"] for line in found] == [0, 2, 3] * 24
+    for i in range(0, len(found), 3):
+        want = torch.tensor([line["score"] for line in found[i : i + 3]], dtype=torch.float64).softmax(0).tolist()
+        assert [line["weight"] for line in found[i : i + 3]] == pytest.approx(want, abs=1e-12)
+
+
 def test_sources_without_a_target_carry_the_soft_loss_too(home: tuple[Path, Path, Path], tmp_path: Path) -> None:
     tokenizer, data, teacher = home
     rows = [pair if i < 10 else {"source": pair["source"]} for i, pair in enumerate(pairs())]
@@ -356,6 +393,11 @@ def test_faults_are_said_in_one_line_before_training(home: tuple[Path, Path, Pat
         r"method\.interpolation: expected it with nbest: 1", method={"name": "sequence_kd", "nbest": 3, "interpolation": True}
     )
     fails(r"method\.prompt_tokens: expected task causal_lm", method={"name": "sequence_kd", "prompt_tokens": 3})
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": p["source"], "completion": p["target"]} for p in pairs(4)])
+    llamas = {"task": "causal_lm", "teacher": {"path": str(save(llama(3), tmp_path / "llama", tokenizer))},
+              "student": {"path": str(tmp_path / "llama")}}  # fmt: skip
+    asked = {"train": [str(prompts)], "validation": [str(prompts)], "sequence_length": 16, "prompt_loss": True}
+    fails(r"data\.prompt_loss: expected false with method sequence_kd", data=asked, **llamas)
     student = {"model_type": "marian", "config": {**marian_config(), "vocab_size": SIZE - 1}}
     fails(r"student: its vocabulary has 12 ids, expected at least the data's 13", student=student, teacher=None,
           method="supervised")  # fmt: skip

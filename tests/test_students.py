@@ -100,6 +100,19 @@ def test_a_narrower_student_is_a_folder_that_anyone_loads(model_type: str, tmp_p
     assert torch.equal(logits(loaded), logits(student))
 
 
+def test_a_cut_out_student_ends_its_texts_as_its_teacher(tmp_path: Path) -> None:
+    """What stands in the teacher's generation config alone is the student's, and its own."""
+    model = make("marian")
+    model.generation_config.update(eos_token_id=[2, 9], bad_words_ids=[[11]], forced_bos_token_id=8, max_length=20)
+    student = cut_out(model, [0], [0, 2], None, "student")
+    assert student.generation_config.to_dict() == model.generation_config.to_dict()
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).generation_config
+    assert (loaded.eos_token_id, loaded.bad_words_ids, loaded.forced_bos_token_id) == ([2, 9], [[11]], 8)
+    student.generation_config.eos_token_id.append(3)
+    assert model.generation_config.eos_token_id == [2, 9]
+
+
 def test_fused_queries_keys_and_values_are_cut_block_by_block() -> None:
     model = make("gpt2")
     student = cut_out(model, None, None, 16, "student")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.heads import call, logits_in
+from kdfast.models.view import taken
 
 
 class Ensemble(nn.Module):
-    """logits = log(sum_m weight_m * softmax(member_m(**inputs))), the weights summing to 1.
+    """logits = log(sum_m weight_m * softmax(member_m(**inputs))), the weights summing to 1; each member gets what it takes.
 
     For scores and for text that is written together (`kdfast.models.generate`); losses take the members one by one, in one
     fused call.
@@ -24,14 +25,14 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         given = [1.0] * len(members) if weights is None else list(weights)
         self.weights = [weight / sum(given) for weight in given]
-        self.config = getattr(members[0], "config", None)
+        self.config = None  # each member has its own, which says what it takes
 
     def get_output_embeddings(self) -> None:
         """No head of its own."""
 
     def forward(self, **inputs: Tensor) -> Tensor:
         inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        return mean_logits([logits_in(call(member, inputs)) for member in self.members], self.weights)
+        return mean_logits([logits_in(call(member, taken(member, inputs))) for member in self.members], self.weights)
 
 
 def mean_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    ForcedBOSTokenLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from kdfast.models.ensemble import Ensemble, mean_logits
 from kdfast.models.heads import call, logits_in
 from kdfast.models.load import quiet
+from kdfast.models.positions import positions_of
+from kdfast.models.settings import bans_of, configured, end_ids, generation_config, members_of, settings_of, start_of
 
-#: What a model's own settings say about how to decode: left out, so that the options alone decide. Which ids may be written
-#: at all (`forced_bos_token_id`, `bad_words_ids`, `suppress_tokens`) stays.
-_SILENCED = {
-    "max_length": None, "min_length": 0, "forced_eos_token_id": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0, "penalty_alpha": None, "num_beam_groups": None, "diversity_penalty": None,
-    "typical_p": None, "epsilon_cutoff": None, "eta_cutoff": None, "min_p": None, "max_time": None,
-    "cache_implementation": None, "output_scores": False, "return_dict_in_generate": False,
-}  # fmt: skip
+__all__ = ["Decoding", "Hypothesis", "end_ids", "settings_of", "write"]
 
 
 @dataclass(frozen=True)
@@ -51,108 +52,149 @@ class Decoding:
 
 
 class Hypothesis(NamedTuple):
-    """ids: int64, without start and padding, the end among them where it was written. score: log P(ids | source), summed."""
+    """ids: int64, without start and padding, the end among them where it was written. score: log P(ids | source), summed, in
+    which an id that is forced has a probability of 1."""
 
     ids: Tensor
     score: float
 
 
-def end_ids(model: nn.Module, otherwise: int | None = None) -> list[int]:
-    """The ids that end what a model writes: of its generation config, else of its config, else `otherwise`."""
-    lead = model.members[0] if isinstance(model, Ensemble) else model
-    for said in (getattr(lead, "generation_config", None), getattr(lead, "config", None)):
-        found = getattr(said, "eos_token_id", None)
-        if found is not None:
-            return list(found) if isinstance(found, list | tuple) else [int(found)]
-    return [] if otherwise is None else [otherwise]
-
-
 @torch.no_grad()
 def write(
-    model: nn.Module, inputs: Mapping[str, Tensor], decoding: Decoding, end: Sequence[int], *, scores: bool = True
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    decoding: Decoding,
+    end: Sequence[int],
+    *,
+    most: int | None = None,
+    scores: bool = True,
 ) -> list[list[Hypothesis]]:
-    """Hypotheses of each row of a batch, the best first. Equals, for one model,
+    """Hypotheses of each row of a batch, the best first, as if the row was alone. Equals, for one model,
 
         model.generate(**inputs, num_beams=beams, num_return_sequences=count, max_new_tokens=max_tokens, ...)
 
-    and for an `Ensemble` the same with the mean of the members' probabilities at each step.
+    and for an `Ensemble` the same with the mean of the members' probabilities at each step, of the ids that all may write. A
+    row has fewer than `count` where there are no more, none where its prompt leaves no room.
 
     Args:
         model: of `transformers`, in evaluation mode; an encoder-decoder, or causal with prompts padded on the left.
         inputs: `input_ids` and, where there is padding, `attention_mask`.
         end: ids that end a hypothesis.
+        most: most tokens of a prompt and a hypothesis of it, of a causal model.
         scores: whether to score them, by one pass over all that was written; otherwise their score is 0.
 
     Raises:
-        ValueError: a model cannot write.
+        ValueError: a model cannot write, or not together with the others.
     """
-    members = list(model.members) if isinstance(model, Ensemble) else [model]
+    members = members_of(model)
     weights = model.weights if isinstance(model, Ensemble) else [1.0]
     for member in members:
         if not hasattr(member, "generate"):
             raise ValueError(f"model: expected a transformers model, which can write text, got {type(member).__name__}")
-    lead: Any = members[0]
+    pair = members[0].config.is_encoder_decoder
+    if any(member.config.is_encoder_decoder != pair for member in members):
+        raise ValueError("model: expected an ensemble of causal models or one of encoder-decoders, got both")
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    config = _settings(lead, decoding, end, min(_room(member, ids.shape[1]) for member in members))
-    processors = LogitsProcessorList()
-    if len(members) > 1:
-        processors.append(_Together(members[1:], weights, ids, mask, config))
-    with quiet(), _configured(lead, config):
-        written = lead.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    positions = min(map(_positions_of, members))
+    prompts = [0] * len(ids) if pair else mask.sum(1).tolist()
+    limit = positions if pair or most is None else min(positions, most)
+    rooms = [int(min(decoding.max_tokens, limit - prompt)) for prompt in prompts]
+    found: list[list[Hypothesis]] = [[] for _ in rooms]
+    for rows in _groups(prompts, rooms, positions):
+        width = ids.shape[1] if pair else max(prompts[i] for i in rows)
+        own = [rooms[i] for i in rows]
+        groups = _written(members, weights, ids[rows, -width:], mask[rows, -width:], own, decoding, end, scores)
+        for i, group in zip(rows, groups, strict=True):
+            found[i] = group
+    return found
+
+
+def _positions_of(member: Any) -> float:
+    """Tokens for which a model has positions, or for which it was made."""
+    found = (getattr(member.config, "max_position_embeddings", None), positions_of(member))
+    return min((most for most in found if most is not None), default=math.inf)
+
+
+def _groups(prompts: Sequence[int], rooms: Sequence[int], positions: float) -> list[list[int]]:
+    """Rows that may write together: those that are done go along to the longest room, for which they too must have positions.
+
+    So all rows are one group, unless prompts nearly fill the positions.
+    """
+    groups: list[list[int]] = []
+    for i in sorted((i for i, room in enumerate(rooms) if room > 0), key=lambda i: prompts[i]):
+        if groups and prompts[i] + rooms[groups[-1][0]] <= positions:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [sorted(group) for group in groups]
+
+
+def _written(
+    members: list[Any], weights: Sequence[float], ids: Tensor, mask: Tensor, rooms: Sequence[int], decoding: Decoding,
+    end: Sequence[int], scores: bool,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    """Hypotheses of rows that write together, each with room of its own."""
+    lead, count = members[0], decoding.count
+    config = generation_config(lead, decoding, end, max(rooms))
     start = 1 if lead.config.is_encoder_decoder else ids.shape[1]
-    found = [_cut(row, end) for row in written[:, start:]]
-    values = _scored(members, weights, ids, mask, found, decoding.count) if scores else [0.0] * len(found)
-    grouped = [list(map(Hypothesis, found[i : i + decoding.count], values[i : i + decoding.count]))
-               for i in range(0, len(found), decoding.count)]  # fmt: skip
-    return [sorted(group, key=lambda h: -h.score) if decoding.sample else group for group in grouped]
-
-
-def _room(member: Any, prompt: int) -> float:
-    """Tokens for which the model has positions."""
-    most = getattr(member.config, "max_position_embeddings", None)
-    if most is None:
-        return math.inf
-    return int(most) if member.config.is_encoder_decoder else max(int(most) - prompt, 1)
-
-
-def _settings(lead: Any, decoding: Decoding, end: Sequence[int], room: float) -> GenerationConfig:
-    config = copy.deepcopy(lead.generation_config)
-    pad = config.pad_token_id if config.pad_token_id is not None else lead.config.pad_token_id
-    start = config.decoder_start_token_id
-    for name, value in _SILENCED.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    config.max_new_tokens, config.use_cache = int(min(decoding.max_tokens, room)), True
-    config.eos_token_id = list(end) or None
-    config.pad_token_id = pad if pad is not None else (end[0] if end else 0)
-    config.decoder_start_token_id = start if start is not None else getattr(lead.config, "decoder_start_token_id", None)
-    config.do_sample, config.num_return_sequences = decoding.sample, decoding.count
-    config.num_beams = 1 if decoding.sample else decoding.beams
-    config.early_stopping, config.length_penalty = False, decoding.length_penalty
-    config.temperature = decoding.temperature if decoding.sample else None
-    config.top_k = (decoding.top_k or 0) if decoding.sample else None
-    config.top_p = decoding.top_p if decoding.sample else None
-    if config.num_beams == 1:
-        config.early_stopping = config.length_penalty = None
-    return config
-
-
-@contextlib.contextmanager
-def _configured(lead: Any, config: GenerationConfig) -> Iterator[None]:
-    """What is None in a config that is given, `generate` takes from the model's: so that has to be the same one."""
-    before, lead.generation_config = lead.generation_config, config
-    try:
-        yield
-    finally:
-        lead.generation_config = before
+    bans, first = bans_of(members, end, start, ids.device), _First(config.num_beams)
+    together = [_Together(members[1:], weights, ids, mask, config)] if len(members) > 1 else []
+    # The mean comes first, so that what may not be written is taken out of it and not of the lead's part.
+    processors = LogitsProcessorList([*together, *bans, *([first] if config.num_beams > 1 else [])])
+    stops = StoppingCriteriaList([_Rooms(rooms, start, ids.device)] if min(rooms) < max(rooms) else [])
+    with quiet(), configured(lead, config):
+        written = lead.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors, stopping_criteria=stops
+        )
+    found = [_cut(row[: rooms[i // count]], end) for i, row in enumerate(written[:, start:])]
+    forced = any(isinstance(ban, ForcedBOSTokenLogitsProcessor) for ban in bans)
+    values = _scored(members, weights, ids, mask, found, count, forced) if scores else [0.0] * len(found)
+    groups = [list(map(Hypothesis, found[i : i + count], values[i : i + count])) for i in range(0, len(found), count)]
+    if decoding.sample:
+        return [sorted(group, key=lambda h: -h.score) for group in groups]
+    return groups if config.num_beams == 1 else [first.real(row, group) for row, group in enumerate(groups)]
 
 
 def _cut(row: Tensor, end: Sequence[int]) -> Tensor:
     """Up to the first end, which stays."""
     ends = torch.isin(row, torch.tensor(end, device=row.device, dtype=row.dtype)).nonzero() if end else row.new_zeros(0, 1)
     return row[: int(ends[0]) + 1].cpu() if len(ends) else row.cpu()
+
+
+class _Rooms(StoppingCriteria):
+    """A row ends where its own room does, and leaves that of others as it is."""
+
+    def __init__(self, rooms: Sequence[int], start: int, device: torch.device) -> None:
+        self._longest = torch.tensor(rooms, device=device) + start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        full = input_ids.shape[1] >= self._longest
+        return full.repeat_interleave(len(input_ids) // len(full))
+
+
+class _First(LogitsProcessor):
+    """Sees which ids may begin a text: a beam that is wider than what can be written is filled up with copies and padding."""
+
+    def __init__(self, beams: int) -> None:
+        self._beams = beams
+        self._banned: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._banned is None:
+            self._banned = scores[:: self._beams] == -torch.inf
+        return scores
+
+    def real(self, row: int, group: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """What was written of a row's hypotheses, each once."""
+        assert self._banned is not None
+        banned = self._banned[row].cpu()
+        seen: dict[tuple[int, ...], Hypothesis] = {}
+        for hypothesis in group:
+            if not banned[hypothesis.ids[0]]:
+                seen.setdefault(tuple(hypothesis.ids.tolist()), hypothesis)
+        return list(seen.values())
 
 
 class _Together(LogitsProcessor):
@@ -181,8 +223,7 @@ class _Together(LogitsProcessor):
                 cache.reorder_cache(origin)
         self._seen = input_ids
         own = [self._step(i, input_ids, new) for i in range(len(self._others))]
-        mixed = mean_logits([scores, *own], self._weights).to(scores.dtype)
-        return mixed.masked_fill(scores == -torch.inf, -torch.inf)  # what may not be written
+        return mean_logits([scores, *own], self._weights).to(scores.dtype)
 
     def _origin(self, input_ids: Tensor) -> Tensor:
         """For each row the row of the step before, of the same source, whose text it goes on with."""
@@ -199,7 +240,9 @@ class _Together(LogitsProcessor):
         member: Any = self._others[i]
         inputs: dict[str, Any] = {"past_key_values": self._caches[i], "use_cache": True}
         if self._encoded[i] is not None:
-            inputs |= {"encoder_outputs": self._encoded[i], "attention_mask": self._mask, "decoder_input_ids": new}
+            # The lead may start from another id.
+            said = new if input_ids.shape[1] > 1 else torch.full_like(new, start_of(member))
+            inputs |= {"encoder_outputs": self._encoded[i], "attention_mask": self._mask, "decoder_input_ids": said}
         else:
             written = input_ids.shape[1] - self._mask.shape[1]
             mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), written)], 1)
@@ -227,28 +270,23 @@ def _cache(member: Any) -> Any:
 
 
 def _scored(
-    members: Sequence[nn.Module], weights: Sequence[float], ids: Tensor, mask: Tensor, found: Sequence[Tensor], count: int
-) -> list[float]:
-    """log P of each hypothesis, teacher-forced, in one pass."""
-    lead: Any = members[0]
-    lengths = [len(x) for x in found]
+    members: Sequence[Any], weights: Sequence[float], ids: Tensor, mask: Tensor, found: Sequence[Tensor], count: int,
+    forced: bool,
+) -> list[float]:  # fmt: skip
+    """log P of each hypothesis, teacher-forced, in one pass; forced: the first id is no choice."""
     text = pad_sequence(list(found), batch_first=True).to(ids.device)
     sources, masks = ids.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
-    if lead.config.is_encoder_decoder:
-        first = lead.generation_config.decoder_start_token_id
-        first = lead.config.decoder_start_token_id if first is None else first
-        started = torch.cat([text.new_full((len(text), 1), first), text[:, :-1]], 1)
-        inputs = {"input_ids": sources, "attention_mask": masks, "decoder_input_ids": started}
-        before = 0
-    else:
-        whole = torch.cat([masks, masks.new_ones(text.shape)], 1)
-        inputs = {"input_ids": torch.cat([sources, text], 1), "attention_mask": whole}
-        before = sources.shape[1] - 1
     logs = []
     for member in members:
-        places = {} if lead.config.is_encoder_decoder else _positions(member, inputs["attention_mask"])
-        logs.append(logits_in(call(member, {**inputs, **places}))[:, before : before + text.shape[1]])
+        if member.config.is_encoder_decoder:
+            started = torch.cat([text.new_full((len(text), 1), start_of(member)), text[:, :-1]], 1)
+            inputs = {"input_ids": sources, "attention_mask": masks, "decoder_input_ids": started}
+        else:
+            whole = torch.cat([masks, masks.new_ones(text[:, 1:].shape)], 1)
+            inputs = {"input_ids": torch.cat([sources, text[:, :-1]], 1), "attention_mask": whole, **_positions(member, whole)}
+        logs.append(logits_in(call(member, inputs))[:, -text.shape[1] :])
     picked = mean_logits(logs, weights).gather(-1, text[..., None])[..., 0]
-    counted = torch.arange(text.shape[1], device=text.device) < torch.tensor(lengths, device=text.device)[:, None]
+    places = torch.arange(text.shape[1], device=text.device)
+    counted = (places < torch.tensor([len(x) for x in found], device=text.device)[:, None]) & (places >= int(forced))
     sums: list[float] = picked.double().masked_fill(~counted, 0.0).sum(1).tolist()
     return sums

@@ -65,6 +65,8 @@ def cut_out(
         if name not in anew:
             target.copy_(_cut(_name_in(name, chosen), source, target.shape, model.config, config))
     student.tie_weights()  # type: ignore[operator]
+    if getattr(model, "generation_config", None) is not None:  # which ids end a text may stand there alone
+        student.generation_config = copy.deepcopy(model.generation_config)
     return student
 
 

@@ -72,7 +72,7 @@ class View:
 
 def look(model: nn.Module, inputs: Mapping[str, Tensor], needs: Needs = NOTHING, head: LinearHead | None = None) -> View:
     """Runs `model(**inputs)` once and takes out what `needs` names; through `head` no logits are formed."""
-    asked: dict[str, Any] = {**_taken(model, inputs), **({"output_hidden_states": True} if needs.layers else {})}
+    asked: dict[str, Any] = {**taken(model, inputs), **({"output_hidden_states": True} if needs.layers else {})}
     with contextlib.ExitStack() as stack:
         entrance = None if head is None else stack.enter_context(head.entered())
         watched = stack.enter_context(capture_attention(model, kinds=("self",))) if needs.attention else None
@@ -90,7 +90,7 @@ def look(model: nn.Module, inputs: Mapping[str, Tensor], needs: Needs = NOTHING,
     return view
 
 
-def _taken(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def taken(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The inputs without the types of tokens where a `transformers` model has no embedding for them.
 
     Two models of one batch may differ in that; some take the argument for something else, or fail on it.

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kdfast import files
 from kdfast.models.ensemble import Ensemble
-from kdfast.models.generate import Decoding, Hypothesis, end_ids, write
+from kdfast.models.generate import Decoding, Hypothesis, end_ids, settings_of, write
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE
 from kdfast.train.data import Source
@@ -48,12 +49,13 @@ def asked_in(rows: Source, i: int, prompt_tokens: int | None = None) -> Asked:
     batch = rows.batch([i])
     inputs = batch.by_name
     ids = inputs["input_ids"][0]
-    if batch.attention_mask is not None:
-        ids = ids[batch.attention_mask[0].bool()]
     labels = torch.full_like(ids, IGNORE) if batch.labels is None else batch.labels[0]
-    counted = labels != IGNORE
+    kept = None if batch.attention_mask is None else batch.attention_mask[0].bool()
     if "decoder_input_ids" in inputs:
-        return Asked(ids, labels[counted], int(inputs["decoder_input_ids"][0, 0]))
+        return Asked(ids if kept is None else ids[kept], labels[labels != IGNORE], int(inputs["decoder_input_ids"][0, 0]))
+    if kept is not None:  # padding may stand on either side
+        ids, labels = ids[kept], labels[kept]
+    counted = labels != IGNORE
     first = int(counted.nonzero()[0]) + 1 if bool(counted.any()) else len(ids)
     length = min(first if prompt_tokens is None else prompt_tokens, len(ids))
     gold = ids[length:] if bool(counted.any()) else ids[:0]
@@ -87,14 +89,16 @@ def decode(
 
     Raises:
         ValueError: the folder holds hypotheses of other teachers, rows or options.
-        KeyboardInterrupt: SIGINT or SIGTERM, after the batch at hand.
+        KeyboardInterrupt: SIGINT or SIGTERM, after the batch at hand; after the last one, when all is written.
     """
     model: nn.Module = teachers[0].model
     if len(teachers) > 1:
         model = Ensemble([teacher.model for teacher in teachers], [teacher.weight for teacher in teachers]).eval()
     count = min(limit, len(rows)) if limit else len(rows)
+    settings = [settings_of(teacher.model) for teacher in teachers]
     described = files.json_value({
-        "teachers": list(identity), "weights": [teacher.weight for teacher in teachers], "data": digest_of(rows), "rows": count,
+        "teachers": list(identity), "dtypes": [own.pop("dtype") for own in settings], "generation_config": settings,
+        "weights": [teacher.weight for teacher in teachers], "data": digest_of(rows), "rows": count,
         **asdict(decoding), "batch_size": batch_size, "prompt_tokens": prompt_tokens, "most": most,
         **({"seed": seed} if decoding.sample else {}),
     })  # fmt: skip
@@ -102,7 +106,8 @@ def decode(
     with files.locked(folder):
         if about.is_file():
             before = files.read_json(about)["of"]
-            differs = [name for name in described if before.get(name) != described[name]]
+            # What an earlier version did not keep is taken to be the same.
+            differs = [name for name in described if before.get(name, described[name]) != described[name]]
             if differs:
                 raise ValueError(
                     f"method.decoded: {folder} holds what was decoded with other {', '.join(differs)}; name another folder, or"
@@ -111,16 +116,18 @@ def decode(
         if whole.is_file():
             say(f"{whole}: decoded before")
             return whole
-        if not about.is_file():
-            files.write_json(about, {"of": described})
+        files.write_json(about, {"of": described})
         stage = _Stage(model, rows, decoding, part, tokenizer, batch_size, prompt_tokens, most, seed, count)
-        seconds = stage.run(say, bar)
-        with files.written(whole) as new, open(new, "w", encoding="utf-8") as file:
-            found = [line for line in files.read_lines(part) if "row" in line]
-            for line in sorted(found, key=lambda line: (line["row"], line["rank"])):
-                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        files.write_json(about, {"of": described, "seconds": seconds})
-        part.unlink(missing_ok=True)
+        with stop_signals() as stop:
+            seconds = stage.run(say, bar, stop)
+            with files.written(whole) as new, open(new, "w", encoding="utf-8") as file:
+                found = [line for line in files.read_lines(part) if "row" in line]
+                for line in sorted(found, key=lambda line: (line["row"], line["rank"])):
+                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            files.write_json(about, {"of": described, "seconds": seconds})
+            part.unlink(missing_ok=True)
+        if stop.is_set():
+            raise KeyboardInterrupt(f"stopped after {count} of {count} sources; run the same again to go on")
     return whole
 
 
@@ -143,14 +150,14 @@ class _Stage:
             order = torch.from_numpy(rows.lengths()[:count]).argsort(descending=True, stable=True)
         self._batches = [part.tolist() for part in order.split(batch_size)]
 
-    def run(self, say: Callable[[str], None], bar: Any) -> float:
+    def run(self, say: Callable[[str], None], bar: Any, stop: threading.Event) -> float:
         """Writes the missing batches; the seconds it took, those of killed processes among them."""
         done, seconds = self._resume()
         total = sum(map(len, self._batches))
         if done:
             say(f"{self._part.parent}: going on after {done} of {len(self._batches)} batches")
         drawn = contextlib.nullcontext() if bar is None else bar("decoding", total, "sources")
-        with stop_signals() as stop, drawn as shown:
+        with drawn as shown:
             finished = sum(map(len, self._batches[:done]))
             for number in range(done, len(self._batches)):
                 began = time.perf_counter()
@@ -178,17 +185,13 @@ class _Stage:
     def _lines(self, number: int) -> list[dict[str, Any]]:
         """What is written for a batch: one object for each hypothesis."""
         asked = [(i, asked_in(self._rows, i, self._prompt_tokens)) for i in self._batches[number]]
-        decoding, causal = self._decoding, asked[0][1].start is None
-        if causal and self._most is not None:
-            asked = [(i, row) for i, row in asked if len(row.source) < self._most]
-            longest = max((len(row.source) for _, row in asked), default=0)
-            decoding = replace(decoding, max_tokens=min(decoding.max_tokens, self._most - longest))
         asked = [(i, row) for i, row in asked if len(row.source)]
         if not asked:
             return []
-        inputs = _padded([row.source for _, row in asked], left=causal)
+        inputs = _padded([row.source for _, row in asked], left=asked[0][1].start is None)
         torch.manual_seed(self._seed << 32 | number)  # of samples: the same whether or not a process was killed before
-        found = write(self._model, {k: v.to(self._device) for k, v in inputs.items()}, decoding, self._end)
+        inputs = {name: value.to(self._device) for name, value in inputs.items()}
+        found = write(self._model, inputs, self._decoding, self._end, most=self._most)
         return [self._line(i, rank, row, hypothesis)
                 for (i, row), group in zip(asked, found, strict=True) for rank, hypothesis in enumerate(group)]  # fmt: skip
 

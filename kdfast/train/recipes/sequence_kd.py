@@ -108,6 +108,11 @@ class SequenceKD(WordKD):
                 raise ValueError(f"teacher: method sequence_kd expects a transformers model, which can write text, got {kind}")
         if options.prompt_tokens and setting.task.kind == "seq2seq":
             raise ValueError("method.prompt_tokens: expected task causal_lm, whose rows are running text; leave it out")
+        if not options.prompt_tokens and getattr(setting.task.data, "prompt_loss", False):
+            raise ValueError(
+                "data.prompt_loss: expected false with method sequence_kd, whose teachers are asked with the prompt, which ends"
+                " where the loss begins; leave it out, or set method.prompt_tokens"
+            )
         if options.interpolation:
             need("sacrebleu", extra="bleu", what="method.interpolation")
 
@@ -155,7 +160,10 @@ class SequenceKD(WordKD):
             files.write_json(marker, about)
         lines = files.read_lines(chosen)
         if not lines:
-            raise ValueError(f"method: {whole} holds no hypothesis; raise data.sequence_length, which prompts fill")
+            raise ValueError(
+                f"method: {whole} holds no hypothesis; raise data.sequence_length, which prompts fill, or take a teacher with"
+                " more positions"
+            )
         prompt = self.options.prompt_tokens
         examples = (_example(asked_in(inputs.train, line["row"], prompt), line["ids"], most) for line in lines)
         weights = None if self.options.nbest == 1 else torch.tensor([line["weight"] for line in lines])
@@ -167,6 +175,8 @@ class SequenceKD(WordKD):
             group = list(found)
             if options.interpolation:
                 group = [_most_like(group, asked_in(rows, row).gold, tokenizer)]
+            if not options.sample:  # an earlier version kept copies where a beam was wider than what can be written
+                group = [line for i, line in enumerate(group) if line["ids"] not in [other["ids"] for other in group[:i]]]
             group = group[: options.nbest]
             scores = [-math.inf if line["score"] is None else line["score"] for line in group]  # JSON has no infinity
             best = max(scores)
