@@ -116,8 +116,9 @@ def decode(
         if whole.is_file():
             say(f"{whole}: decoded before")
             return whole
-        files.write_json(about, {"of": described})
+        # A teacher that cannot write is refused before the folder is anybody's.
         stage = _Stage(model, rows, decoding, part, tokenizer, batch_size, prompt_tokens, most, seed, count)
+        files.write_json(about, {"of": described})
         with stop_signals() as stop:
             seconds = stage.run(say, bar, stop)
             with files.written(whole) as new, open(new, "w", encoding="utf-8") as file:
@@ -144,7 +145,10 @@ class _Stage:
         otherwise = None if tokenizer is None else tokenizer.token_to_id(SEPARATOR)
         self._end = end_ids(model, otherwise)
         if not self._end:
-            raise ValueError("teacher: expected eos_token_id in its config, which ends what it writes, found none")
+            raise ValueError(
+                "teacher: expected eos_token_id in its generation_config.json or config.json, which ends what it writes, found"
+                " none; set it there"
+            )
         order = torch.arange(count)
         if hasattr(rows, "lengths"):  # the longest first: what does not fit shows at once, and time is not underestimated
             order = torch.from_numpy(rows.lengths()[:count]).argsort(descending=True, stable=True)
