@@ -422,3 +422,29 @@ def test_a_run_goes_on_wherever_its_folder_lies(
         other = [{"path": str(save(marian(seed), tmp_path / f"t{seed}", tokenizer))} for seed in (1, 2)]
         with pytest.raises(ValueError, match=r"differs in teachers"):
             run({**values, "teachers": other})
+
+
+def test_scoring_teachers_leaves_them_in_evaluation_mode(home: tuple[Path, Path], tmp_path: Path) -> None:
+    """An ensemble's are scored before the first step: in it they say what those of `word_kd` say, which nobody scored."""
+    tokenizer, data = home
+    teachers = []
+    for seed in range(2):
+        model = marian(seed)
+        model.config.dropout = 0.5
+        teachers.append({"path": str(save(model, tmp_path / f"t{seed}", tokenizer))})
+    found = []
+    for name in ("word_kd", "ensemble"):
+        run(recipe_values(tokenizer, data, tmp_path / name, method=name, teachers=teachers, steps=2))
+        found.append(losses(tmp_path / name))
+    assert found[0] == found[1]
+
+
+def test_an_evaluation_puts_every_module_back_as_it_was(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    inputs = read(recipe_values(tokenizer, data, tmp_path / "run"), tmp_path / "read")
+    model = marian(0).train()
+    model.model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    evaluate(model, inputs.validation, task=inputs.task)
+    assert [module.training for module in model.modules()] == modes
