@@ -27,11 +27,14 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.part", re.DOTALL)
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-[0-9a-f]{8}\.part", re.DOTALL)
+#: How far the clock of a file system may be from that of the machine.
+_CLOCKS_S = 5.0
 
 
 def json_value(value: Any) -> Any:
@@ -248,6 +251,42 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
             shutil.rmtree(found)
         else:
             found.unlink(missing_ok=True)
+
+
+def remove_orphans(folder: str | os.PathLike[str]) -> None:
+    """Removes the leftovers in `folder`, at any depth, whose writers are gone from this machine; what cannot be removed stays.
+
+    For a caller that knows that no other machine is writing there.
+    """
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            match, found = _LEFTOVER.fullmatch(name), Path(parent, name)
+            if match is None or _is_written_by(int(match["pid"]), found):
+                continue
+            if found.is_dir() and not found.is_symlink():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    found.unlink()
+        folders[:] = [name for name in folders if not _LEFTOVER.fullmatch(name)]
+
+
+def _is_written_by(pid: int, found: Path) -> bool:
+    """Whether the process that named `found` still runs. One that has its number, but began after `found` was last changed, is
+    another: in a container every run may have the same."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[18]) / os.sysconf("SC_CLK_TCK")
+        changed = found.lstat().st_mtime
+    except (OSError, AttributeError):  # no Linux, or it ended just now
+        return True
+    return state not in "ZX" and not changed + _CLOCKS_S < began <= time.time()
 
 
 def sync_folder(folder: Path) -> None:

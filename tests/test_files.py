@@ -10,6 +10,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +326,37 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(ValueError, match=r"x\.json: expected JSON, got something else or a part of it"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_what_the_dead_left_is_removed_and_what_the_living_write_is_not(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, own = process.pid, os.getpid()
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    home = tmp_path / "run"
+    gone = [
+        home / f".a.json.{dead}-01234567.part",
+        home / "deep" / "er" / f".rows.{dead}-89abcdef.part" / "ids.bin",
+        home / f".a.json.{own}-00000000.part",  # of a process that had this number before
+    ]
+    kept = [
+        home / f".a.json.{own}-01234567.part",
+        home / "deep" / f".rows.{own}-01234567.part" / f".x.{dead}-01234567.part",
+        home / f".a.json.{dead}-0123456.part",
+        home / f"a.json.{dead}-01234567.part",
+        home / "a.json",
+        apart / f".a.json.{dead}-01234567.part",
+    ]
+    for file in (*gone, *kept):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    os.utime(gone[2], (1e9, 1e9))
+    (home / "link").symlink_to(apart)
+    (home / f".b.{dead}-01234567.part").symlink_to(apart)
+    files.remove_orphans(home)
+    assert [str(path) for path in gone if path.exists()] == []
+    assert [str(path) for path in kept if not path.exists()] == []
+    assert not (home / "deep" / "er" / f".rows.{dead}-89abcdef.part").exists()
+    assert not (home / f".b.{dead}-01234567.part").is_symlink()
+    files.remove_orphans(tmp_path / "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tiny_translation import make_tokenizer, marian, marian_config, pairs, recipe_values, save, write_rows
+from tiny_translation import SIZE, make_tokenizer, marian, marian_config, pairs, recipe_values, save, write_rows
 from transformers import AutoModelForSeq2SeqLM
 
 from kdfast.models.ensemble import Ensemble
 from kdfast.train import Recipe, distill, evaluate
 from kdfast.train.data import Sequences
 from kdfast.train.generations import agreement
-from kdfast.train.inputs import open_inputs
+from kdfast.train.inputs import Inputs, open_inputs
 
 SHAPES = [{"model_type": "marian", "config": marian_config(width=width)} for width in (16, 24)]
 
@@ -205,3 +206,245 @@ def test_what_models_exclude_adds_nothing_to_their_divergence() -> None:
     p = torch.stack([model(data.ids[:, :-1]).softmax(-1) for model in models]).double()
     kl = torch.xlogy(p, p).sum((0, -1)) / 2 - torch.xlogy(p.mean(0), p.mean(0)).sum(-1)
     assert agreement(models, data)["js"] == pytest.approx(kl.mean().item(), rel=1e-5)
+
+
+class Told:
+    """Rows of a run, and its bar: a signal comes in the first member's last step, or in the evaluation after it."""
+
+    def __init__(self, rows: Any, where: str) -> None:
+        self.rows, self.digest, self.where, self.armed, self.sent = rows, rows.digest, where, False, False
+
+    def __call__(self, description: str, total: int, unit: str) -> Told:
+        self.total = total if "member-0" in description else 0
+        return self
+
+    def __enter__(self) -> Told:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def update(self, done: int) -> None:
+        self.armed = done == self.total
+        self._send("step")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Any) -> Any:
+        self._send("evaluation")
+        return self.rows.batch(indices)
+
+    def _send(self, where: str) -> None:
+        if self.armed and where == self.where and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def read(values: dict[str, Any], folder: Path) -> Inputs:
+    return open_inputs(Recipe.build(values), folder)
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_a_signal_at_a_members_end_begins_no_other(where: str, home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    method = {"name": "born_again", "generations": 3, "member_steps": 2}
+    values = recipe_values(tokenizer, data, tmp_path / "whole", method=method, log_every=1)
+    told = Told(read(values, tmp_path / "read").validation, where)
+    distill(Recipe.build(values), validation_data=told.rows, say=lambda line: None)
+    cut = Recipe.build({**values, "out": str(tmp_path / "cut")})
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 2, the last: .*member-0 is done; run the same again"):
+        distill(cut, validation_data=told, bar=told, say=lambda line: None)
+    folder = tmp_path / "cut" / "prepared" / "0"
+    assert told.sent
+    assert (folder / "generation-1" / "member-0" / "result.json").is_file()
+    assert sorted(path.name for path in folder.iterdir()) == ["generation-1"]
+    said: list[str] = []
+    distill(cut, validation_data=told.rows, say=said.append)
+    assert any("generation 1, member 0" in line and "finished before" in line for line in said)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("brought", [("train_data", "validation_data"), ("validation_data",), ("train_data",)], ids=str)
+def test_members_train_on_the_rows_of_the_run(brought: tuple[str, ...], home: tuple[Path, Path], tmp_path: Path) -> None:
+    """What the caller brings takes the place of the recipe's data for them too, and nothing else does."""
+    tokenizer, data = home
+    few = write_rows(tmp_path / "few.jsonl", pairs()[:6])
+    other = recipe_values(tokenizer, few, tmp_path / "other")
+    other["data"]["validation"] = [str(few)]
+    rows = read(other, tmp_path / "read")
+    given = {"train_data": rows.train, "validation_data": rows.validation}
+    values = recipe_values(tokenizer, data, tmp_path / "run", method={"name": "born_again", "member_steps": 1}, steps=1)
+    distill(Recipe.build(values), say=lambda line: None, **{name: given[name] for name in brought})
+    own, member = (json.loads((tmp_path / "run" / folder / "run.json").read_text())
+                   for folder in (".", "prepared/0/generation-1/member-0"))  # fmt: skip
+    for name, argument in (("data_hash", "train_data"), ("validation_hash", "validation_data")):
+        assert own[name] == member[name]
+        assert (own[name] == rows.digest) == (argument in brought)
+
+
+@pytest.mark.parametrize("seed", [7, 20240101, 2**32 - 1])
+def test_any_seed_of_a_run_makes_seeds_of_members(seed: int, home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    method = {"name": "ensemble", "generations": 1, "members": SHAPES, "member_steps": 1}
+    run(recipe_values(tokenizer, data, tmp_path / "run", method=method, steps=1, seed=seed))
+    members = [tmp_path / "run" / "prepared" / "0" / "generation-1" / f"member-{i}" / "recipe.yaml" for i in range(2)]
+    assert [Recipe.load(file).seed for file in members] == [(seed * 1000 + 100 + i) % 2**32 for i in range(2)]
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["check", "run"])
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"d_modell": 3}, r"^method\.members\[1\]\.config\.d_modell: unknown key; did you mean 'd_model'\?$"),
+        ({"vocab_size": 9}, r"^method\.members\[1\]: its vocabulary has 9 ids, expected at least the data's 13; set"
+                            r" method\.members\[1\]\.config\.vocab_size$"),
+        ({"vocab_size": 20}, r"^method\.members\[1\]: its vocabulary has 20 ids, that of the run's student 13; expected one"),
+        ({"max_position_embeddings": 2}, r"^method\.members\[1\]: data: a row has \d tokens, expected at most the 2 positions"),
+    ],
+    ids=["key", "small", "large", "positions"],
+)  # fmt: skip
+def test_a_member_that_cannot_be_is_said_before_the_first_is_trained(
+    config: dict[str, Any], match: str, check: bool, home: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokenizer, data = home
+    members = [SHAPES[0], {"model_type": "marian", "config": {**marian_config(), **config}}]
+    method = {"name": "ensemble", "generations": 1, "members": members, "member_steps": 1}
+    with pytest.raises(ValueError, match=match) as caught:
+        run(recipe_values(tokenizer, data, tmp_path / "run", method=method, check=check))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").rglob("member-0"))
+
+
+class Wide(torch.nn.Module):
+    """A student from a function, which says nowhere how many ids it knows."""
+
+    def __init__(self, ids: int = SIZE) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(ids, ids)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.table(input_ids)
+        return logits
+
+
+def test_a_member_from_a_function_is_asked_for_its_vocabulary(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    members = [{"function": "test_generations:Wide", "arguments": {"ids": ids}} for ids in (SIZE, SIZE + 1)]
+    method = {"name": "ensemble", "generations": 1, "members": members, "member_steps": 1}
+    values = recipe_values(tokenizer, data, tmp_path / "run", method=method, task="causal_lm", student=members[0])
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": pair["source"], "completion": pair["target"]} for pair in pairs()])
+    values["data"] |= {"train": [str(rows)], "validation": [str(rows)]}
+    with pytest.raises(ValueError, match=r"^method\.members\[1\]: its vocabulary has 14 ids, that of the run's student 13"):
+        run(values)
+    assert not list((tmp_path / "run").rglob("member-0"))
+
+
+def test_a_mix_is_of_generations_that_have_several_teachers(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    teachers = [{"path": str(save(marian(seed), tmp_path / f"t{seed}", tokenizer))} for seed in range(2)]
+
+    def mixed(out: str, method: dict[str, Any], heard: list[dict[str, Any]], member: str) -> str:
+        method = {**method, "teacher_mix": "logits", "member_steps": 1}
+        run(recipe_values(tokenizer, data, tmp_path / out, method=method, teachers=heard, steps=1))
+        recipe = Recipe.load(tmp_path / out / "prepared" / "0" / member / "recipe.yaml")
+        return str(recipe.method.options.teacher_mix)
+
+    born = {"name": "born_again", "generations": 3}
+    for heard in ([], teachers[:1]):
+        with pytest.raises(ValueError, match=r"^method\.teacher_mix: of a single teacher expected probs, got 'logits'"):
+            mixed("none", born, heard, "generation-1/member-0")
+        assert not list((tmp_path / "none").rglob("member-0"))
+    assert mixed("born", born, teachers, "generation-1/member-0") == "logits"
+    assert mixed("born", born, teachers, "generation-2/member-0") == "probs"
+    several = {"name": "ensemble", "generations": 2, "members": SHAPES}
+    assert mixed("one", several, teachers[:1], "generation-1/member-1") == "probs"
+    assert mixed("one", several, teachers[:1], "generation-2/member-1") == "logits"
+
+
+def test_scores_of_a_run_that_goes_on_are_those_of_its_last_step(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    method = {"name": "born_again", "member_steps": 2}
+    values = recipe_values(tokenizer, data, tmp_path / "run", method=method, steps=2, optimizer={"lr": 1e-2})
+    found = []
+    for steps in (2, 30):
+        result = run({**values, "steps": steps})
+        found.append(json.loads((tmp_path / "run" / "prepared" / "0" / "generations.json").read_text()))
+        assert found[-1]["generation 2"]["members"][0] == pytest.approx(result.evaluation, rel=1e-5)
+    assert found[0]["generation 1"] == found[1]["generation 1"]
+    assert [row["generation 2"]["steps"] for row in found] == [2, 30]
+    assert found[0]["all together"]["ensemble"]["nll"] != found[1]["all together"]["ensemble"]["nll"]
+
+
+def test_scores_are_of_the_models_that_are_there(home: tuple[Path, Path], tmp_path: Path) -> None:
+    """A member that was trained anew, by another recipe, is scored anew."""
+    tokenizer, data = home
+    method = {"name": "born_again", "generations": 3, "member_steps": 2}
+    values = recipe_values(tokenizer, data, tmp_path / "run", method=method, steps=1)
+    run(values)
+    out = tmp_path / "run"
+    first = json.loads((out / "prepared" / "0" / "generations.json").read_text())
+    for name in ("generation-1", "generation-2"):
+        shutil.rmtree(out / "prepared" / "0" / name)
+    for name in ("run.json", "result.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoints")
+    run({**values, "optimizer": {"lr": 0.1}})
+    again = json.loads((out / "prepared" / "0" / "generations.json").read_text())
+    for number in (1, 2):
+        member = json.loads((out / "prepared" / "0" / f"generation-{number}" / "member-0" / "result.json").read_text())
+        assert again[f"generation {number}"]["members"][0] == pytest.approx(member["evaluation"], rel=1e-5)
+        assert again[f"generation {number}"]["members"] != first[f"generation {number}"]["members"]
+
+
+@pytest.mark.parametrize("where", ["moved", "relative"])
+def test_a_run_goes_on_wherever_its_folder_lies(
+    where: str, home: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, data = home
+    method = {"name": "born_again", "generations": 3, "member_steps": 2}
+    values = recipe_values(tokenizer, data, tmp_path / "run", method=method, steps=4, save_every=1)
+    whole = (run(values).model / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    if where == "moved":
+        (tmp_path / "there").mkdir()
+        os.rename(tmp_path / "run", tmp_path / "there" / "again")
+        values["out"] = str(tmp_path / "there" / "again")
+    else:
+        monkeypatch.chdir(tmp_path)
+        values["out"] = "./run"
+    said: list[str] = []
+    assert (run(values, said).model / "model.safetensors").read_bytes() == whole
+    assert sum("member 0" in line and "finished before" in line for line in said) == 2
+    assert any("step-00000003" in line for line in said)
+    if where == "moved":
+        other = [{"path": str(save(marian(seed), tmp_path / f"t{seed}", tokenizer))} for seed in (1, 2)]
+        with pytest.raises(ValueError, match=r"differs in teachers"):
+            run({**values, "teachers": other})
+
+
+def test_scoring_teachers_leaves_them_in_evaluation_mode(home: tuple[Path, Path], tmp_path: Path) -> None:
+    """An ensemble's are scored before the first step: in it they say what those of `word_kd` say, which nobody scored."""
+    tokenizer, data = home
+    teachers = []
+    for seed in range(2):
+        model = marian(seed)
+        model.config.dropout = 0.5
+        teachers.append({"path": str(save(model, tmp_path / f"t{seed}", tokenizer))})
+    found = []
+    for name in ("word_kd", "ensemble"):
+        run(recipe_values(tokenizer, data, tmp_path / name, method=name, teachers=teachers, steps=2))
+        found.append(losses(tmp_path / name))
+    assert found[0] == found[1]
+
+
+def test_an_evaluation_puts_every_module_back_as_it_was(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, data = home
+    inputs = read(recipe_values(tokenizer, data, tmp_path / "run"), tmp_path / "read")
+    model = marian(0).train()
+    model.model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    evaluate(model, inputs.validation, task=inputs.task)
+    assert [module.training for module in model.modules()] == modes

@@ -32,6 +32,9 @@ def _load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
         pytest.param({**GOOD, "check": 1}, r"^check: expected true or false, got int 1", id="int-for-bool"),
         pytest.param({**GOOD, "data": [1]}, r"^data: expected a mapping", id="list-for-mapping"),
         pytest.param({**GOOD, "data": {"train": [3]}}, r"^data\.train\[0\]: expected text, got int 3", id="inside-a-list"),
+        pytest.param(
+            {**GOOD, "seed": 2**32}, r"^seed: expected a number <= 4294967295, got 4294967296", id="seed-above-numpy's"
+        ),
         pytest.param({**GOOD, "steps": 0}, r"^steps: expected a number >= 1, got 0", id="below-range"),
         pytest.param(
             {**GOOD, "method": {"name": "word_kd", "temperature": 0}},

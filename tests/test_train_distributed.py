@@ -224,3 +224,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(number: int, processes: int, val
     assert not (stopped / "result.json").exists()
     assert "resuming from" in launch(stopped, values, processes)
     same_bits(whole, stopped, 60)
+
+
+def test_two_processes_hear_several_teachers(values: dict[str, Any], tmp_path: Path) -> None:
+    """An ensemble that teaches no generations trains no members, one by one."""
+    teachers = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=24, n_layer=1, n_head=2, n_positions=32))
+        model.save_pretrained(tmp_path / f"t{seed}")
+        teachers.append({"path": str(tmp_path / f"t{seed}")})
+    values = {**values, "teacher": None, "teachers": teachers, "method": {"name": "ensemble", "hard_weight": 0.5}}
+    one = distill(Recipe.build({**values, "out": str(tmp_path / "one"), "batch_size": 8}), say=lambda line: None)
+    assert launch(tmp_path / "two", values).count("teachers: best of 2") == 1
+    _equal_to_float_error(one.out, tmp_path / "two")
+    members = {"members": [values["student"]] * 2, "generations": 1}
+    refused = launch(tmp_path / "members", {**values, "method": {"name": "ensemble", **members}}, check=False)
+    assert "method: expected one process for generations, whose members train one by one, got 2" in refused
+    assert not (tmp_path / "members" / "prepared" / "0" / "generations.json").exists()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_translation
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -37,6 +38,7 @@ from kdfast.train.inputs import open_inputs
 from kdfast.train.objective import Setting
 from kdfast.train.recipes.supervised import Supervised, SupervisedOptions
 from kdfast.train.step import DistillStep
+from kdfast.train.stop import stop_signals
 
 THREADS = 1
 LABELLED, BARE = (torch.arange(16) % 7 + 1).expand(8, 16), torch.full((8, 16), IGNORE)
@@ -549,3 +551,154 @@ def test_a_run_is_not_gone_on_with_on_other_validation_data(tokenizer: Path, tmp
     del known["validation_hash"]  # as runs before had it
     (tmp_path / "run" / "run.json").write_text(json.dumps(known))
     assert distill(Recipe.build({**values, "steps": 4}), say=quiet).steps == 4
+
+
+class Watched:
+    """A bar that calls `told(description, done, total)`."""
+
+    def __init__(self, told: Any) -> None:
+        self.told = told
+
+    def __call__(self, description: str, total: int, unit: str) -> Watched:
+        made = Watched(self.told)
+        made.description, made.total = description, total  # type: ignore[attr-defined]
+        return made
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def update(self, done: int) -> None:
+        self.told(self.description, done, self.total)  # type: ignore[attr-defined]
+
+
+class Fragile(Rows):
+    """Rows that cannot be read while `broken`."""
+
+    broken = False
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        if self.broken:
+            raise OSError("the disk with the validation data is gone")
+        return super().batch(indices)
+
+
+@pytest.mark.parametrize(("changes", "at"), [({}, 4), ({"eval_every": 2, "save_every": 2}, 2)], ids=["the-last", "in-between"])
+def test_an_evaluation_that_fails_loses_no_step(changes: dict[str, Any], at: int, tokenizer: Path, tmp_path: Path) -> None:
+    values = recipe_values(tokenizer, tmp_path / "whole", steps=4, log_every=1, **changes)
+    rows = Fragile(LABELLED)
+    given: dict[str, Any] = {"train_data": Rows(LABELLED), "validation_data": rows, "say": quiet}
+    whole = distill(Recipe.build(values), **given)
+    cut = Recipe.build({**values, "out": str(tmp_path / "cut")})
+    with pytest.raises(OSError, match="is gone"):
+        distill(cut, **given, bar=Watched(lambda name, done, total: setattr(rows, "broken", done == at)))
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [f"step-0000000{at}"]
+    rows.broken = False
+    steps: list[int] = []
+    again = distill(cut, **given, bar=Watched(lambda name, done, total: steps.append(done)))
+    assert steps == list(range(at + 1, 5)), "steps that were done are not done again"
+    assert again.evaluation == whole.evaluation
+    assert untimed(again.out) == untimed(whole.out)
+    for file in ("model/model.safetensors", "checkpoints/step-00000004/training.safetensors"):
+        assert (again.out / file).read_bytes() == (whole.out / file).read_bytes()
+    left = [sorted(path.name for path in (run.out / "checkpoints").iterdir()) for run in (again, whole)]
+    assert left[0] == left[1]
+
+
+NOISY = """
+import torch
+from torch import nn
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.head = nn.Embedding(300, 8), nn.Linear(8, 300)
+    def forward(self, input_ids):
+        return self.head(nn.functional.dropout(self.inputs(input_ids), 0.2))
+"""
+
+
+def test_an_evaluation_draws_nothing_from_the_training(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a checkpoint may be written before it or after it."""
+    (tmp_path / "noisy_student.py").write_text(NOISY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    runs = []
+    for every in (0, 1):
+        values = recipe_values(tokenizer, tmp_path / str(every), student={"function": "noisy_student:Noisy"}, steps=4,
+                               eval_every=every)  # fmt: skip
+        runs.append(distill(Recipe.build(values), say=quiet).model / "model.safetensors")
+    assert runs[0].read_bytes() == runs[1].read_bytes()
+
+
+def test_a_signal_in_the_last_step_is_told_when_all_is_done(tokenizer: Path, tmp_path: Path) -> None:
+    """Whoever trains several, one after another, stops there."""
+    recipe = Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=2, log_every=1))
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 2, the last: .*run is done"):
+        distill(recipe, say=quiet, bar=Watched(stop))
+    said: list[str] = []
+    assert distill(recipe, say=said.append).evaluation is not None
+    assert said == [f"{tmp_path / 'run'}: finished before; nothing to do"]
+
+
+def test_a_block_within_a_block_hears_for_both() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as outer:
+        with stop_signals() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner.wait(5)
+        assert outer.is_set()
+        with stop_signals() as later:
+            assert later.is_set()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with stop_signals() as fresh:
+        assert not fresh.is_set()
+
+
+def test_what_killed_runs_left_is_cleared_away(tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe = Recipe.build(recipe_values(tokenizer, out, steps=1))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = [
+        out / "data" / f".train.{process.pid}-01234567.part" / "input_ids.bin",
+        out / "prepared" / "0" / f".rows.{process.pid}-01234567.part" / "input_ids.bin",
+        out / "prepared" / "0" / "decoded" / f".decoding.json.{process.pid}-01234567.part",
+        out / ".model.part" / "model.safetensors",
+        out / "checkpoints" / ".step-00000007.part" / "state.json",
+    ]
+    alive = out / "data" / f".train.{os.getpid()}-01234567.part"
+    for file in (*left, alive):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    distill(dataclasses.replace(recipe, check=True), say=quiet)
+    assert all(file.exists() for file in left), "a check leaves everything as it is"
+    distill(recipe, say=quiet)
+    assert [path for path in out.rglob(".*") if path.name.endswith(".part")] == [alive]
+
+
+def test_a_teacher_that_is_not_heard_in_a_step_is_not_compared_with_the_labels(tmp_path: Path) -> None:
+    """They are its own draws, at a temperature at which they are none of what it holds likely."""
+    tokenizer = tiny_translation.make_tokenizer(tmp_path / "tokenizer")
+    teacher = tiny_translation.save(tiny_translation.llama(3), tmp_path / "teacher", tokenizer)
+    pairs = [{"prompt": pair["source"], "completion": pair["target"]} for pair in tiny_translation.pairs()]
+    data = tiny_translation.write_rows(tmp_path / "pairs.jsonl", pairs)
+    drawn = {"name": "sequence_kd", "sample": True, "nbest": 2, "sample_temperature": 4.0, "max_tokens": 5}
+    student = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "num_key_value_heads": 2}  # fmt: skip
+    values = tiny_translation.recipe_values(
+        tokenizer, data, tmp_path / "run", method=drawn, teacher={"path": str(teacher)}, task="causal_lm", steps=1,
+        student={"model_type": "llama", "config": student}, batch_size=16,
+    )  # fmt: skip
+    said: list[str] = []
+    distill(Recipe.build(values), say=said.append)
+    assert not any("alignment" in line for line in said)
+    heard = {**values, "out": str(tmp_path / "heard"), "method": {**drawn, "soft_weight": 1.0}}
+    with pytest.raises(AlignmentError):
+        distill(Recipe.build(heard), say=quiet)

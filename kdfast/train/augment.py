@@ -53,7 +53,7 @@ class Augment:
     by: str = one_of("embeddings", "embeddings", "masked_lm")
     path: str | None = None
     mask_token: str = "[MASK]"
-    seed: int = ranged(0, low=0)
+    seed: int = ranged(0, low=0, high=2**32 - 1)
 
     def __post_init__(self) -> None:
         if (self.by == "masked_lm") != (self.path is not None):

@@ -9,8 +9,10 @@ A checkpoint is a folder `checkpoints/step-00000100` that appears by one rename:
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,6 +167,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """What DDP wrapped; FSDP2 wraps nothing."""
     inner: nn.Module = getattr(module, "module", module)
     return inner
+
+
+@contextlib.contextmanager
+def drawing_apart() -> Iterator[None]:
+    """What is drawn at random in the block leaves no trace in what is drawn after it."""
+    tensors, plain = _rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(tensors, plain)
 
 
 def _tuples(group: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def evaluate(
     from kdfast.train.step import DistillStep, step_in
     from kdfast.train.tasks.causal_lm import CausalLM
 
+    # Each module's own, and none of what is made around a bare model, a teacher, whose dropout that would wake.
+    before = [(module, module.training) for module in model.modules()]
     if step_in(model) is None:
         task = task or CausalLM(None, CausalLM.Data())
         model = DistillStep(model, None, task).name_head()
@@ -39,7 +41,6 @@ def evaluate(
     device = next(step.student.parameters()).device
     n = min(limit, len(data)) if limit else len(data)
     rank, world = share
-    was_training = model.training
     model.eval()
     scores: list[dict[str, Tensor]] = []
     starts = list(range(0, n, batch_size))
@@ -51,7 +52,8 @@ def evaluate(
         found = model(batch, score=True)
         if mine < len(starts):
             scores.append({name: value.cpu() for name, value in found.items()})
-    model.train(was_training)
+    for module, was_training in before:
+        module.training = was_training
     if world > 1:
         scores = _gathered(scores)
     return task.summary(scores)

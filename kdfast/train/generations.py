@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,19 @@ from torch import nn
 
 from kdfast import files
 from kdfast.models.ensemble import Ensemble, mean_logits
+from kdfast.models.load import weights_hash
 from kdfast.models.view import look
+from kdfast.strict import plain
+from kdfast.train.alignment import check_vocabulary
 from kdfast.train.batch import IGNORE
 from kdfast.train.data import Source
 from kdfast.train.evaluate import evaluate
+from kdfast.train.inputs import digest_of
 from kdfast.train.objective import Setting
-from kdfast.train.recipe import Model, Named, Phase, Recipe, Teacher
+from kdfast.train.recipe import SEEDS, Model, Named, Phase, Recipe, Teacher
 from kdfast.train.recipes.supervised import SupervisedOptions
-from kdfast.train.recipes.word_kd import WordKDOptions
+from kdfast.train.recipes.word_kd import WordKDOptions, vocabulary_in
+from kdfast.train.students import build_student, check_models
 from kdfast.train.teachers import LiveTeacher
 
 
@@ -48,34 +54,61 @@ class Generations:
         self.options, self.inputs, self.folder = options, inputs, folder
         self._steps, self._bar, self._say = options.member_steps or phase.steps, setting.bar, say
         self._optimizer = phase.optimizer or setting.recipe.optimizer
-        self._file = folder / "generations.json"
+        self._file, self._student = folder / "generations.json", setting.student
+
+    def check(self, members: Sequence[Model]) -> None:
+        """Builds every member and forgets it, so that what cannot be is known before the first one is trained.
+
+        Raises:
+            ValueError: one cannot be built, does not fit the data, or has another vocabulary than the run's student.
+        """
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world > 1:
             raise ValueError(f"method: expected one process for generations, whose members train one by one, got {world}")
+        for i, student in enumerate(members):
+            if student == self.recipe.student:
+                continue  # built already
+            key = f"method.members[{i}]"
+            try:
+                self._build(self._recipe(1, i, student, self.recipe.all_teachers))
+            except ValueError as error:
+                said = re.sub(r"\bstudent(?=[.:])", key, str(error))
+                raise ValueError(said if key in said else f"{key}: {said}") from None
+
+    def _build(self, recipe: Recipe) -> None:
+        task = self.inputs.task
+        model = build_student(recipe, task, self.inputs.vocab_size)
+        check_vocabulary(model, self.inputs)
+        check_models(model, self.inputs)
+        its, own = vocabulary_in(model, task), vocabulary_in(self._student, task)
+        if None not in (its, own) and its != own:
+            raise ValueError(f"student: its vocabulary has {its} ids, that of the run's student {own}; expected one vocabulary")
 
     def train(self, number: int, members: Sequence[Model], teachers: Sequence[Teacher]) -> list[Teacher]:
         """Trains a generation from the one before (none: from the labels); its members as teachers of the next."""
         from kdfast.train.loop import distill  # which runs the method that asks for this
 
-        found, rows = [], self.recipe.data
-        if not teachers and getattr(rows, "unlabelled", False):  # of those nobody says anything yet
-            rows = dataclasses.replace(rows, unlabelled=())
+        found = []
         for i, student in enumerate(members):
-            out = self.folder / f"generation-{number}" / f"member-{i}"
-            recipe = dataclasses.replace(
-                self.recipe, method=self._method(bool(teachers)), phases=(), steps=self._steps, data=rows,
-                student=self._fixed(student), optimizer=self._optimizer, teacher=None, teachers=tuple(teachers), out=str(out),
-                init_from=None, seed=self.recipe.seed * 1000 + number * 100 + i,
-                tokenizer=None if self.inputs.tokenizer is None else str(self.inputs.tokenizer),
-            )  # fmt: skip
-            # Data that the caller brought are in no recipe.
-            own = not (getattr(recipe.data, "train", None) or getattr(recipe.data, "dataset", None))
-            data = {"train_data": self.inputs.train, "validation_data": self.inputs.validation} if own else {}
-            distill(recipe, bar=self._bar, say=self._said_by(f"generation {number}, member {i}"), **data)
-            model = str(out / "model")
+            recipe = self._recipe(number, i, student, teachers)
+            distill(recipe, bar=self._bar, say=self._said_by(f"generation {number}, member {i}"), **self.inputs.brought)
+            model = str(Path(recipe.out) / "model")
             by_name = {"function": student.function, "arguments": student.arguments, "weights": model}
             found.append(Teacher(**by_name) if student.function else Teacher(path=model))  # type: ignore[arg-type]
         return found
+
+    def _recipe(self, number: int, i: int, student: Model, teachers: Sequence[Teacher]) -> Recipe:
+        """Of member `i` of a generation."""
+        rows = self.recipe.data
+        if not teachers and getattr(rows, "unlabelled", False):  # of those nobody says anything yet
+            rows = dataclasses.replace(rows, unlabelled=())
+        return dataclasses.replace(
+            self.recipe, method=self._method(len(teachers)), phases=(), steps=self._steps, data=rows,
+            student=self._fixed(student), optimizer=self._optimizer, teacher=None, teachers=tuple(teachers),
+            out=str(self.folder / f"generation-{number}" / f"member-{i}"), init_from=None,
+            seed=(self.recipe.seed * 1000 + number * 100 + i) % SEEDS,
+            tokenizer=None if self.inputs.tokenizer is None else str(self.inputs.tokenizer),
+        )  # fmt: skip
 
     def _fixed(self, student: Model) -> Model:
         """The student as the run's recipe means it: cut out of the run's teacher, whoever teaches the member."""
@@ -94,21 +127,37 @@ class Generations:
             teacher.to(device)
         return opened
 
-    def report(self, name: str, models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> dict[str, Any]:
-        """Scores of the members, of their ensemble, and their agreement, on the validation data; found there when resumed."""
+    def report(
+        self,
+        name: str,
+        models: Sequence[nn.Module],
+        of: Sequence[Teacher] = (),
+        weights: Sequence[float] | None = None,
+        steps: int | None = None,
+    ) -> dict[str, Any]:
+        """Scores of the members, of their ensemble, and their agreement, on the validation data; found there when resumed.
+
+        Args:
+            of: what the models were opened from. steps: how long they were trained; None: as members are.
+        """
         known = files.read_json(self._file) if self._file.is_file() else {}
         if self.inputs.validation is None:
             return {}
-        if known.get(name, {}).get("steps") == self._steps:
-            return dict(known[name])
         size, limit = self.recipe.batch_size, self.recipe.eval_sequences
+        about = files.json_value({
+            "steps": steps or self._steps, "of": [self._identity(teacher) for teacher in of],
+            "data": digest_of(self.inputs.validation), "limit": limit,
+        })  # fmt: skip
+        row = known.get(name, {})
+        if {key: row.get(key) for key in about} == about:
+            return dict(row)
         scored: dict[str, Any] = {"batch_size": size, "limit": limit, "task": self.inputs.task}
         members = [evaluate(model, self.inputs.validation, **scored) for model in models]
         together = (
             evaluate(Ensemble(models, weights).eval(), self.inputs.validation, **scored) if len(models) > 1 else members[0]
         )
         row = {
-            "steps": self._steps,
+            **about,
             "members": members,
             "ensemble": together,
             **agreement(models, self.inputs.validation, size, limit),
@@ -122,9 +171,19 @@ class Generations:
         )
         return row
 
-    def _method(self, taught: bool) -> Named:
+    def _identity(self, teacher: Teacher) -> Any:
+        """A member by its weights, which another may lie in the place of; a teacher of the run's by its name."""
+        found = teacher.weights or teacher.path
+        if found is None or not Path(found).is_relative_to(self.folder):
+            return plain(teacher)
+        return weights_hash(found)
+
+    def _method(self, teachers: int) -> Named:
+        """What a member learns by from so many teachers."""
         values = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(WordKDOptions)}
-        if taught:
+        if teachers == 1:
+            del values["teacher_mix"]  # it is of generations with several
+        if teachers:
             return Named("word_kd", WordKDOptions(**values))
         return Named("supervised", SupervisedOptions(**{f.name: values[f.name] for f in dataclasses.fields(SupervisedOptions)}))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Inputs:
     """Everything a run reads. `digest` is a hash of the training data.
 
     `tokenizer_homes` are the folders that hold what belongs to the tokenizer: that of its file, and those of the student and
-    the teachers that have this very one.
+    the teachers that have this very one. `brought` is what took the place of the recipe's data, by the names that `distill`
+    has for it.
     """
 
     task: Task[Any]
@@ -45,6 +46,7 @@ class Inputs:
     vocab_size: int | None
     digest: str
     tokenizer_homes: tuple[Path, ...] = ()
+    brought: Mapping[str, Source] = field(default_factory=dict)
 
     def walk(self, rows: Source, recipe: Recipe) -> Order | PackedOrder:
         """The order in which a run visits `rows`."""
@@ -67,6 +69,7 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     Raises:
         ValueError: something is missing, empty, or does not belong together; one line with the recipe's key.
     """
+    brought = {name: rows for name, rows in (("train_data", train), ("validation_data", validation)) if rows is not None}
     task = task_class(recipe.task.name)(
         recipe.task.options, _kept_whole(recipe.data) if validation is not None else recipe.data
     )
@@ -135,7 +138,7 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     if isinstance(task, LanguageTask):
         task.take_start(train)
     homes = () if tokenizer_file is None else _homes(recipe, tokenizer_file)
-    return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train), homes)
+    return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train), homes, brought)
 
 
 def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:

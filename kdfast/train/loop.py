@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from kdfast.files import remove_orphans
 from kdfast.models.view import Needs, View
 from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
@@ -24,13 +26,13 @@ from kdfast.train.batch import Batch
 from kdfast.train.data import Order, PackedOrder, Source
 from kdfast.train.evaluate import evaluate
 from kdfast.train.inputs import Inputs, open_inputs
-from kdfast.train.metrics import MetricLog
+from kdfast.train.metrics import MetricLog, check_finite
 from kdfast.train.objective import Objective, Prepared, Setting
 from kdfast.train.optimizer import lr_at, make_optimizer, set_options
 from kdfast.train.positions import check_positions
-from kdfast.train.recipe import Phase, Recipe
+from kdfast.train.recipe import SEEDS, Phase, Recipe
 from kdfast.train.recipes import make_objectives
-from kdfast.train.shard import fully_sharded, set_gradient_sync
+from kdfast.train.shard import fully_sharded, synchronised
 from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student, check_models
@@ -81,7 +83,8 @@ def distill(
     Raises:
         ValueError: a part of the recipe is missing or does not fit; `out` holds a run of another recipe.
         OSError: a file cannot be read or written.
-        KeyboardInterrupt: SIGINT or SIGTERM, after the step at hand and a checkpoint.
+        KeyboardInterrupt: SIGINT or SIGTERM, after the step at hand and a checkpoint; in or after the last step when all is
+            done, so that nothing else is begun.
     """
     if recipe.precision == "fp16" and (recipe.shard == "fsdp" or not torch.cuda.is_available()):
         raise ValueError("precision: fp16 expects a GPU and shard: none, got neither or one of them; use bf16")
@@ -110,6 +113,8 @@ def _distill(
         kwargs_handlers=[DistributedDataParallelKwargs()],
     )
     with accelerator.main_process_first():
+        if accelerator.is_main_process and not recipe.check:
+            remove_orphans(folder)
         inputs = open_inputs(recipe, kept / "data", train_data, validation_data)
     done = run_folder.finished(folder, recipe, inputs)
     if done is not None and done["steps"] < recipe.total_steps and accelerator.is_main_process:
@@ -121,7 +126,13 @@ def _distill(
         main = accelerator.is_main_process
         return Result(folder, folder / "model", done["steps"], done["seconds"], evaluation, main, headline)
     run = _Run(recipe, inputs, kept, accelerator, say, bar if accelerator.is_main_process else None)
-    return run.check() if recipe.check else run.train()
+    if recipe.check:
+        return run.check()
+    with stop_signals() as stop:
+        result = run.train(stop)
+    if run.anybody(stop.is_set()):
+        raise KeyboardInterrupt(f"stopped after step {result.steps}, the last: {folder} is done; run the same again to go on")
+    return result
 
 
 class _Run:
@@ -160,7 +171,7 @@ class _Run:
             self.student.compile()
         self.module, self.optimizer = self._wrapped()
         self.anybody = Anybody()
-        set_seed(recipe.seed, device_specific=True)
+        set_seed((recipe.seed + accelerator.process_index) % SEEDS)
 
     def _prepare(self, objective: Objective, folder: Path) -> Prepared:
         found = objective.prepare(self.inputs, folder, self.say) or Prepared()
@@ -203,7 +214,7 @@ class _Run:
         walks = {id(rows): self.inputs.walk(rows, self.recipe) for rows in self.rows}
         return [walks[id(rows)] for rows in self.rows]
 
-    def train(self) -> Result:
+    def train(self, stop: threading.Event) -> Result:
         recipe, accelerator = self.recipe, self.accelerator
         if accelerator.is_main_process:
             run_folder.begin(self.folder, recipe, self.inputs)
@@ -220,7 +231,7 @@ class _Run:
         drawn = self.bar
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
-            evaluation = self._steps(start, log, shown)
+            evaluation = self._steps(start, log, shown, stop)
         checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs)
         if accelerator.is_main_process:
             for objective in self.step.objectives:
@@ -242,11 +253,11 @@ class _Run:
             self.say(f"{last}: written by another number of processes; the data go on where they were, dropout draws anew")
         return found.step, found.seconds
 
-    def _steps(self, start: int, log: MetricLog, shown: Any) -> Evaluation | None:
+    def _steps(self, start: int, log: MetricLog, shown: Any, stop: threading.Event) -> Evaluation | None:
         recipe, evaluation = self.recipe, self._missed(start, log)
         log.start_clock()
         ahead = Ahead(self._read, self.accelerator.device, recipe.ahead)
-        with stop_signals() as stop, contextlib.closing(ahead.steps(start + 1, recipe.total_steps + 1)) as steps:
+        with contextlib.closing(ahead.steps(start + 1, recipe.total_steps + 1)) as steps:
             for step, read in steps:
                 self._step(step, read, log, ahead.take_waited())
                 final = step == recipe.total_steps
@@ -255,26 +266,19 @@ class _Run:
                 evaluating = self._evaluates(step) and (final or not stopping)
                 saving = final or stopping or (recipe.save_every > 0 and step % recipe.save_every == 0)
                 if evaluating or saving or step % recipe.log_every == 0:
-                    row = log.flush()
-                    self._check_finite(step, row)
+                    check_finite(log.flush(), recipe.precision)
                     if shown is not None:
                         shown.update(step)
-                if evaluating:
-                    evaluation = self._evaluate(step, log)
+                # What was trained is kept before anything else may fail.
                 if saving:
                     self._save(step, log.seconds)
+                if evaluating:
+                    evaluation = self._evaluate(step, log)
                 if evaluating or saving:
                     log.start_clock()
                 if stopping and not final:
                     raise KeyboardInterrupt(f"stopped after step {step}; run the same again to go on")
         return evaluation
-
-    def _check_finite(self, step: int, row: dict[str, Any]) -> None:
-        """Raises before weights that are NaN are saved; a loss scale's first steps may overflow, and are left out."""
-        found = {"loss": row["loss"], "gradient's norm": row["grad_norm"] if self.recipe.precision != "fp16" else 0.0}
-        for name, value in found.items():
-            if value is None or not math.isfinite(value):
-                raise RuntimeError(f"step {step}: the {name} is {value}; lower optimizer.lr or set optimizer.clip")
 
     def _evaluates(self, step: int) -> bool:
         every = self.recipe.eval_every
@@ -289,7 +293,7 @@ class _Run:
 
     def _evaluate(self, step: int, log: MetricLog | None) -> Evaluation:
         assert self.inputs.validation is not None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), checkpoint.drawing_apart():
             evaluation = evaluate(
                 self.module, self.inputs.validation, batch_size=self.recipe.batch_size, limit=self.recipe.eval_sequences,
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
@@ -321,7 +325,7 @@ class _Run:
         needs = objective.needs_of_teacher()
         for i, batch in enumerate(read.batches):
             views = self._views(batch, needs)
-            with self._synchronised(last=i + 1 == len(read.batches)):
+            with synchronised(self.module, accelerator, last=i + 1 == len(read.batches)):
                 with accelerator.autocast():
                     loss, found = self.module(batch, views, num_items)
                 accelerator.backward(loss)
@@ -346,16 +350,6 @@ class _Run:
         self.step.phase, within = self.recipe.place(step)
         return self.recipe.parts[self.step.phase], within
 
-    @contextlib.contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients go over the wire with the last micro-batch only."""
-        if self.recipe.shard == "fsdp":
-            set_gradient_sync(self.module, last)
-            yield
-            return
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-            yield
-
     def _rows_before(self, step: int) -> int:
         """Rows of the walk that all processes have taken before `step`."""
         rows = self.recipe.batch_size * self.recipe.accumulation * self.accelerator.num_processes
@@ -372,6 +366,9 @@ class _Run:
 
     def _align(self) -> None:
         self._phase(self.first_step)
+        objective = self.step.objective
+        if objective.needs_of_teacher() is None or not objective.hears_teachers():
+            return  # the labels may be what a teacher wrote, at a temperature of its own
         if not self.teachers[self.step.phase] or not isinstance(self.inputs.task, LanguageTask):
             return
         batch = self._read(self.first_step).batches[0].to(self.accelerator.device)

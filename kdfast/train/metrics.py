@@ -113,6 +113,14 @@ class MetricLog:
             self.accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=line["step"])
 
 
+def check_finite(row: dict[str, Any], precision: str) -> None:
+    """Raises before weights that are NaN are saved; a loss scale's first steps may overflow, and are left out."""
+    found = {"loss": row["loss"], "gradient's norm": row["grad_norm"] if precision != "fp16" else 0.0}
+    for name, value in found.items():
+        if value is None or not math.isfinite(value):
+            raise RuntimeError(f"step {row['step']}: the {name} is {value}; lower optimizer.lr or set optimizer.clip")
+
+
 class _Pending(NamedTuple):
     """A step as it waits: loss, tokens, norm, then the sums and the counts of the metrics in `shown`."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from kdfast.train import recipes, tasks
 
 #: Keys of earlier recipes that belong to the method.
 _MOVED = ("temperature", "soft_weight", "hard_weight")
+#: Seeds are below it: numpy takes no others.
+SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ class Recipe:
     steps: int = ranged(1000, low=1)
     batch_size: int = ranged(16, low=1)
     accumulation: int = ranged(1, low=1)
-    seed: int = ranged(1, low=0)
+    seed: int = ranged(1, low=0, high=SEEDS - 1)
     precision: str = one_of("fp32", "fp32", "bf16", "fp16")
     shard: str = one_of("none", "none", "fsdp")
     alignment: bool = True
@@ -383,14 +387,9 @@ class _PhaseRest:
 
 def _rest_of() -> type:
     """`Recipe` without what is chosen by name, for `build`."""
-    import dataclasses
-    import typing
-
     hints = typing.get_type_hints(Recipe)
     fields = []
-    for f in dataclasses.fields(Recipe):
-        if f.name in ("method", "task", "data", "phases"):
-            continue
+    for f in (f for f in dataclasses.fields(Recipe) if f.name not in ("method", "task", "data", "phases")):
         default = {"default": f.default} if f.default is not dataclasses.MISSING else {"default_factory": f.default_factory}
         fields.append((f.name, hints[f.name], dataclasses.field(metadata=f.metadata, **default)))
     return dataclasses.make_dataclass("_Rest", fields, frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from kdfast.train.tasks.task import Evaluation
 
 #: Keys that change how a run is watched, not what it computes.
 _FREE = ("steps", "ahead", "alignment", "log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")
+#: Keys, wherever they stand, of files and folders: what is compared is where they lie, however it is spelled.
+_PLACES = ("path", "weights", "cache", "init_from", "tokenizer")
 #: Keys of a recipe's data that say what is trained on, or how, and nothing of the files that are scored.
 _OF_TRAINING = frozenset({
     "train", "validation", "validation_share", "validation_split", "unlabelled", "dataset", "dataset_config", "split",
@@ -31,7 +35,7 @@ _OF_TRAINING = frozenset({
 
 
 def begin(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
-    """Writes `recipe.yaml` and `run.json`.
+    """Writes `recipe.yaml` and `run.json`, and removes the checkpoint that a kill cut short.
 
     Raises:
         ValueError: the folder holds a run of another recipe or of other data, which this one must not continue.
@@ -39,6 +43,8 @@ def begin(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
     if (folder / "run.json").is_file():
         _check_same(folder, recipe, inputs)
     folder.mkdir(parents=True, exist_ok=True)
+    for part in (folder / ".model.part", *(folder / "checkpoints").glob(".step-????????.part")):
+        shutil.rmtree(part, ignore_errors=True)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     classes = {"classes": inputs.task.names} if isinstance(inputs.task, ClassTask) else {}
     write_json(folder / "run.json", {"seed": recipe.seed, **classes, **_hashes(inputs), **environment()})
@@ -127,7 +133,12 @@ def _check_same(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
     now = _flat(yaml.safe_load(recipe.to_yaml()))
     for values in (before, now):  # a longer run is the same run, gone on
         values.pop(f"phases[{len(recipe.phases) - 1}].steps", None)
-    differs = [k for k in sorted(before.keys() | now.keys()) if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)]
+    outs = before["out"], now["out"]
+    differs = [
+        k for k in sorted(before.keys() | now.keys())
+        if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)
+        and not (k.split(".")[-1] in _PLACES and _same_place((before.get(k), now.get(k)), outs))
+    ]  # fmt: skip
     known = read_json(folder / "run.json")
     if not differs:  # evaluations of other data than before would be no continuation either
         differs = [f"the {'training' if name == 'data_hash' else 'validation'} data"
@@ -136,6 +147,15 @@ def _check_same(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
         raise ValueError(
             f"out: {folder} holds a run that differs in {', '.join(differs[:4])}; set another out, or remove the folder"
         )
+
+
+def _same_place(paths: tuple[Any, Any], outs: tuple[str, str]) -> bool:
+    """Whether two paths lead to one place, or lie alike as seen from the run's folder, which may have been moved with what lies
+    in it: the members of a generation, which teach the next."""
+    if not all(isinstance(path, str) for path in paths):
+        return False
+    before, now = (os.path.relpath(path, out) for path, out in zip(paths, outs, strict=True))
+    return os.path.realpath(paths[0]) == os.path.realpath(paths[1]) or before == now
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -30,7 +34,12 @@ def fully_sharded(step: DistillStep) -> DistillStep:
     return step
 
 
-def set_gradient_sync(module: nn.Module, wanted: bool) -> None:
-    """Whether the next backward reduces gradients."""
+@contextlib.contextmanager
+def synchronised(module: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
+    """Around a micro-batch: gradients go over the wire with the last one only."""
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(wanted)
+        module.set_requires_gradient_sync(last)
+        yield
+        return
+    with contextlib.nullcontext() if last else accelerator.no_sync(module):
+        yield

@@ -12,18 +12,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: The event of the block that the main thread is in, whatever blocks lie within it.
+_outermost: threading.Event | None = None
 #: A terminal tells every process, and a launcher tells them once more: for so long it is one and the same request.
 _SAME_REQUEST_S = 3.0
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Within the block SIGINT and SIGTERM set an event; another one, seconds later, interrupts at once."""
-    stop = threading.Event()
+    """Within the block SIGINT and SIGTERM set an event; another one, seconds later, interrupts at once.
+
+    A block within a block has its event: what is told to a run within a run is told to whoever began it.
+    """
+    global _outermost
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield threading.Event()
+        return
+    if _outermost is not None:
+        yield _outermost
         return
 
+    stop = _outermost = threading.Event()
     first = 0.0
 
     def told(number: int, frame: Any) -> None:
@@ -37,6 +46,7 @@ def stop_signals() -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
+        _outermost = None
         for number, handler in before.items():
             signal.signal(number, handler)
 

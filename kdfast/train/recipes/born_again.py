@@ -16,6 +16,7 @@ from torch import nn
 from kdfast.strict import ranged
 from kdfast.train.generations import Generations, stand_ins
 from kdfast.train.objective import Prepared, Setting
+from kdfast.train.recipe import Teacher
 from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
 
 
@@ -43,24 +44,31 @@ class BornAgain(WordKD):
             raise ValueError("teacher.cache: method born_again has students teach on the same rows, expected path or function")
         self._setting = setting
         self._generations: Generations | None = None
-        self._before: list[nn.Module] = []
+        self._before: list[tuple[Teacher, nn.Module]] = []
+
+    def voices(self, setting: Setting) -> int:
+        return max(len(setting.teachers), 1)
 
     def prepare(self, inputs: Any, folder: Path, say: Any) -> Prepared | None:
         options, recipe = self.options, self._setting.recipe
+        self.teacher_weights = None  # those are of the teachers, whom the members take the place of
+        generations = Generations(self._setting, options, inputs, folder, say)
+        generations.check([recipe.student])
         if recipe.check:
             return Prepared(teachers=stand_ins(self._setting.student, 1))
-        generations = Generations(self._setting, options, inputs, folder, say)
         device, before = next(self._setting.student.parameters()).device, recipe.all_teachers
         opened = []
         for number in range(1, options.generations):
             before = generations.train(number, [recipe.student], before)
             opened += generations.open(before, device)
-            generations.report(f"generation {number}", [opened[-1].model])
-        self._generations, self._before = generations, [teacher.model for teacher in opened]
-        self.teacher_weights = None
+            self._before.append((before[0], opened[-1].model))
+            generations.report(f"generation {number}", [opened[-1].model], before)
+        self._generations = generations
         return Prepared(teachers=opened[-1:])
 
     def conclude(self, student: nn.Module, say: Any) -> None:
         if self._generations is not None:
-            self._generations.report(f"generation {self.options.generations}", [student])
-            self._generations.report("all together", [*self._before, student])
+            steps = self._setting.recipe.total_steps  # more of them when a run that was done goes on
+            of, models = zip(*self._before, strict=True)
+            self._generations.report(f"generation {self.options.generations}", [student], steps=steps)
+            self._generations.report("all together", [*models, student], of, steps=steps)

@@ -57,20 +57,25 @@ class EnsembleKD(WordKD):
             raise ValueError("teachers: method ensemble with generations expects live ones, whose students read the same rows")
         self._setting = setting
 
+    def voices(self, setting: Setting) -> int:
+        return max(len(setting.teachers), len(self.options.members))
+
     def prepare(self, inputs: Any, folder: Path, say: Any) -> Prepared | None:
         options, recipe = self.options, self._setting.recipe
+        generations = Generations(self._setting, options, inputs, folder, say)
         if options.generations:
             self.teacher_weights = None  # those are of the teachers, whom the members take the place of
+            generations.check(options.members)
         live = [teacher for teacher in inputs.teachers if teacher.info is None]
         if recipe.check:
             return Prepared(teachers=stand_ins(self._setting.student, len(options.members))) if options.generations else None
-        generations = Generations(self._setting, options, inputs, folder, say)
         if len(live) > 1:
-            generations.report("teachers", [teacher.model for teacher in live], [teacher.weight for teacher in live])
+            weights = [teacher.weight for teacher in live]
+            generations.report("teachers", [teacher.model for teacher in live], recipe.all_teachers, weights)
         device, before = next(self._setting.student.parameters()).device, recipe.all_teachers
         opened = None
         for number in range(1, options.generations + 1):
             before = generations.train(number, options.members, before)
             opened = generations.open(before, device)
-            generations.report(f"generation {number}", [teacher.model for teacher in opened])
+            generations.report(f"generation {number}", [teacher.model for teacher in opened], before)
         return Prepared(teachers=opened)

@@ -91,17 +91,21 @@ class WordKD(Objective):
             self._check_cached(options)
         else:
             refuse_unused(options, ("tail",), "of a live teacher, which says all, expected none", "method")
-        if len(setting.teachers) == 1 or caches:
+        if self.voices(setting) == 1 or caches:
             of = "caches" if len(caches) > 1 else "a cache" if caches else "a single teacher"
             refuse_unused(options, ("teacher_mix",), f"of {of} expected probs", "method")
         self._check_vocabularies(setting)
 
+    def voices(self, setting: Setting) -> int:
+        """The most teachers that are ever heard together."""
+        return len(setting.teachers)
+
     @staticmethod
     def _check_vocabularies(setting: Setting) -> None:
         live = [teacher.model for teacher in setting.teachers if teacher.info is None]
-        own = _vocabulary(setting.student, setting.task) if live else None
+        own = vocabulary_in(setting.student, setting.task) if live else None
         for i, model in enumerate(live):
-            its = _vocabulary(model, setting.task)
+            its = vocabulary_in(model, setting.task)
             if None not in (own, its) and own != its:
                 key = f"teachers[{i}]" if len(live) > 1 else "teacher"
                 raise ValueError(f"{key}: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
@@ -140,7 +144,7 @@ class WordKD(Objective):
 
 
 @torch.no_grad()
-def _vocabulary(model: nn.Module, task: Any) -> int | None:
+def vocabulary_in(model: nn.Module, task: Any) -> int | None:
     """What the model says, else how many logits it gives for a token of a language task."""
     size = vocab_of(model)
     if size is not None or not getattr(task, "through_head", False):
