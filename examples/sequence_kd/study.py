@@ -53,7 +53,7 @@ class Scale:
 SMALL = Scale(
     300, 30, 12, 6, 24,
     ("eval_every=6", "save_every=6", "batch_size=32", "eval_sequences=24", "data.sequence_length=16",
-     "student.config.d_model=64"),
+     "student.config.d_model=64", "alignment=false"),  # so little data and a teacher of 30 steps: nothing fits yet
 )  # fmt: skip
 
 
@@ -190,8 +190,8 @@ class Study:
     def report(self) -> None:
         """`study.md` and `curves.png`, of what is there so far."""
         rows = [
-            "| | greedy | beam 5 | beam - greedy | validation greedy | sentences/s greedy, beam 5 | minutes |",
-            "|" + "---|" * 7,
+            "| | greedy | beam 5 | beam - greedy | validation greedy | beam 5 | sentences/s greedy, beam 5 | minutes |",
+            "|" + "---|" * 8,
         ]
         kept = self.kept
         groups = {"teacher": [kept["teacher"]]}
@@ -201,7 +201,7 @@ class Study:
                 gap = [x["test_beam5"] - x["test_greedy"] for x in found]
                 speed = " / ".join(f"{statistics.mean(x[f'test_{b}_per_s'] for x in found):.0f}" for b in ("greedy", "beam5"))
                 columns = [spread([x[key] for x in found]) for key in ("test_greedy", "test_beam5")]
-                columns += [spread(gap), spread([x["validation_greedy"] for x in found]), speed]
+                columns += [spread(gap), *(spread([x[f"validation_{b}"] for x in found]) for b in ("greedy", "beam5")), speed]
                 rows.append(f"| {name} | {' | '.join(columns)} | {statistics.mean(x['seconds'] for x in found) / 60:.1f} |")
         choices = []
         for name, found in ((key.removeprefix("choice "), found) for key, found in kept.items() if key.startswith("choice ")):
@@ -211,18 +211,34 @@ class Study:
         self.draw()
 
     def draw(self) -> None:
+        """BLEU of every seed, and how the students came to it."""
         plt = need("matplotlib.pyplot", extra="train", what="curves.png")
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for number, name in enumerate(WAYS):
-            for i, seed in enumerate(self.seeds):
+        kept = self.kept
+        shown = [name for name in USUAL if any(f"{name} {seed}" in kept for seed in self.seeds)]
+        figure, (bleu, curves) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
+        for number, name in enumerate(shown):
+            for i, seed in enumerate(seed for seed in self.seeds if f"{name} {seed}" in kept):
+                found, color, first = kept[f"{name} {seed}"], f"C{number}", not i
+                beside = number + 0.12 * (i - 1)
+                bleu.plot(beside, found["test_greedy"], "o", color=color)
+                bleu.plot(beside, found["test_beam5"], "^", color=color, fillstyle="none")
                 rows = files.read_lines(f"students/{name}-{seed}/metrics.jsonl")
                 points = [(row["step"], row["validation_ppl"]) for row in rows if "validation_ppl" in row]
-                if points:
-                    axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", label="" if i else name)
-        axes.set(xlabel="steps", ylabel="validation perplexity of the gold translations", yscale="log")
-        axes.legend(fontsize=8)
+                curves.plot(*zip(*points, strict=True), color=color, label=name if first else "")
+        for key, line, mark, what in (("test_greedy", "-", "o", "greedy"), ("test_beam5", "--", "^", "beam 5")):
+            bleu.axhline(kept["teacher"][key], color="C7", linestyle=line, linewidth=1, label=f"the teacher, {what}")
+            bleu.plot([], [], mark, color="C7", fillstyle="full" if mark == "o" else "none", label=f"a student, {what}")
+        bleu.set_xticks(range(len(shown)), [name.replace("_", "\n") for name in shown], fontsize=8, rotation=35)
+        bleu.set(ylabel="BLEU on the test set")
+        curves.set(xlabel="steps", ylabel="validation perplexity of the gold translations", yscale="log")
+        curves.yaxis.set_major_formatter("{x:g}")
+        curves.yaxis.set_minor_formatter("{x:g}")
+        for axes in (bleu, curves):
+            axes.grid(alpha=0.3, which="both")
+        bleu.legend(fontsize=8)
+        curves.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         with files.written("curves.png") as part:
-            figure.savefig(part, format="png", dpi=140)
+            figure.savefig(part, format="png", dpi=110)
         plt.close(figure)
 
 
