@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tiny_translation import make_tokenizer, marian_config, pairs, recipe_values, write_rows
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from kdfast.train import Recipe, distill
 
@@ -32,7 +32,11 @@ def test_a_student_with_random_weights_starts_and_ends_as_its_rows_do(model_type
         tokenizer, data, tmp_path / "run", task={"name": "seq2seq", "beams": [1], "max_tokens": 4}, steps=1,
         student={"model_type": model_type, "config": sizes},
     )  # fmt: skip
-    saved = AutoModelForSeq2SeqLM.from_pretrained(distill(Recipe.build(values), say=quiet).model)
+    folder = distill(Recipe.build(values), say=quiet).model
+    saved, its = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    written = saved.generate(**its("a dog", return_tensors="pt"), max_new_tokens=3)
+    assert isinstance(its.decode(written[0], skip_special_tokens=True), str)
+    assert its.eos_token_id == 0
     assert (saved.generation_config.decoder_start_token_id, saved.generation_config.eos_token_id) == (5, 0)
     assert saved.generate(torch.tensor([[1, 2]]), max_new_tokens=3)[0, 0] == 5
     other = {

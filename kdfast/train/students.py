@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdfast.extras import need
+from kdfast.files import write_json
 from kdfast.models.grow import start_from
 from kdfast.models.load import (
     check_fields,
@@ -26,6 +27,7 @@ from kdfast.models.load import (
 )
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
+from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.inputs import Inputs
 from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Lora, Model, Recipe
@@ -167,6 +169,21 @@ def save_folder(
         save_tensors({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors")
     if tokenizer is not None:
         copy_tokenizer(tokenizer, homes, folder)
+        if isinstance(student, PreTrainedModel) and not (folder / "tokenizer_config.json").is_file():
+            write_json(folder / "tokenizer_config.json", _tokenizer_config(student.config, tokenizer))
+
+
+def _tokenizer_config(config: Any, tokenizer: Path) -> dict[str, Any]:
+    """What `AutoTokenizer` has to know of a tokenizer by itself: without a class it takes the architecture's own."""
+    known = load_tokenizer(tokenizer)[0]
+    ids = {name: getattr(config, f"{name}_id", None) for name in ("eos_token", "pad_token")}
+    firsts = {name: found[0] if isinstance(found, list) else found for name, found in ids.items()}
+    tokens = {name: known.id_to_token(found) for name, found in firsts.items() if found is not None}
+    types = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", *types, "attention_mask"],
+        **{name: token for name, token in tokens.items() if token is not None},
+    }  # fmt: skip
 
 
 def copy_tokenizer(tokenizer: Path, homes: Sequence[Path], folder: Path) -> None:
