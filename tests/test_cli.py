@@ -225,7 +225,7 @@ def test_train_and_eval_print_json(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--batch-size", "0"], "--batch-size: expected a number >= 1, got 0"),
         (["--data", str(tmp_path / "none")], "--data: expected a file or a folder, got "),
         (["--glob", "*.zz"], "set --glob or another folder"),
-        (["--task", "causal"], "--task 'causal': unknown task; did you mean 'causal_lm'?"),
+        (["--task", "causal"], "--task 'causal': unknown task; expected one of causal_lm, "),
         (["--separator", "<none>"], "--separator: expected a token of the tokenizer, or none, got '<none>'"),
         (["--set", "sequence_lenght=4"], "--sequence-lenght: unknown key; did you mean 'sequence_length'?"),
     ):

@@ -7,7 +7,7 @@ Everything lands under OUT: the runs, the cache, `study.json` (one entry for eac
 steps and as many tries: three learning rates, then three changes at the best of them, short runs of seed 0, chosen by their
 loss on the validation files. The test files are looked at by nobody but the table. The teacher, and the student alone once
 more, are gone on with to twice their steps for as long as that gains 0.01 nats on the validation files. `--small` is the same
-road in seconds, too small for a claim.
+road in some minutes, too small for a claim.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class Study:
         if not done:
             return f"{len(open_)} students to go"
         each = sum(s for _, s in done) / sum(length for length, _ in done)
-        return f"{len(open_)} students to go, about {each * sum(open_) / 60:.0f} minutes"
+        return f"{len(open_)} students to go, about {max(round(each * sum(open_) / 60), 1)} min"
 
     def teacher(self) -> dict[str, Any]:
         changes = [f"steps={self.scale.teacher_steps}", "out=teacher", *self.scale.changes]

@@ -113,7 +113,7 @@ class Study:
         done = [piece for piece in pieces if piece.name in self.kept]
         taken, guessed = sum(self.kept[piece.name]["whole_s"] for piece in done), sum(piece.seconds for piece in done)
         left = sum(piece.seconds for piece in pieces if piece not in done) * (taken / guessed if guessed else 1.0)
-        return f"about {left / 60:.0f} minutes left"
+        return f"about {max(round(left / 60), 1)} min left"
 
     def run(self, recipe: Path, name: str, *changes: str, test: bool = True) -> dict[str, Any]:
         """Trains what `recipe` says with `changes`; scores, on the test files unless it is a try."""
@@ -200,7 +200,7 @@ def command(
         "--corpus", type=Path, default=Path("corpus"), help="made by word_kd's prepare.py, now if it is not there"
     )
     parser.add_argument("--seeds", type=seed_of, nargs="+", default=list(SEEDS))
-    parser.add_argument("--small", action="store_true", help="the same road in seconds")
+    parser.add_argument("--small", action="store_true", help="the same road in some minutes")
     args = parser.parse_args(words)
     scale = scales[args.small]
     made(Study(args.out, args.corpus, scale.text, scale.changes, say), scale, args.seeds).run()

@@ -29,8 +29,9 @@ def align(views: Sequence[View], batch: Batch, say: Callable[[str], None]) -> No
     """
     if batch.labels is None:
         return
-    for view in views:
-        say(f"alignment: {check_alignment(targets_in(view), batch.labels)}")
+    for i, view in enumerate(views):
+        which = f" of teacher {i}" if len(views) > 1 else ""
+        say(f"alignment{which}: {check_alignment(targets_in(view), batch.labels)}")
 
 
 def targets_in(view: View) -> Any:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +163,18 @@ class Generations:
             **agreement(models, self.inputs.validation, size, limit),
         }
         files.write_json(self._file, {**known, name: row})
-        alike = f", members agree on {row['top1_agreement']:.1%}" if "top1_agreement" in row else ""
-        best = min(members, key=lambda scores: scores["nll"])
-        self._say(
-            f"{name}: best of {len(members)} {self.inputs.task.headline(best)}; together"
-            f" {self.inputs.task.headline(together)}, {best['nll'] - together['nll']:+.4f} nats gained{alike}"
-        )
+        self._say(f"{name}: {self._told(row)}")
         return row
+
+    def _told(self, row: Mapping[str, Any]) -> str:
+        members, together, headline = row["members"], row["ensemble"], self.inputs.task.headline
+        if len(members) == 1:
+            return headline(together)
+        best = min(members, key=lambda scores: scores["nll"])
+        gain = best["nll"] - together["nll"]
+        alike = f", members agree on {row['top1_agreement']:.1%}" if "top1_agreement" in row else ""
+        told = f"{abs(gain):.4f} nats {'gained' if gain >= 0 else 'lost'}"
+        return f"best of {len(members)} {headline(best)}; together {headline(together)}, {told}{alike}"
 
     def _identity(self, teacher: Teacher) -> Any:
         """A member by its weights, which another may lie in the place of; a teacher of the run's by its name."""

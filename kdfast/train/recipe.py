@@ -280,9 +280,10 @@ class Recipe:
                 f"data.unlabelled: expected none, as method {names[0]} has no teacher here to say what they are; add one"
             )
         for phase in self.parts:
-            wanted = recipes.objective_class(phase.method.name).teacher
-            if wanted == "required" and not self.all_teachers:
-                raise ValueError(f"teacher: method {phase.method.name} expects one of path, function, cache, got none")
+            objective = recipes.objective_class(phase.method.name)
+            if objective.teacher == "required" and not self.all_teachers:
+                able = "path or function" if objective.writes else "one of path, function, cache"
+                raise ValueError(f"teacher: method {phase.method.name} expects {able}, got none")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -144,8 +144,11 @@ def _check_same(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
         differs = [f"the {'training' if name == 'data_hash' else 'validation'} data"
                    for name, value in _hashes(inputs).items() if known.get(name, value) != value]  # fmt: skip
     if differs:
+        # What was chosen by name says why its options differ.
+        differs.sort(key=lambda key: not key.endswith((".name", ".path", ".function", ".model_type")))
+        more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
         raise ValueError(
-            f"out: {folder} holds a run that differs in {', '.join(differs[:4])}; set another out, or remove the folder"
+            f"out: {folder} holds a run that differs in {', '.join(differs[:4])}{more}; set another out, or remove the folder"
         )
 
 
