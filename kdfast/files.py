@@ -247,10 +247,14 @@ def leftovers(path: str | os.PathLike[str]) -> list[Path]:
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Removes the `leftovers` of `path`; for a caller that knows itself to be its only writer."""
     for found in leftovers(path):
-        if found.is_dir() and not found.is_symlink():
-            shutil.rmtree(found)
-        else:
-            found.unlink(missing_ok=True)
+        _remove(found)
+
+
+def _remove(found: Path) -> None:
+    if found.is_dir() and not found.is_symlink():
+        shutil.rmtree(found)
+    else:
+        found.unlink(missing_ok=True)
 
 
 def remove_orphans(folder: str | os.PathLike[str]) -> None:

@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from kdfast.models.ensemble import Ensemble, mean_logits
-from kdfast.models.generate import Decoding, end_ids, write
+from kdfast.models.generate import Decoding, write
+from kdfast.models.settings import end_ids
 from kdfast.models.view import look
 from kdfast.text import TextData
 from kdfast.text.documents import Corpus

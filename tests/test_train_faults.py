@@ -7,12 +7,6 @@ import dataclasses
 import importlib
 import json
 import os
-import re
-import resource
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +15,8 @@ from typing import Any
 import pytest
 import tiny_translation
 import torch
-import yaml
 from safetensors.torch import load_file
-from tiny_runs import STUDENT, TEXT, make_sequences, make_tokenizer, recipe_values
+from tiny_runs import LABELLED, STUDENT, TEXT, Rows, make_sequences, make_tokenizer, quiet, recipe_values, rows_of, untimed
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from kdfast import topk_targets
@@ -38,28 +31,9 @@ from kdfast.train.inputs import open_inputs
 from kdfast.train.objective import Setting
 from kdfast.train.recipes.supervised import Supervised, SupervisedOptions
 from kdfast.train.step import DistillStep
-from kdfast.train.stop import stop_signals
 
 THREADS = 1
-LABELLED, BARE = (torch.arange(16) % 7 + 1).expand(8, 16), torch.full((8, 16), IGNORE)
-
-
-class Rows:
-    """Eight rows of token ids with the labels given."""
-
-    def __init__(self, labels: torch.Tensor) -> None:
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        chosen = torch.as_tensor(list(indices))
-        return Batch(LABELLED[chosen % 8], self.labels[chosen])
-
-
-def quiet(line: str) -> None:
-    pass
+BARE = torch.full((8, 16), IGNORE)
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +64,6 @@ def cache(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cached(tokenizer: Path, out: Path, cache: Path, **changes: Any) -> Recipe:
     values = recipe_values(tokenizer, out, method="word_kd", teacher={"cache": str(cache)}, data={}, steps=2)
     return Recipe.build({**values, **changes})
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(folder: Path) -> list[dict[str, Any]]:
-    timed = ("seconds", "tokens_per_s", "data_wait_s")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder)]
 
 
 def test_a_cache_takes_no_other_data(tokenizer: Path, cache: Path, tmp_path: Path) -> None:
@@ -232,15 +197,6 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(tokenizer: Path, tmp_p
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(ValueError, match=r"^steps: .* has done 4 of them"):
         distill(Recipe.build({**values, "steps": 3}), say=quiet)
-
-
-def test_a_run_killed_after_its_last_checkpoint_has_an_evaluation(tokenizer: Path, tmp_path: Path) -> None:
-    recipe = Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=2))
-    first = distill(recipe, say=quiet)
-    (tmp_path / "run" / "result.json").unlink()
-    before = untimed(tmp_path / "run")
-    assert distill(recipe, say=quiet).evaluation == first.evaluation
-    assert untimed(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("precision", [None, 40], ids=["padded", "packed"])
@@ -423,43 +379,6 @@ def test_a_student_with_another_tokenizer_than_the_cache_is_refused(tokenizer: P
         distill(dataclasses.replace(recipe, tokenizer=None), say=quiet)
 
 
-def test_a_damaged_checkpoint_is_one_line_with_the_remedy(tokenizer: Path, tmp_path: Path) -> None:
-    values = recipe_values(tokenizer, tmp_path / "run", steps=4, save_every=2)
-    distill(Recipe.build(values), say=quiet)
-    last = tmp_path / "run" / "checkpoints" / "step-00000004"
-    whole = (last / "training.safetensors").read_bytes()
-    more = Recipe.build({**values, "steps": 6})
-    for name, damaged in (("training.safetensors", whole[:-9]), ("state.json", b"{"), ("rng-00000.json", None)):
-        before = (last / name).read_bytes()
-        (last / name).unlink() if damaged is None else (last / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{name}.*; remove {re.escape(str(last))} to go on from the checkpoint before"):
-            distill(more, say=quiet)
-        (last / name).write_bytes(before)
-    shutil.rmtree(last)
-    assert distill(more, say=quiet).steps == 6
-
-
-def test_a_full_disk_names_the_file_and_loses_nothing(tokenizer: Path, tmp_path: Path) -> None:
-    values = recipe_values(tokenizer, tmp_path / "run", steps=2)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "kdfast.cli", "train", str(tmp_path / "recipe.yaml")]
-
-    def no_room() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
-
-    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
-    done = subprocess.run([*command, "steps=4"], capture_output=True, text=True, preexec_fn=no_room, check=False)
-    wanted = tmp_path / "run" / "checkpoints" / "step-00000004"
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (
-        2, f"kdfast train: {wanted}: file too large; make room and run the same again"
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    assert not list(wanted.parent.glob(".*"))
-    again = subprocess.run([*command, "steps=4"], capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-
-
 class Unlabelled:
     """Rows of token ids, the later ones shorter, of which nobody knows what follows."""
 
@@ -518,28 +437,6 @@ def test_validation_labels_outside_the_vocabulary_are_one_line(outside: int, tok
         distill(Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=1)), validation_data=Rows(labels), say=quiet)
 
 
-def test_weights_that_are_nan_are_not_saved(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of a step says nothing of its gradients, and the next one comes after the checkpoint."""
-    (tmp_path / "endless_gradient.py").write_text(ENDLESS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    values = recipe_values(tokenizer, tmp_path / "run", steps=1, student={"function": "endless_gradient:Endless"})
-    with pytest.raises(RuntimeError, match=r"^step 1: the gradient's norm is (nan|inf|None)"):
-        distill(Recipe.build(values), say=quiet)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-ENDLESS = """
-from torch import nn
-class Endless(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inputs, self.head = nn.Embedding(300, 4), nn.Linear(4, 300)
-        nn.init.zeros_(self.inputs.weight)
-    def forward(self, input_ids):
-        return self.head(self.inputs(input_ids).abs().sqrt())
-"""
-
-
 def test_a_run_is_not_gone_on_with_on_other_validation_data(tokenizer: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("import json\n" * 90)
@@ -553,136 +450,6 @@ def test_a_run_is_not_gone_on_with_on_other_validation_data(tokenizer: Path, tmp
     del known["validation_hash"]  # as runs before had it
     (tmp_path / "run" / "run.json").write_text(json.dumps(known))
     assert distill(Recipe.build({**values, "steps": 4}), say=quiet).steps == 4
-
-
-class Watched:
-    """A bar that calls `told(description, done, total)`."""
-
-    def __init__(self, told: Any) -> None:
-        self.told = told
-
-    def __call__(self, description: str, total: int, unit: str) -> Watched:
-        made = Watched(self.told)
-        made.description, made.total = description, total  # type: ignore[attr-defined]
-        return made
-
-    def __enter__(self) -> Watched:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def update(self, done: int) -> None:
-        self.told(self.description, done, self.total)  # type: ignore[attr-defined]
-
-
-class Fragile(Rows):
-    """Rows that cannot be read while `broken`."""
-
-    broken = False
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        if self.broken:
-            raise OSError("the disk with the validation data is gone")
-        return super().batch(indices)
-
-
-@pytest.mark.parametrize(("changes", "at"), [({}, 4), ({"eval_every": 2, "save_every": 2}, 2)], ids=["the-last", "in-between"])
-def test_an_evaluation_that_fails_loses_no_step(changes: dict[str, Any], at: int, tokenizer: Path, tmp_path: Path) -> None:
-    values = recipe_values(tokenizer, tmp_path / "whole", steps=4, log_every=1, **changes)
-    rows = Fragile(LABELLED)
-    given: dict[str, Any] = {"train_data": Rows(LABELLED), "validation_data": rows, "say": quiet}
-    whole = distill(Recipe.build(values), **given)
-    cut = Recipe.build({**values, "out": str(tmp_path / "cut")})
-    with pytest.raises(OSError, match="is gone"):
-        distill(cut, **given, bar=Watched(lambda name, done, total: setattr(rows, "broken", done == at)))
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [f"step-0000000{at}"]
-    rows.broken = False
-    steps: list[int] = []
-    again = distill(cut, **given, bar=Watched(lambda name, done, total: steps.append(done)))
-    assert steps == list(range(at + 1, 5)), "steps that were done are not done again"
-    assert again.evaluation == whole.evaluation
-    assert untimed(again.out) == untimed(whole.out)
-    for file in ("model/model.safetensors", "checkpoints/step-00000004/training.safetensors"):
-        assert (again.out / file).read_bytes() == (whole.out / file).read_bytes()
-    left = [sorted(path.name for path in (run.out / "checkpoints").iterdir()) for run in (again, whole)]
-    assert left[0] == left[1]
-
-
-NOISY = """
-import torch
-from torch import nn
-class Noisy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inputs, self.head = nn.Embedding(300, 8), nn.Linear(8, 300)
-    def forward(self, input_ids):
-        return self.head(nn.functional.dropout(self.inputs(input_ids), 0.2))
-"""
-
-
-def test_an_evaluation_draws_nothing_from_the_training(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that a checkpoint may be written before it or after it."""
-    (tmp_path / "noisy_student.py").write_text(NOISY)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    runs = []
-    for every in (0, 1):
-        values = recipe_values(tokenizer, tmp_path / str(every), student={"function": "noisy_student:Noisy"}, steps=4,
-                               eval_every=every)  # fmt: skip
-        runs.append(distill(Recipe.build(values), say=quiet).model / "model.safetensors")
-    assert runs[0].read_bytes() == runs[1].read_bytes()
-
-
-def test_a_signal_in_the_last_step_is_told_when_all_is_done(tokenizer: Path, tmp_path: Path) -> None:
-    """Whoever trains several, one after another, stops there."""
-    recipe = Recipe.build(recipe_values(tokenizer, tmp_path / "run", steps=2, log_every=1))
-
-    def stop(name: str, done: int, total: int) -> None:
-        if done == total:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 2, the last: .*run is done"):
-        distill(recipe, say=quiet, bar=Watched(stop))
-    said: list[str] = []
-    assert distill(recipe, say=said.append).evaluation is not None
-    assert said == [f"{tmp_path / 'run'}: finished before; nothing to do"]
-
-
-def test_a_block_within_a_block_hears_for_both() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_signals() as outer:
-        with stop_signals() as inner:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert inner.wait(5)
-        assert outer.is_set()
-        with stop_signals() as later:
-            assert later.is_set()
-    assert signal.getsignal(signal.SIGTERM) is before
-    with stop_signals() as fresh:
-        assert not fresh.is_set()
-
-
-def test_what_killed_runs_left_is_cleared_away(tokenizer: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    recipe = Recipe.build(recipe_values(tokenizer, out, steps=1))
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    left = [
-        out / "data" / f".train.{process.pid}-01234567.part" / "input_ids.bin",
-        out / "prepared" / "0" / f".rows.{process.pid}-01234567.part" / "input_ids.bin",
-        out / "prepared" / "0" / "decoded" / f".decoding.json.{process.pid}-01234567.part",
-        out / ".model.part" / "model.safetensors",
-        out / "checkpoints" / ".step-00000007.part" / "state.json",
-    ]
-    alive = out / "data" / f".train.{os.getpid()}-01234567.part"
-    for file in (*left, alive):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("x")
-    distill(dataclasses.replace(recipe, check=True), say=quiet)
-    assert all(file.exists() for file in left), "a check leaves everything as it is"
-    distill(recipe, say=quiet)
-    assert [path for path in out.rglob(".*") if path.name.endswith(".part")] == [alive]
 
 
 def test_a_teacher_that_is_not_heard_in_a_step_is_not_compared_with_the_labels(tmp_path: Path) -> None:

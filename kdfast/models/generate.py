@@ -25,9 +25,7 @@ from kdfast.models.ensemble import Ensemble, mean_logits
 from kdfast.models.heads import call, logits_in
 from kdfast.models.load import quiet
 from kdfast.models.positions import positions_of
-from kdfast.models.settings import bans_of, configured, end_ids, generation_config, members_of, settings_of, start_of
-
-__all__ = ["Decoding", "Hypothesis", "end_ids", "settings_of", "write"]
+from kdfast.models.settings import bans_of, configured, generation_config, members_of, start_of
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def start_from(
     config: Any = getattr(student, "config", None)
     deeper = config is not None and any(_depth(shapes, stack) != len(layers) for stack, layers in _stacks(student).items())
     described = (Path(path) / "config.json").is_file()
-    lacking = own.keys() - shapes.keys() - tied(student).keys() - set(tied(student).values())
+    repeated = tied(student)
+    lacking = own.keys() - shapes.keys() - repeated.keys() - set(repeated.values())
     if fits and not deeper and not (lacking and described and config is not None):
         load_weights(student, path, key)
         return _other_settings(config, path, key) if config is not None and described else None

@@ -25,7 +25,7 @@ from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.tensors import load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source, lengths_of
+from kdfast.train.data import SEEDS, Source, lengths_of
 from kdfast.train.tasks.classes import digest_of_tensors
 
 #: Rows that are kept together: what a killed stage does again.
@@ -53,7 +53,7 @@ class Augment:
     by: str = one_of("embeddings", "embeddings", "masked_lm")
     path: str | None = None
     mask_token: str = "[MASK]"
-    seed: int = ranged(0, low=0, high=2**32 - 1)
+    seed: int = ranged(0, low=0, high=SEEDS - 1)
 
     def __post_init__(self) -> None:
         if (self.by == "masked_lm") != (self.path is not None):

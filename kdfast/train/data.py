@@ -25,6 +25,8 @@ from kdfast.train.batch import IGNORE, Batch
 
 #: A held-out part depends on this alone, so that runs with different seeds see the same validation data.
 SPLIT_SEED = 0
+#: Seeds are below it: numpy takes no others.
+SEEDS = 2**32
 
 
 class Source(Protocol):

@@ -25,7 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kdfast import files
 from kdfast.models.ensemble import Ensemble
-from kdfast.models.generate import Decoding, Hypothesis, end_ids, settings_of, write
+from kdfast.models.generate import Decoding, Hypothesis, write
+from kdfast.models.settings import end_ids, settings_of
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE
 from kdfast.train.data import Source

@@ -26,11 +26,11 @@ from kdfast.models.view import look
 from kdfast.strict import plain
 from kdfast.train.alignment import check_vocabulary
 from kdfast.train.batch import IGNORE
-from kdfast.train.data import Source
+from kdfast.train.data import SEEDS, Source
 from kdfast.train.evaluate import evaluate
 from kdfast.train.inputs import digest_of
 from kdfast.train.objective import Setting
-from kdfast.train.recipe import SEEDS, Model, Named, Phase, Recipe, Teacher
+from kdfast.train.recipe import Model, Named, Phase, Recipe, Teacher
 from kdfast.train.recipes.supervised import SupervisedOptions
 from kdfast.train.recipes.word_kd import WordKDOptions, vocabulary_in
 from kdfast.train.students import build_student, check_models

@@ -23,14 +23,14 @@ from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
 from kdfast.train.alignment import align, check_heads, check_vocabulary
 from kdfast.train.batch import Batch
-from kdfast.train.data import Order, PackedOrder, Source
+from kdfast.train.data import SEEDS, Order, PackedOrder, Source
 from kdfast.train.evaluate import evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog, check_finite
 from kdfast.train.objective import Objective, Prepared, Setting
 from kdfast.train.optimizer import lr_at, make_optimizer, set_options
 from kdfast.train.positions import check_positions
-from kdfast.train.recipe import SEEDS, Phase, Recipe
+from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import make_objectives
 from kdfast.train.shard import fully_sharded, synchronised
 from kdfast.train.step import DistillStep

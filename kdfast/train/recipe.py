@@ -15,11 +15,11 @@ import yaml
 
 from kdfast.strict import build, one_of, override, plain, ranged, refuse_unused
 from kdfast.train import recipes, tasks
+from kdfast.train.data import SEEDS
 
 #: Keys of earlier recipes that belong to the method.
 _MOVED = ("temperature", "soft_weight", "hard_weight")
-#: Seeds are below it: numpy takes no others.
-SEEDS = 2**32
+_CHOSEN = ("method", "task", "data", "phases")  # by name, or following from what is
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ class Recipe:
         elif "method" not in chosen:
             chosen["method"] = named("supervised", "method")
         # What is chosen by name is built already; the rest goes by the fields.
-        rest: Recipe = build(_Rest, values, beside=("method", "task", "data", "phases"))
+        rest: Recipe = build(_Rest, values, beside=_CHOSEN)
         return cls(**{name: getattr(rest, name) for name in _REST}, **chosen)
 
     def to_yaml(self) -> str:
@@ -390,7 +390,7 @@ def _rest_of() -> type:
     """`Recipe` without what is chosen by name, for `build`."""
     hints = typing.get_type_hints(Recipe)
     fields = []
-    for f in (f for f in dataclasses.fields(Recipe) if f.name not in ("method", "task", "data", "phases")):
+    for f in (f for f in dataclasses.fields(Recipe) if f.name not in _CHOSEN):
         default = {"default": f.default} if f.default is not dataclasses.MISSING else {"default_factory": f.default_factory}
         fields.append((f.name, hints[f.name], dataclasses.field(metadata=f.metadata, **default)))
     return dataclasses.make_dataclass("_Rest", fields, frozen=True)

@@ -82,21 +82,20 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
     settings = {k: v for k, v in fields.items() if k in ("id2label", "label2id", "pad_token_id") and v is not None}
     if spec.function:
         return from_function(spec.function, spec.arguments, "student.function")
+    if spec.model_type:
+        return from_config(spec.model_type, spec.config, "student", kind=task.kind, **fields)
+    settings |= spec.config
     if spec.path:
         check_fields(spec.path, spec.config, "student.config")
-        settings |= spec.config
         return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
-    if spec.from_teacher:
-        source = spec.from_teacher.path or next((t.path for t in recipe.all_teachers if t.path), None)
-        if source is None:
-            raise ValueError("student.from_teacher.path: expected the teacher's folder, which teacher.path does not give")
-        cut = spec.from_teacher
-        key = "student.from_teacher.path"
-        check_fields(source, spec.config, "student.config")
-        settings |= spec.config
-        teacher = load_folder(source, key, kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
-        return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
-    return from_config(spec.model_type or "", spec.config, "student", kind=task.kind, **fields)
+    cut, key = spec.from_teacher, "student.from_teacher.path"
+    assert cut is not None  # a recipe has one of the four
+    source = cut.path or next((t.path for t in recipe.all_teachers if t.path), None)
+    if source is None:
+        raise ValueError(f"{key}: expected the teacher's folder, which teacher.path does not give")
+    check_fields(source, spec.config, "student.config")
+    teacher = load_folder(source, key, kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
+    return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
 
 
 def _check_teachers(recipe: Recipe, task: Task[Any]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.extras import need
-from kdfast.models.generate import Decoding, end_ids, write
+from kdfast.models.generate import Decoding, write
+from kdfast.models.settings import end_ids
 from kdfast.strict import ranged, refuse_unused
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE, Batch
