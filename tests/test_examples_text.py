@@ -157,7 +157,7 @@ def test_the_study_of_the_warm_start(load: Any, corpus: Path, tmp_path: Path) ->
     assert len(grown) == 3 + 1
     assert json_of(out / "runs" / "warm-1")["init_from"] == str(out / "runs" / "small-1" / "model")
     assert "| the larger one, from the small one |" in text
-    assert text.count("the cold one's after") == 3
+    assert text.count("the warm one's after") == 3
     assert (out / "curves.png").stat().st_size > 1000
 
 

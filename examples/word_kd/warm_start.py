@@ -5,10 +5,10 @@ python warm_start.py --out runs/warm_start [--corpus FOLDER] [--seeds 1 2 3] [--
 A teacher is trained until validation stops improving and captured once. From its cache learn, for each seed, a small student,
 the larger one with `init_from` that small one, and the larger one, which is larger than the teacher too, from random weights.
 Both get as many steps and as many tries at the learning rate (short runs of seed 0, chosen by their loss on the validation
-files). How many steps and seconds the warm one needs to be where the cold one is at a quarter, at half and at the end of its
-run is read off their validation curves, seed by seed, without and with the small student's own. Everything lands under OUT:
-runs, cache, `study.json`, `study.md` (the tables) and `curves.png`. Stopped or killed and started again it goes on where it
-was.
+files). From random weights once more it gets three times as many steps: how many of them, and how many seconds, it needs to be
+where the warm one is when it begins, halfway and at its end is read off their validation curves, seed by seed; the warm one's
+are given without and with the small student's own. Everything lands under OUT: runs, cache, `study.json`, `study.md` (the
+tables) and `curves.png`. Stopped or killed and started again it goes on where it was.
 """
 
 from __future__ import annotations
@@ -78,9 +78,12 @@ LABELS = {
     "small": "the small student",
     "cold": "the larger one, from random weights",
     "warm": "the larger one, from the small one",
+    "longer": "the larger one, from random weights, longer",
 }
-#: Shares of the cold run whose perplexity the warm one is to reach.
-MARKS = (0.25, 0.5, 1.0)
+#: How many times as many steps that is.
+LONGER = 3
+#: Shares of the warm run's steps; what it is at there, the longer one is to reach.
+MARKS = (0.0, 0.5, 1.0)
 
 
 class WarmStart:
@@ -99,6 +102,8 @@ class WarmStart:
         for seed in self.seeds:
             pieces.append(Piece(f"small {seed}", small, partial(self.small, seed)))
             pieces += [Piece(f"{way} {seed}", LARGE_S * scale.steps, partial(self.large, way, seed)) for way in RATES]
+        longer = LARGE_S * scale.steps * LONGER
+        pieces += [Piece(f"longer {seed}", longer, partial(self.large, "longer", seed)) for seed in self.seeds]
         self.study.carry_out(pieces, self.report)
 
     def teacher(self) -> dict[str, Any]:
@@ -131,9 +136,10 @@ class WarmStart:
         return self.train(f"tries/{way}-{lr}", self.scale.large, 0, self.scale.tuning_steps, *changes, test=False)
 
     def large(self, way: str, seed: int) -> dict[str, Any]:
-        best = self.study.best([f"try of {way}: lr {lr}" for lr in RATES[way]]).rpartition(" ")[2]
+        tuned, times = ("cold", LONGER) if way == "longer" else (way, 1)
+        best = self.study.best([f"try of {tuned}: lr {lr}" for lr in RATES[tuned]]).rpartition(" ")[2]
         changes = [*self.start(way, seed), f"optimizer.lr={best}"]
-        return self.train(f"{way}-{seed}", self.scale.large, seed, self.scale.steps, *changes)
+        return self.train(f"{way}-{seed}", self.scale.large, seed, times * self.scale.steps, *changes)
 
     def curve(self, way: str, seed: int) -> list[dict[str, float]]:
         """step, seconds and nll on the validation files; a warm run begins where the small student ended."""
@@ -154,7 +160,7 @@ class WarmStart:
                 minutes = f"{statistics.fmean(x['seconds'] for x in found) / 60:.1f}"
                 rows.append([label, f"{found[0]['parameters']:,}", *scores, f"{found[0]['steps']}", minutes])
         text = [table(["", "parameters", "test perplexity", "validation perplexity", "steps", "minutes"], rows)]
-        done = [seed for seed in self.seeds if f"warm {seed}" in kept and f"cold {seed}" in kept]
+        done = [seed for seed in self.seeds if f"longer {seed}" in kept]
         if done:
             text.append(self.equal(done))
         for way, rates in RATES.items():
@@ -172,27 +178,27 @@ class WarmStart:
             cells: dict[str, list[float]] = {}
             ppl, missed = [], 0
             for seed in seeds:
-                cold, warm = self.curve("cold", seed), self.curve("warm", seed)
-                mark = min(cold, key=lambda point: abs(point["step"] - share * cold[-1]["step"]))
-                there, small = reached(warm, mark["nll"]), self.study.kept[f"small {seed}"]
+                longer, warm = self.curve("longer", seed), self.curve("warm", seed)
+                mark = min(warm, key=lambda point: abs(point["step"] - share * warm[-1]["step"]))
+                there, small = reached(longer, mark["nll"]), self.study.kept[f"small {seed}"]
                 ppl.append(math.exp(mark["nll"]))
                 if there is None:
                     missed += 1
-                    continue
                 for what in ("step", "seconds"):
                     own = small["steps" if what == "step" else "seconds"]
-                    for name, value in (("cold", mark[what]), ("warm", there[what]), ("both", there[what] + own)):
+                    values = {"warm": mark[what], "both": mark[what] + own, **({"cold": there[what]} if there else {})}
+                    for name, value in values.items():
                         cells.setdefault(f"{what} {name}", []).append(value)
             columns = ["not reached" if name not in cells else spread(cells[name], ".0f") for name in _EQUAL]
-            at = f"{spread(ppl)}, the cold one's after {share:.0%} of its steps"
-            rows.append([at + (f" ({missed} of {len(seeds)} seeds never there)" if missed else ""), *columns])
+            at = f"{spread(ppl)}, the warm one's after {share:.0%} of its steps"
+            rows.append([at + (f" ({missed} of {len(seeds)} cold ones never there)" if missed else ""), *columns])
         return table(["validation perplexity", *_EQUAL.values()], rows)
 
     def draw(self) -> None:
         with picture(self.study.out / "curves.png", 2) as panels:
             for axes, unit in zip(panels, ("step", "seconds"), strict=True):
                 for number, (way, label) in enumerate(LABELS.items()):
-                    for seed in self.seeds if way in RATES else ():
+                    for seed in self.seeds if way in ("cold", "warm", "longer") else ():
                         curve = self.curve(way, seed)
                         if curve:
                             line = [[point[unit] for point in curve], [math.exp(point["nll"]) for point in curve]]
