@@ -356,6 +356,21 @@ def test_eval_scores_a_saved_student(home: tuple[Path, Path, Path], capsys: pyte
     assert {"ppl", "bleu_greedy"} <= json.loads(capsys.readouterr().out).keys()
 
 
+def test_pairs_that_are_not_whole_are_counted(
+    home: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, _, teacher = home
+    rows = [{"source": "a dog", "target": "ein hund"}, {"source": "", "target": "ein"}, {"source": "a", "target": "ein " * 20}]
+    data, said = write_rows(tmp_path / "some.jsonl", rows), []
+    run(recipe_values(tokenizer, data, tmp_path / "run", steps=1, batch_size=2), said)
+    told = "1 of 3 documents cut to data.sequence_length 16, 1 dropped: nothing to learn within it"
+    assert said[:2] == [f"data.train: {told}", f"data.validation: {told}"]
+    capsys.readouterr()
+    assert main(["eval", str(teacher), "--data", str(data), "--sequence-length", "16"]) == 0
+    assert told.replace("data.sequence_length", "--sequence-length") in capsys.readouterr().err
+    assert run(recipe_values(tokenizer, home[1], tmp_path / "whole", steps=1), said := []) and not any("cut" in x for x in said)
+
+
 # Bad input
 
 

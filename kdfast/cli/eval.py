@@ -143,6 +143,8 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
             check_ids(model, tokenizer.get_vocab_size(), "model")
         check_positions([("model", model)], rows, task)
         model = model.to(device)
+        for note in task.notes:
+            print(_with_flags(note), file=sys.stderr)
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)
 

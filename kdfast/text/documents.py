@@ -117,7 +117,7 @@ class Corpus:
         if self.documents:
             return
         option, length = self._source.option, self.data.sequence_length
-        if self.taught:
+        if self.taught and self.task == "causal":
             raise ValueError(
                 f"{option}: expected a completion within {self._name('sequence_length')} {length}, found none in"
                 f" {self.taught} documents; allow more tokens"
@@ -291,14 +291,17 @@ class Corpus:
         decoder has its start, and nothing counts."""
         length = self.data.sequence_length
         start, end = self._decoder
-        context = torch.tensor(self._asked(asked)[:length], dtype=torch.int64)
-        if answer is None:
-            labels = torch.tensor([IGNORE], dtype=torch.int64)
-        else:
+        source, target = self._asked(asked), [IGNORE]
+        if answer is not None:
             _, said, after = surrounded((), answer[1:] if answer[:1] == [start] else answer, end)
-            labels = torch.tensor([*said, *after][:length], dtype=torch.int64)
+            target = [*said, *after]
+        self.taught += 1
+        self.cut += max(len(source), len(target)) > length
+        context, labels = (torch.tensor(ids[:length], dtype=torch.int64) for ids in (source, target))
         if len(context) and len(labels):
             yield Example(torch.cat([torch.tensor([start]), labels[:-1]]), labels, context)
+        else:
+            self.dropped += 1
 
     def _asked(self, text: str) -> list[int]:
         """An encoder's ids, as the tokenizer makes them; what its post-processor adds is not added where the text has it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,22 @@ class Documents:
         about = files.read_json(folder / "documents.json")
         self.digest: str = about["digest"]
         self.tokens: int = about["tokens"]
+        #: Of documents that are not whole, empty when all are.
+        self.report: str = about.get("report", "")
         self._parts = {name: np.memmap(folder / f"{name}.bin", dtype=_PARTS[name], mode="r") for name in about["parts"]}
         self._ends = {name: np.load(folder / f"{name}.ends.npy", mmap_mode="r") for name in about["parts"]}
 
     @classmethod
     def of(cls, corpus: Any, folder: Path) -> Documents:
         """The documents of `corpus`, from `folder` where the same corpus was read before."""
-        return cls.kept(corpus, {"corpus": corpus.describe(), "read_from": _read_from(corpus)}, folder)
+        return cls.kept(corpus, {"corpus": corpus.describe(), "read_from": _read_from(corpus)}, folder, corpus.report)
 
     @classmethod
-    def kept(cls, examples: Iterable[Any], described: dict[str, Any], folder: Path) -> Documents:
-        """`examples` in `folder`; from there where what they are `described` by was written before."""
+    def kept(
+        cls, examples: Iterable[Any], described: dict[str, Any], folder: Path, report: Callable[[], str] = str
+    ) -> Documents:
+        """`examples` in `folder`; from there where what they are `described` by was written before. `report`: what is to be
+        said of them when all are read."""
         about, described = folder / "documents.json", files.json_value(described)
         if about.is_file():
             before = files.read_json(about)
@@ -54,7 +59,7 @@ class Documents:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.written_folder(folder) as part:
             values = _write(examples, part)
-            files.write_json(part / "documents.json", {**values, **described})
+            files.write_json(part / "documents.json", {**values, "report": report(), **described})
         return cls(folder)
 
     def __len__(self) -> int:

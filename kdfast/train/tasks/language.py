@@ -127,7 +127,9 @@ class LanguageTask(Task[Data]):
         home = None if file is None else file.parent
         corpus = Corpus(spec, tokenizer, home, task=self.corpus_task, name=name, otherwise=self._said)
         self.ids |= corpus.ids
-        return Documents.of(corpus, folder)
+        rows = Documents.of(corpus, folder)
+        self.notes += [f"{key}: {rows.report}"] if rows.report else []
+        return rows
 
     def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
         return {"vocab_size": vocab_size, **self.ids}

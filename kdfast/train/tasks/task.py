@@ -49,6 +49,8 @@ class Task(Generic[D]):
 
     def __init__(self, options: Any, data: D) -> None:
         self.options, self.data = options, data
+        #: What a person is told of the rows that were opened.
+        self.notes: list[str] = []
 
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
         """The data, checked. `tokenizer` is None for a task without; what is made of the data may be kept in `folder`.
