@@ -235,6 +235,10 @@ def test_an_lstm_learns_from_a_wider_one_through_its_head(tokenizer: Path, tmp_p
     first = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[0])
     # What the teacher says of the first batch is what its own run ended in, not what fresh weights would say.
     assert first["teacher_ppl"] == pytest.approx(teacher.evaluation.ppl, rel=0.3)
+    bare: list[str] = []
+    distill(Recipe.build({**values, "out": str(tmp_path / "bare"), "teacher": wide, "steps": 1}), say=bare.append)
+    assert f"teacher: no weights named, it is as {__name__}:make_lstm makes it" in bare
+    assert not any("no weights named" in line for line in said)
     other = {**values, "out": str(tmp_path / "other"), "student": {**wide, "arguments": {"vocab_size": 310}}}
     with pytest.raises(ValueError, match=r"teacher: its vocabulary has 300 ids, the student's 310"):
         distill(Recipe.build(other), say=said.append)

@@ -21,7 +21,7 @@ from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Task
-from kdfast.train.teachers import CachedTeacher, Teacher, open_teacher
+from kdfast.train.teachers import CachedTeacher, LiveTeacher, Teacher, open_teacher
 
 #: What a language task's data options say of a cache; the others are for reading text.
 _OF_CACHES = ("validation_share", "pack", "group_by_length")
@@ -57,6 +57,13 @@ class Inputs:
         if getattr(recipe.data, "group_by_length", False):
             return LengthOrder(lengths_of(rows), recipe.batch_size, recipe.seed)
         return Order(len(rows), recipe.seed)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person is told before the first step."""
+        live = [teacher for teacher in self.teachers if isinstance(teacher, LiveTeacher)]
+        made = [t.made_by for t in live if t.made_by is not None]
+        return [*self.task.notes, *(f"teacher: no weights named, it is as {name} makes it" for name in made)]
 
     @property
     def caches(self) -> list[CachedTeacher]:

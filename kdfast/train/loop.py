@@ -116,7 +116,7 @@ def _distill(
         if accelerator.is_main_process and not recipe.check:
             remove_orphans(folder)
         inputs = open_inputs(recipe, kept / "data", train_data, validation_data)
-    for note in inputs.task.notes if accelerator.is_main_process else ():
+    for note in inputs.notes if accelerator.is_main_process else ():
         say(note)
     done = run_folder.finished(folder, recipe, inputs)
     if done is not None and done["steps"] < recipe.total_steps and accelerator.is_main_process:

@@ -24,21 +24,25 @@ class LiveTeacher:
         self.head: LinearHead | None = None
         #: Weights that its folder lacked, which are random.
         self.missing: Sequence[str] = ()
+        #: The function that made it, where nothing else says what its weights are.
+        self.made_by: str | None = None
 
     @classmethod
     def load(cls, spec: Any, key: str, kind: str) -> LiveTeacher:
         """From a recipe's `teacher:` (key is what an error calls it)."""
         if spec.function:
             model = from_function(spec.function, spec.arguments, f"{key}.function")
+            found = cls(model, spec.weight)
             if spec.weights:
                 load_weights(model, spec.weights, f"{key}.weights")
-        else:
-            missing: list[str] = []
-            model = load_folder(spec.path, f"{key}.path", kind=kind, dtype=spec.dtype, missing=missing)
-            found = cls(model, spec.weight)
-            found.missing = missing
+            else:
+                found.made_by = spec.function
             return found
-        return cls(model, spec.weight)
+        missing: list[str] = []
+        model = load_folder(spec.path, f"{key}.path", kind=kind, dtype=spec.dtype, missing=missing)
+        found = cls(model, spec.weight)
+        found.missing = missing
+        return found
 
     def name_head(self, example: Mapping[str, Tensor]) -> None:
         self.head = find_head(self.model, example)
