@@ -5,7 +5,7 @@ python warm_start.py --out runs/warm_start [--corpus FOLDER] [--seeds 1 2 3] [--
 A teacher is trained until validation stops improving and captured once. From its cache learn, for each seed, a small student,
 the larger one with `init_from` that small one, and the larger one, which is larger than the teacher too, from random weights.
 Both get as many steps and as many tries at the learning rate (short runs of seed 0, chosen by their loss on the validation
-files). From random weights once more it gets three times as many steps: how many of them, and how many seconds, it needs to be
+files). From random weights once more it gets twice as many steps: how many of them, and how many seconds, it needs to be
 where the warm one is when it begins, halfway and at its end is read off their validation curves, seed by seed; the warm one's
 are given without and with the small student's own. Everything lands under OUT: runs, cache, `study.json`, `study.md` (the
 tables) and `curves.png`. Stopped or killed and started again it goes on where it was.
@@ -81,7 +81,7 @@ LABELS = {
     "longer": "the larger one, from random weights, longer",
 }
 #: How many times as many steps that is.
-LONGER = 3
+LONGER = 2
 #: Shares of the warm run's steps; what it is at there, the longer one is to reach.
 MARKS = (0.0, 0.5, 1.0)
 
