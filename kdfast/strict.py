@@ -79,7 +79,7 @@ def unknown_key(where: str, key: str, valid: typing.Iterable[str], below: str = 
     """The message for a key that does not exist. `below`: a key of that name which lies deeper."""
     valid = list(valid)
     near = [below] if below else difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(valid)}" if valid else "it has no keys"
     return f"{where}: unknown key; {hint}"
 
 

@@ -165,9 +165,12 @@ def test_special_tokens_of_the_end_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["for x", "<s>for x</s>", "<s>for x", "for x</s>"])
-@pytest.mark.parametrize("target", [" in", " in</s>", "<|im_start|> in</s>"])
-def test_pairs_with_special_tokens_of_their_own(tmp_path: Path, source: str, target: str) -> None:
-    config = {"decoder_start_token_id": TURN, "eos_token_id": END}
+@pytest.mark.parametrize("target", [" in", " in</s>", "<|im_start|> in</s>", "<s> in</s>", "<|im_start|><s> in"])
+@pytest.mark.parametrize("forced", [None, BEGIN, 5])
+def test_pairs_with_special_tokens_of_their_own(tmp_path: Path, source: str, target: str, forced: int | None) -> None:
+    """A target is what the tokenizer makes of it (`text_target`), or begins with the id that a model is made to begin with."""
+    begin = [BEGIN] if forced is None else [forced]
+    config = {"decoder_start_token_id": TURN, "eos_token_id": END, "forced_bos_token_id": forced}
     tokenizer = make(tmp_path, "<s> $A </s>", tokenizer_config=LLAMA, config=config)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"source": source, "target": target}))
     data = TextData(paths=(str(tmp_path / "rows.jsonl"),))
@@ -176,8 +179,15 @@ def test_pairs_with_special_tokens_of_their_own(tmp_path: Path, source: str, tar
     assert example.context_ids is not None
     assert example.labels is not None
     assert example.context_ids.tolist() == [BEGIN, *asked, END]
-    assert example.labels.tolist() == [*said, END]
-    assert example.input_ids.tolist() == [TURN, *said]
+    if "<s>" in target and forced == 5:  # a language's id stands before what a text says itself
+        begin = [5, BEGIN]
+    assert example.labels.tolist() == [*begin, *said, END]
+    assert example.input_ids.tolist() == [TURN, *begin, *said]
+    if forced is None:
+        assert example.labels.tolist() == tokenizer.encode(" in", add_special_tokens=True).ids
+    (cut,) = Corpus(dataclasses.replace(data, sequence_length=2), tokenizer, tmp_path, task="seq2seq")
+    assert cut.context_ids is not None
+    assert cut.context_ids.tolist() == [BEGIN, END]
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,9 @@ def _options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def flag(option: str) -> str:
-    """An option of `TextData` or `BuildOptions` as the command line has it."""
+    """An option of `TextData` or `BuildOptions` as the command line has it; nothing of what it has not."""
+    if option == "unlabelled":
+        return ""
     return "--data" if option == "paths" else f"--{option.replace('_', '-')}"
 
 

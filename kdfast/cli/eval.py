@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+#: Options of the data that are flags.
+_OWN = ("data", "glob", "exclude", "sequence_length", "special_tokens", "separator", "end")
 #: What a recipe calls otherwise than a flag is called.
 _FLAGS = {"validation": "data", "train": "data"}
 
@@ -112,13 +114,12 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     folder = Path(where) if function else resolve_folder(where, "model")
     # `task.beams=[1, 5]` is the task's, any other key its data's.
     own = [setting.removeprefix("task.") for setting in args.set if setting.startswith("task.")]
-    rest = [setting for setting in args.set if not setting.startswith("task.")]
+    rest = [setting.removeprefix("data.") for setting in args.set if not setting.startswith("task.")]
     name = args.task or run.task.get("name") or kind_of(folder)
     same = name == run.task.get("name")
     chosen = named({"name": name, **override(run.task if same else {}, own)}, "task")
     cls = task_class(chosen.name)
-    known = ("glob", "exclude", "sequence_length", "special_tokens", "separator", "end")
-    given = {name: value for name in known if (value := getattr(args, name))}
+    given = {name: value for name in _OWN[1:] if (value := getattr(args, name))}
     data = build(cls.Data, override({**(run.data if same else {}), **given, "validation": args.data}, rest), "data")
     # What the model's folder has, was written beside the weights: the recipe's may have moved.
     read = args.tokenizer or (folder if (folder / "tokenizer.json").is_file() else run.tokenizer or folder)
@@ -150,9 +151,10 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _with_flags(message: str) -> str:
-    """`data.sequence_length: ...` as the command line has it."""
+    """`data.sequence_length: ...`, `data.field: ...` as the command line has them."""
 
     def flag(match: re.Match[str]) -> str:
-        return f"--{_FLAGS.get(match[1], match[1]).replace('_', '-')}"
+        name = _FLAGS.get(match[1], match[1])
+        return f"--{name.replace('_', '-')}" if name in _OWN else f"--set {name}=..."
 
     return re.sub(r"^(tokenizer|task)(?=[: ])", r"--\1", re.sub(r"\bdata\.(\w+)", flag, message))

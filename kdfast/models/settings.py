@@ -22,6 +22,8 @@ from transformers import (
 
 from kdfast.models.ensemble import Ensemble
 
+#: What a configuration says of where and how the model is kept.
+_ABOUT = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
 #: Which ids may be written at all.
 _BANS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 
@@ -41,12 +43,28 @@ def end_ids(model: nn.Module, otherwise: int | None = None) -> list[int]:
     return list(dict.fromkeys(ends)) or ([] if otherwise is None else [otherwise])
 
 
+def end_like(model: Any, end: int | None) -> None:
+    """Has a model of a folder end what it writes with the id that ends the rows it learns, unless it does."""
+    if end is None or end in end_ids(model):
+        return
+    for its in (model.config, getattr(model, "generation_config", None)):
+        if its is not None:
+            its.eos_token_id = end
+
+
 def settings_of(model: Any) -> dict[str, Any]:
     """What beside its weights decides the text that a model writes: its dtype, and the settings of its own that count."""
     pair = model.config.is_encoder_decoder
     own = {name: _said(model, name, config=False) for name in (*_BANS, *(("forced_bos_token_id",) if pair else ()))}
     ids = {"start": start_of(model) if pair else None, "end": end_ids(model)}
     return {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), **ids, **own}
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """What of a model's configuration decides what it says beside its weights; nothing of a module without one."""
+    config = getattr(model, "config", None)
+    values = {} if config is None else config.to_dict()
+    return {name: value for name, value in values.items() if name not in _ABOUT and not name.startswith("_")}
 
 
 def _said(model: Any, name: str, config: bool = True) -> Any:

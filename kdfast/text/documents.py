@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Corpus:
         seed: of the masks of a masked language model.
         name: how an error calls an option.
         otherwise: fields of a model's configuration that count where `folder` has none: `decoder_start_token_id`,
-            `eos_token_id`.
+            `eos_token_id`, `forced_bos_token_id`.
 
     Raises:
         ValueError: what is named is not there, or options do not go together.
@@ -183,7 +183,7 @@ class Corpus:
             except ValueError:  # no template, which only conversations need
                 return None
 
-        return special_tokens(self.tokenizer, self._folder, self.data, turn_end, self._name)
+        return special_tokens(self.tokenizer, self._folder, self.data, turn_end, self._name, self._otherwise)
 
     def _documents(self) -> Iterator[Example]:
         length, source = self.data.sequence_length, self._source
@@ -235,9 +235,11 @@ class Corpus:
         if form is None:
             wanted = ", or ".join(" and ".join(fields) for fields in self._forms.values())
             named = "/".join(self._name(option) for option in _FIELDS[self.task])
-            remedy = f"name its fields in {named}"
-            if self.task == "seq2seq" and row.has(self._forms["pair"][:1]):
-                remedy = f"or set {self._name('unlabelled')}: true for sources that a teacher translates"
+            remedy, bare = f"name its fields in {named}", self._name("unlabelled")
+            if bare and self.task == "seq2seq" and row.has(self._forms["pair"][:1]):
+                remedy = f"or set {bare}: true for sources that a teacher translates"
+            elif bare and "prompt" in self._forms and row.has(self._forms["prompt"][:1]):
+                remedy = f"or set {bare}: true for prompts that a teacher goes on with"
             elif self.task == "causal" and row.has(("source", "target")):
                 remedy += ", or set task: seq2seq"
             raise ValueError(
@@ -256,7 +258,7 @@ class Corpus:
         if draft.form == "text":
             yield from self._text(first.ids)
         elif draft.form == "pair":
-            yield from self._pair(draft.texts[0], encodings[1].ids if len(encodings) > 1 else None)
+            yield from self._pair(draft.texts, encodings[1].ids if len(encodings) > 1 else None)
         elif draft.written is not None:
             yield from self._taught(first.ids, learned(first.ids, first.offsets, draft.written, known))
         else:
@@ -286,20 +288,25 @@ class Corpus:
         else:
             self.dropped += 1
 
-    def _pair(self, asked: str, answer: list[int] | None) -> Iterator[Example]:
+    def _pair(self, texts: Sequence[str], answer: list[int] | None) -> Iterator[Example]:
         """A source and a target, each cut to the length; the decoder starts from the model's own start. Without a target the
         decoder has its start, and nothing counts."""
         length = self.data.sequence_length
         start, end = self._decoder
-        source, target = self._asked(asked), [IGNORE]
+        source, target = self._asked(texts[0]), [IGNORE]
         if answer is not None:
-            _, said, after = surrounded((), answer[1:] if answer[:1] == [start] else answer, end)
-            target = [*said, *after]
+            before, said, after = surrounded(self._target_begin, answer[1:] if answer[:1] == [start] else answer, end)
+            target = [*before, *said, *after]
         self.taught += 1
         self.cut += max(len(source), len(target)) > length
+        after = self._around[1] if self.data.special_tokens == "auto" else ()
+        if length < len(source) and len(after) < length and source[len(source) - len(after) :] == [*after]:
+            source = [*source[: length - len(after)], *after]  # an encoder's ids end as they do uncut
         context, labels = (torch.tensor(ids[:length], dtype=torch.int64) for ids in (source, target))
         if len(context) and len(labels):
-            yield Example(torch.cat([torch.tensor([start]), labels[:-1]]), labels, context)
+            whole = np.frombuffer("".join(texts[1:]).encode(errors="replace"), np.uint8)
+            inputs = torch.cat([torch.tensor([start]), labels[:-1]])
+            yield Example(inputs, labels, context, reference=torch.from_numpy(whole.copy()))
         else:
             self.dropped += 1
 
@@ -317,11 +324,15 @@ class Corpus:
         return around(self.tokenizer)
 
     @functools.cached_property
+    def _said(self) -> dict[str, Any]:
+        """The model's configuration, what is said otherwise where it has nothing."""
+        files = [read_json(self._folder, name) for name in ("config.json", "generation_config.json")]
+        return {k: v for of in (self._otherwise, *reversed(files)) for k, v in of.items() if v is not None}
+
+    @functools.cached_property
     def _decoder(self) -> tuple[int, tuple[int, ...]]:
         """The id a decoder starts from, and those that end it, as the model's configuration has them."""
-        files = [read_json(self._folder, name) for name in ("config.json", "generation_config.json")]
-        said = {k: v for of in (self._otherwise, *reversed(files)) for k, v in of.items() if v is not None}
-        start, end = said.get("decoder_start_token_id"), said.get("eos_token_id")
+        start, end = self._said.get("decoder_start_token_id"), self._said.get("eos_token_id")
         if not isinstance(start, int):
             where = "" if self._folder is None else f" in {self._folder}"
             raise ValueError(
@@ -332,6 +343,16 @@ class Corpus:
             return start, self.specials.end
         first = end[0] if isinstance(end, list) and end else end
         return start, (first,) if isinstance(first, int) and self.data.special_tokens == "auto" else ()
+
+    @functools.cached_property
+    def _target_begin(self) -> tuple[int, ...]:
+        """What targets begin with behind the decoder's start: the id that the model is made to begin with (a language's), else
+        what the tokenizer begins a text with, as its `text_target` has it."""
+        if self.data.special_tokens != "auto":
+            return ()
+        forced = self._said.get("forced_bos_token_id")
+        begin = (forced,) if isinstance(forced, int) else self._around[0]
+        return () if begin == (self._decoder[0],) else begin
 
     def _masked(self, ids: Tensor, number: int) -> Example:
         """The document with a share of its ids masked, the same for the same seed and place; the labels are what was there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ def special_tokens(
     data: TextData,
     turn_end: Callable[[], int | None] = lambda: None,
     name: Naming = python_name,
+    otherwise: Mapping[str, Any] | None = None,
 ) -> Specials:
     """The special tokens for documents of `data`.
 
@@ -55,6 +56,7 @@ def special_tokens(
     Args:
         folder: the model's, with tokenizer_config.json, generation_config.json and config.json, as far as they are there.
         turn_end: finds the token that ends an assistant's turn in the chat template.
+        otherwise: `eos_token_id` where the folder says none.
 
     Raises:
         ValueError: a token that is named is not in the tokenizer.
@@ -70,7 +72,7 @@ def special_tokens(
         bos, eos = (_token(tokenizer, named.get(role)) for role in ("bos_token", "eos_token"))
         begin = _with(begin, bos, config.get("add_bos_token"), 0)
         after = _with(after, eos, config.get("add_eos_token"), len(after))
-        stops = _stops(tokenizer, folder, known)
+        stops = _stops(folder, known, otherwise or {})
         eos = eos if eos is not None else stops[0] if stops else tokenizer.token_to_id(SEPARATOR)
         separator = after or (() if eos is None else (eos,))
         stop = turn_end() if len(stops) > 1 else None
@@ -130,10 +132,10 @@ def _with(ids: tuple[int, ...], token: int | None, wanted: Any, at: int) -> tupl
     return (*ids[:at], token, *ids[at:]) if wanted else tuple(i for i in ids if i != token)
 
 
-def _stops(tokenizer: Tokenizer, folder: Path | None, known: frozenset[int]) -> list[int]:
+def _stops(folder: Path | None, known: frozenset[int], otherwise: Mapping[str, Any]) -> list[int]:
     """Ids that stop the model, as far as they are special tokens of the tokenizer: a configuration's defaults may not be."""
     config = read_json(folder, "config.json")
-    for said in (read_json(folder, "generation_config.json"), config, config.get("text_config") or {}):
+    for said in (read_json(folder, "generation_config.json"), config, config.get("text_config") or {}, otherwise):
         ids = said.get("eos_token_id")
         found = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and i in known]
         if found:

@@ -23,7 +23,7 @@ from kdfast.models.load import check_ids, device_named, read_config, resolve_fol
 from kdfast.ops.topk import topk_targets
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source, lengths_of, sizes_of
+from kdfast.train.data import Source, digest_of, lengths_of, sizes_of
 from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Recipe, Teacher
 from kdfast.train.tasks import task_class
@@ -185,8 +185,3 @@ class TaughtRows:
     def digest(self) -> str:
         return "+".join([digest_of(self.rows), *(cache.digest for cache in self.caches)])
 
-
-def digest_of(data: Source) -> str:
-    """A hash of the training data, as far as it can be had without reading everything."""
-    digest: str = getattr(data, "digest", f"{type(data).__name__} of {len(data)} rows")
-    return digest

@@ -6,7 +6,7 @@ The order is a function of (seed, position) alone, so a resumed run needs no ite
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ from kdfast.train.batch import IGNORE, Batch
 
 #: A held-out part depends on this alone, so that runs with different seeds see the same validation data.
 SPLIT_SEED = 0
+#: Rows by which a source without a digest is known.
+_LOOKED_AT = 64
 #: Seeds are below it: numpy takes no others.
 SEEDS = 2**32
 
@@ -84,8 +86,32 @@ class Subset:
     @property
     def digest(self) -> str:
         """Of the source, and which rows."""
-        rows = hashlib.blake2b(torch.tensor(self.rows).numpy().tobytes(), digest_size=8).hexdigest()
-        return f"{getattr(self.source, 'digest', '')}:{rows}"
+        return digest_of(self)
+
+
+def digest_of(source: Source, whole: bool = False) -> str:
+    """A hash of rows: their own, else of some of them, or of the `whole`, where they are the same when read twice."""
+    if isinstance(source, Subset):
+        rows = hashlib.blake2b(torch.tensor(source.rows).numpy().tobytes(), digest_size=8).hexdigest()
+        return f"{digest_of(source.source, whole)}:{rows}"
+    own: str | None = getattr(source, "digest", None)
+    if own is not None:
+        return own
+    name, n = f"{type(source).__name__} of {len(source)} rows", len(source)
+    looked_at = range(n) if whole else np.linspace(0, n - 1, min(n, _LOOKED_AT)).astype(int).tolist()
+    found = _digest(source, looked_at)
+    return f"{name}, {found}" if found == _digest(source, looked_at) else name
+
+
+def _digest(source: Source, rows: Iterable[int]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for i in rows:
+        batch = source.batch([i])
+        for name, value in [*sorted(batch.by_name.items()), ("labels", batch.labels), *sorted(batch.extra.items())]:
+            if value is not None:
+                state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                state.update(value.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def lengths_of(source: Source) -> np.ndarray:

@@ -26,11 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 from kdfast import files
 from kdfast.models.ensemble import Ensemble
 from kdfast.models.generate import Decoding, Hypothesis, write
-from kdfast.models.settings import end_ids, settings_of
+from kdfast.models.settings import config_of, end_ids, settings_of
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE
-from kdfast.train.data import Source
-from kdfast.train.inputs import digest_of
+from kdfast.train.data import Source, digest_of
 from kdfast.train.stop import stop_signals
 
 
@@ -38,11 +37,13 @@ class Asked(NamedTuple):
     """One row as a teacher is asked.
 
     source: an encoder's ids, or a prompt. gold: ids of the target, where there is one. start: the id a decoder starts from.
+    more: whether answers come after this one, as in a conversation of several turns.
     """
 
     source: Tensor
     gold: Tensor
     start: int | None
+    more: bool = False
 
 
 def asked_in(rows: Source, i: int, prompt_tokens: int | None = None) -> Asked:
@@ -57,10 +58,14 @@ def asked_in(rows: Source, i: int, prompt_tokens: int | None = None) -> Asked:
     if kept is not None:  # padding may stand on either side
         ids, labels = ids[kept], labels[kept]
     counted = labels != IGNORE
-    first = int(counted.nonzero()[0]) + 1 if bool(counted.any()) else len(ids)
-    length = min(first if prompt_tokens is None else prompt_tokens, len(ids))
-    gold = ids[length:] if bool(counted.any()) else ids[:0]
-    return Asked(ids[:length], gold, None)
+    if prompt_tokens is not None or not bool(counted.any()):
+        length = min(prompt_tokens or len(ids), len(ids))
+        return Asked(ids[:length], ids[length:] if bool(counted.any()) else ids[:0], None)
+    # Row t says what follows token t: an answer begins behind its first and ends behind its last.
+    first = int(counted.nonzero()[0])
+    uncounted = (~counted[first:]).nonzero()
+    last = first + int(uncounted[0]) if len(uncounted) else len(ids)
+    return Asked(ids[: first + 1], ids[first + 1 : last + 1], None, bool(counted[last:].any()))
 
 
 def decode(
@@ -99,7 +104,8 @@ def decode(
     settings = [settings_of(teacher.model) for teacher in teachers]
     described = files.json_value({
         "teachers": list(identity), "dtypes": [own.pop("dtype") for own in settings], "generation_config": settings,
-        "weights": [teacher.weight for teacher in teachers], "data": digest_of(rows), "rows": count,
+        "weights": [teacher.weight for teacher in teachers], "data": digest_of(rows, whole=True), "rows": count,
+        "configs": [config_of(teacher.model) for teacher in teachers],
         **asdict(decoding), "batch_size": batch_size, "prompt_tokens": prompt_tokens, "most": most,
         **({"seed": seed} if decoding.sample else {}),
     })  # fmt: skip
@@ -153,11 +159,13 @@ class _Stage:
         order = torch.arange(count)
         if hasattr(rows, "lengths"):  # the longest first: what does not fit shows at once, and time is not underestimated
             order = torch.from_numpy(rows.lengths()[:count]).argsort(descending=True, stable=True)
+        #: Rows that nothing is written for, and rows with answers behind the first.
+        self._silent = self._several = 0
         self._batches = [part.tolist() for part in order.split(batch_size)]
 
     def run(self, say: Callable[[str], None], bar: Any, stop: threading.Event) -> float:
         """Writes the missing batches; the seconds it took, those of killed processes among them."""
-        done, seconds = self._resume()
+        done, seconds, self._silent, self._several = self._resume()
         total = sum(map(len, self._batches))
         if done:
             say(f"{self._part.parent}: going on after {done} of {len(self._batches)} batches")
@@ -169,27 +177,38 @@ class _Stage:
                 lines = self._lines(number)
                 seconds += time.perf_counter() - began
                 # The last line says that the batch is whole.
-                files.append_lines(self._part, [*lines, {"batch": number, "seconds": seconds}])
+                files.append_lines(self._part, [*lines, self._whole(number, seconds)])
                 finished += len(self._batches[number])
                 if shown is not None:
                     shown.update(finished)
                 if stop.is_set() and number + 1 < len(self._batches):
                     raise KeyboardInterrupt(f"stopped after {finished} of {total} sources; run the same again to go on")
         say(f"decoded {total} sources in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} a second")
+        if self._silent:
+            say(f"{self._silent} of {total} sources are empty or leave no room for what follows, and are left out")
+        if self._several:
+            say(f"{self._several} of {total} rows have several answers, of which only the first is asked for")
         return round(seconds, 3)
 
-    def _resume(self) -> tuple[int, float]:
-        """Whole batches that are there, and the seconds they took; what a kill left of another one is cut off."""
+    def _whole(self, number: int, seconds: float) -> dict[str, Any]:
+        return {"batch": number, "seconds": seconds, "silent": self._silent, "several": self._several}
+
+    def _resume(self) -> tuple[int, float, int, int]:
+        """Whole batches that are there, the seconds they took, and their rows without an answer and with several; what a kill
+        left of another one is cut off."""
         lines = files.read_lines(self._part)
         last = next((i for i in range(len(lines) - 1, -1, -1) if "batch" in lines[i]), -1)
         if last + 1 < len(lines):
             with files.written(self._part) as new:
                 new.write_text("".join(files.json_text(line) + "\n" for line in lines[: last + 1]), encoding="utf-8")
-        return (lines[last]["batch"] + 1, lines[last]["seconds"]) if last >= 0 else (0, 0.0)
+        of: dict[str, Any] = lines[last] if last >= 0 else {"batch": -1, "seconds": 0.0}
+        return of["batch"] + 1, of["seconds"], of.get("silent", 0), of.get("several", 0)
 
     def _lines(self, number: int) -> list[dict[str, Any]]:
         """What is written for a batch: one object for each hypothesis."""
         asked = [(i, asked_in(self._rows, i, self._prompt_tokens)) for i in self._batches[number]]
+        self._several += sum(row.more for _, row in asked)
+        self._silent += sum(not len(row.source) for _, row in asked)
         asked = [(i, row) for i, row in asked if len(row.source)]
         if not asked:
             return []
@@ -197,6 +216,7 @@ class _Stage:
         torch.manual_seed(self._seed << 32 | number)  # of samples: the same whether or not a process was killed before
         inputs = {name: value.to(self._device) for name, value in inputs.items()}
         found = write(self._model, inputs, self._decoding, self._end, most=self._most)
+        self._silent += sum(not group for group in found)
         return [self._line(i, rank, row, hypothesis)
                 for (i, row), group in zip(asked, found, strict=True) for rank, hypothesis in enumerate(group)]  # fmt: skip
 

@@ -19,7 +19,9 @@ from kdfast.text.files import list_files
 from kdfast.train.batch import Batch
 
 #: What may be kept of a document: file -> dtype.
-_PARTS = {"input_ids": np.int32, "labels": np.int32, "loss_mask": np.uint8, "context_ids": np.int32}
+_PARTS = {
+    "input_ids": np.int32, "labels": np.int32, "loss_mask": np.uint8, "context_ids": np.int32, "reference": np.uint8,
+}  # fmt: skip
 #: What else in a tokenizer's folder decides how documents are written.
 _SETTINGS = ("tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
 
@@ -79,7 +81,10 @@ class Documents:
         if "context_ids" in self._parts:
             sources = [self._part("context_ids", i) for i in indices]
             inputs = {"input_ids": _padded(sources, 0), "decoder_input_ids": _padded(ids, 0)}
-            return Batch(inputs, self._labels(indices), _mask([len(x) for x in sources]))
+            # What is written is held against targets as they are, not as they are learned.
+            known = [name for name in ("reference",) if name in self._parts]
+            whole = {name: _padded([self._part(name, i) for i in indices], 0) for name in known}
+            return Batch(inputs, self._labels(indices), _mask([len(x) for x in sources]), extra=whole)
         if "labels" in self._parts:
             return Batch(_padded(ids, 0), self._labels(indices), mask)
         following = [torch.cat([x[1:], x.new_full((1,), IGNORE)]) for x in ids]
@@ -138,14 +143,15 @@ def _write(corpus: Iterable[Any], folder: Path) -> dict[str, Any]:
                 if value is None:
                     continue
                 data = np.ascontiguousarray(value.numpy().astype(dtype)).tobytes()
-                digest.update(data)
+                if name != "reference":
+                    digest.update(data)
                 handles[name].write(data)
                 ends[name].append((ends[name][-1] if ends[name] else 0) + len(value))
             digest.update(b"|")
     finally:
         for handle in handles.values():
             handle.close()
-    kept = [name for name, found in ends.items() if found]
+    kept = [name for name, found in ends.items() if found and found[-1]]
     for name in _PARTS:
         if name in kept:
             np.save(folder / f"{name}.ends.npy", np.asarray(ends[name], dtype=np.int64))

@@ -26,9 +26,8 @@ from kdfast.models.view import look
 from kdfast.strict import plain
 from kdfast.train.alignment import check_vocabulary
 from kdfast.train.batch import IGNORE
-from kdfast.train.data import SEEDS, Source
+from kdfast.train.data import SEEDS, Source, digest_of
 from kdfast.train.evaluate import evaluate
-from kdfast.train.inputs import digest_of
 from kdfast.train.objective import Setting
 from kdfast.train.recipe import Model, Named, Phase, Recipe, Teacher
 from kdfast.train.recipes.supervised import SupervisedOptions
@@ -105,7 +104,8 @@ class Generations:
         return dataclasses.replace(
             self.recipe, method=self._method(len(teachers)), phases=(), steps=self._steps, data=rows,
             student=self._fixed(student), optimizer=self._optimizer, teacher=None, teachers=tuple(teachers),
-            out=str(self.folder / f"generation-{number}" / f"member-{i}"), init_from=None,
+            out=str(self.folder / f"generation-{number}" / f"member-{i}"),
+            init_from=self.recipe.init_from if student == self.recipe.student else None,
             seed=(self.recipe.seed * 1000 + number * 100 + i) % SEEDS,
             tokenizer=None if self.inputs.tokenizer is None else str(self.inputs.tokenizer),
         )  # fmt: skip

@@ -11,11 +11,12 @@ import torch
 
 from kdfast.cache.format import CacheMismatch
 from kdfast.models.load import read_config, resolve_folder
+from kdfast.models.settings import end_ids
 from kdfast.strict import refuse_unused
 from kdfast.text.tokenizers import check_same_tokens, file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
-from kdfast.train.class_cache import TaughtRows, digest_of
-from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
+from kdfast.train.class_cache import TaughtRows
+from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, digest_of, lengths_of
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import ClassTask
@@ -62,8 +63,11 @@ class Inputs:
     def notes(self) -> list[str]:
         """What a person is told before the first step."""
         live = [teacher for teacher in self.teachers if isinstance(teacher, LiveTeacher)]
-        made = [t.made_by for t in live if t.made_by is not None]
-        return [*self.task.notes, *(f"teacher: no weights named, it is as {name} makes it" for name in made)]
+        made = [f"teacher: no weights named, it is as {t.made_by} makes it" for t in live if t.made_by is not None]
+        end = self.task.ids.get("eos_token_id") if isinstance(self.task, LanguageTask) else None
+        said = [ends[0] for t in live if end is not None and (ends := end_ids(t.model)) and end not in ends]
+        others = [f"teacher: what it writes ends with id {its} (eos_token_id), the rows end with {end}" for its in said]
+        return [*self.task.notes, *made, *others]
 
     @property
     def caches(self) -> list[CachedTeacher]:
@@ -95,6 +99,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     own = recipe.tokenizer or _own_tokenizer(recipe)
     if task.needs_tokenizer and (own or reads):
         tokenizer, tokenizer_file = load_tokenizer(own)
+        if isinstance(task, LanguageTask):
+            task.tokenizer = tokenizer
     identity = None if tokenizer_file is None else file_hash(tokenizer_file)
     pack = getattr(recipe.data, "pack", None)
     if pack and cached and task.kind != "causal_lm":
@@ -245,9 +251,14 @@ class _SideBySide:
     def batch(self, indices: Sequence[int]) -> Any:
         first, *others = [cache.batch(indices) for cache in self.caches]
         for i, other in enumerate(others, 1):
-            if not torch.equal(first.input_ids, other.input_ids):
+            own, its = ({**batch.by_name, "labels": batch.labels} for batch in (first, other))
+            if own.keys() != its.keys() or not all(_same(own[name], its[name]) for name in own):
                 raise ValueError(f"teachers[{i}].cache: holds other documents than teachers[0].cache; capture the same ones")
         return replace(first, targets=tuple(b.targets for b in (first, *others)))
+
+
+def _same(first: Any, other: Any) -> bool:
+    return first is other is None or (first is not None and other is not None and torch.equal(first, other))
 
 
 def _check_validation(validation: Source, recipe: Recipe) -> None:

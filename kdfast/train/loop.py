@@ -388,9 +388,9 @@ class _Run:
         loss = float(self._step(number, self._read(number).to(device), log))
         seconds = time.perf_counter() - began
         self.say(f"peak memory {run_folder.peak_memory_gb():.2f} GB on {device}")
-        steps = self.recipe.total_steps
-        read = steps * (self._rows_before(2) - self._rows_before(1)) / len(self.rows[0])
-        often = "" if isinstance(self.orders[0], PackedOrder) else f", which read the {len(self.rows[0])} rows {read:.3g} times"
+        steps, rows = self.recipe.total_steps, max(len(self.rows[0]), len(self.inputs.train))  # a check prepares fewer
+        read = steps * (self._rows_before(2) - self._rows_before(1)) / rows
+        often = "" if isinstance(self.orders[0], PackedOrder) else f", which read the {rows} rows {read:.3g} times"
         self.say(f"loss {loss:.4f}, {seconds:.3f} s a step, {steps * seconds / 60:.1f} minutes for {steps} steps{often}")
         return Result(self.folder, self.folder / "model", 2, seconds, None)
 

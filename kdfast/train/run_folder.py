@@ -18,7 +18,8 @@ import yaml
 
 import kdfast
 from kdfast.files import read_json, write_json, write_text
-from kdfast.train.inputs import Inputs, digest_of
+from kdfast.train.data import digest_of
+from kdfast.train.inputs import Inputs
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Evaluation

@@ -25,6 +25,7 @@ from kdfast.models.load import (
     resolve_folder,
     tied,
 )
+from kdfast.models.settings import end_like
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.text.tokenizers import load_tokenizer
@@ -32,6 +33,7 @@ from kdfast.train.inputs import Inputs
 from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
+from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Task
 
 #: What a tokenizer may be made of, beside `tokenizer.json`.
@@ -58,6 +60,8 @@ def build_student(
             say(grown)
     if spec.dtype == "bfloat16":
         cast_weights(student, torch.bfloat16)
+    if (spec.path or spec.from_teacher) and "eos_token_id" not in spec.config and isinstance(task, LanguageTask):
+        end_like(student, task.ids.get("eos_token_id"))
     if spec.freeze:
         _freeze(student, spec.freeze)
     if spec.lora:
@@ -177,7 +181,8 @@ def _tokenizer_config(config: Any, tokenizer: Path) -> dict[str, Any]:
     known = load_tokenizer(tokenizer)[0]
     ids = {name: getattr(config, f"{name}_id", None) for name in ("eos_token", "pad_token")}
     firsts = {name: found[0] if isinstance(found, list) else found for name, found in ids.items()}
-    tokens = {name: known.id_to_token(found) for name, found in firsts.items() if found is not None}
+    special = known.get_added_tokens_decoder()  # of a configuration's ids, which may be its defaults
+    tokens = {name: known.id_to_token(found) for name, found in firsts.items() if found in special}
     types = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
     return {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", *types, "attention_mask"],

@@ -24,6 +24,7 @@ from kdfast import files
 from kdfast.extras import need
 from kdfast.models.generate import Decoding
 from kdfast.models.load import resolve_folder, weights_hash
+from kdfast.models.positions import positions_of
 from kdfast.models.view import Needs, View
 from kdfast.strict import ranged, refuse_unused
 from kdfast.text import Example
@@ -36,10 +37,12 @@ from kdfast.train.kd import hard
 from kdfast.train.objective import Metrics, Prepared, Setting
 from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
 from kdfast.train.schedule import Scheduled, scheduled
+from kdfast.train.tasks.classes import digest_of_tensors
 from kdfast.train.tasks.language import LanguageTask
+from kdfast.train.teachers import LiveTeacher
 
-#: Rows that are decoded for `check: true`.
-_TRIED = 16
+#: Rows that are decoded for `check: true`, and rows of which it is looked whether they have prompts.
+_TRIED, _LOOKED_AT = 16, 64
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class SequenceKD(WordKD):
     def __init__(self, options: SequenceKDOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         self._recipe, self._bar, self._task = setting.recipe, setting.bar, setting.task
+        self._positions = positions_of(setting.student)
         if not isinstance(setting.task, LanguageTask) or setting.task.kind not in ("seq2seq", "causal_lm"):
             raise ValueError("method: sequence_kd expects task seq2seq or causal_lm, whose models write text")
         if any(teacher.info is not None for teacher in setting.teachers):
@@ -113,6 +117,11 @@ class SequenceKD(WordKD):
                 "data.prompt_loss: expected false with method sequence_kd, whose teachers are asked with the prompt, which ends"
                 " where the loss begins; leave it out, or set method.prompt_tokens"
             )
+        most = self._positions
+        if most is not None and options.max_tokens is not None and options.max_tokens > most:
+            raise ValueError(
+                f"method.max_tokens: expected at most the {most} positions of the student, got {options.max_tokens}; lower it"
+            )
         if options.interpolation:
             need("sacrebleu", extra="bleu", what="method.interpolation")
 
@@ -120,31 +129,41 @@ class SequenceKD(WordKD):
         return None if self.options.soft_weight == 0 else Needs()
 
     def prepare(self, inputs: Any, folder: Path, say: Any) -> Prepared:
-        options, most = self.options, getattr(self._task.data, "sequence_length", None)
+        options, longest = self.options, getattr(self._task.data, "sequence_length", None)
+        # Rows of the caller were cut by nothing.
+        most = self._positions if "train_data" in inputs.brought else longest
+        if self._task.kind == "causal_lm":
+            _check_prompts(inputs.train, options.prompt_tokens)
         tokenizer = None if inputs.tokenizer is None else load_tokenizer(inputs.tokenizer)[0]
         if options.interpolation and tokenizer is None:
             raise ValueError("method.interpolation: expected a tokenizer, to compare text with; add tokenizer: PATH")
         decoding = Decoding(
-            options.beam, options.nbest if options.sample else options.beam, options.max_tokens or most or 64,
+            options.beam, options.nbest if options.sample else options.beam, options.max_tokens or longest or 64,
             options.length_penalty, options.sample, options.sample_temperature, options.sample_top_k, options.sample_top_p,
         )  # fmt: skip
         checked = self._recipe is not None and self._recipe.check
         home = folder / "decoded" if options.decoded is None or checked else Path(options.decoded)
         whole = decode(
-            inputs.teachers, inputs.train, decoding, home, tokenizer=tokenizer, identity=self._identity(), say=say,
-            bar=self._bar, batch_size=options.decode_batch_size, prompt_tokens=options.prompt_tokens,
+            inputs.teachers, inputs.train, decoding, home, tokenizer=tokenizer, identity=self._identity(inputs.teachers),
+            say=say, bar=self._bar, batch_size=options.decode_batch_size, prompt_tokens=options.prompt_tokens,
             most=most if self._task.kind == "causal_lm" else None, limit=_TRIED if checked else 0,
             seed=1 if self._recipe is None else self._recipe.seed,
         )  # fmt: skip
+        if checked:
+            seconds = files.read_json(whole.parent / "decoding.json")["seconds"]
+            tried = min(_TRIED, len(inputs.train))
+            say(f"decoding all {len(inputs.train)} sources: about {seconds / tried * len(inputs.train) / 60:.1f} minutes")
         return Prepared(train=self._rows(whole, inputs, folder, tokenizer, most))
 
-    def _identity(self) -> list[str]:
-        """The teachers' weights; of one that a function makes its name and arguments."""
-        teachers = () if self._recipe is None else self._recipe.all_teachers
+    def _identity(self, opened: Sequence[LiveTeacher]) -> list[str]:
+        """The teachers' weights; of one that a function makes its name and arguments too."""
+        if self._recipe is None:
+            return []
         return [
-            weights_hash(resolve_folder(t.path, "teacher.path")) if t.path
-            else f"{t.function} {files.json_text(t.arguments)} {weights_hash(t.weights) if t.weights else ''}"
-            for t in teachers
+            weights_hash(resolve_folder(spec.path, "teacher.path")) if spec.path
+            else f"{spec.function} {files.json_text(spec.arguments)} "
+            + (weights_hash(spec.weights) if spec.weights else digest_of_tensors(*teacher.model.state_dict().values()))
+            for spec, teacher in zip(self._recipe.all_teachers, opened, strict=True)
         ]  # fmt: skip
 
     def _rows(self, whole: Path, inputs: Any, folder: Path, tokenizer: Any, most: int | None) -> Source:
@@ -197,6 +216,22 @@ class SequenceKD(WordKD):
             own = {name: options[name] for name in ("hard_weight", "label_smoothing", "z_loss", "workspace_mb")}
             return hard(student, batch.labels, num_items, **own, **spread)
         return self.distilled(student, teachers, batch, num_items, {**options, **spread})
+
+
+def _check_prompts(rows: Source, prompt_tokens: int | None) -> None:
+    """Raises where running text would be asked with its first token alone, or prompts be cut to a length of running text."""
+    some = range(0, len(rows), max(len(rows) // _LOOKED_AT, 1))
+    lengths = [len(row.source) for row in (asked_in(rows, i) for i in some) if len(row.gold)]
+    if prompt_tokens is None and lengths and max(lengths) == 1:
+        raise ValueError(
+            "method.prompt_tokens: expected how many tokens of a row are a prompt, as the loss begins at its second token, got"
+            " none; set it, or name prompts and completions in the data"
+        )
+    if prompt_tokens is not None and lengths and max(lengths) > 1:
+        raise ValueError(
+            f"method.prompt_tokens: expected none for rows with prompts of their own (one of {max(lengths)} tokens), got"
+            f" {prompt_tokens}; leave it out"
+        )
 
 
 def _most_like(group: list[dict[str, Any]], gold: Tensor, tokenizer: Any) -> dict[str, Any]:

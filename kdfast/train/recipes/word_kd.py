@@ -94,7 +94,8 @@ class WordKD(Objective):
         if self.voices(setting) == 1 or caches:
             of = "caches" if len(caches) > 1 else "a cache" if caches else "a single teacher"
             refuse_unused(options, ("teacher_mix",), f"of {of} expected probs", "method")
-        self._check_vocabularies(setting)
+        if self.needs_of_teacher() is not None:
+            self._check_vocabularies(setting)
 
     def voices(self, setting: Setting) -> int:
         """The most teachers that are ever heard together."""

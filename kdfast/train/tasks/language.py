@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kdfast import linear_topk_targets
 from kdfast.models.heads import LinearHead
+from kdfast.models.settings import end_ids
 from kdfast.models.view import View
 from kdfast.strict import ranged, refuse_unused
 from kdfast.text.documents import Corpus
@@ -69,11 +70,13 @@ class LanguageTask(Task[Data]):
         #: Ids that rows start from and end with, by what a model's configuration calls them.
         self.ids: dict[str, int] = {}
         self._said: dict[str, Any] = {}
+        #: Of the rows, to write text with; `open` and whoever brings rows of his own set it.
+        self.tokenizer: Any = None
 
     def take_ids(self, configs: Iterable[Mapping[str, Any]]) -> None:
         """What the first of these configurations says that says anything, for a tokenizer that lies by itself."""
         for config in configs:
-            for name in ("decoder_start_token_id", "eos_token_id"):
+            for name in ("decoder_start_token_id", "eos_token_id", "forced_bos_token_id"):
                 if config.get(name) is not None:
                     self._said.setdefault(name, config[name])
 
@@ -91,8 +94,14 @@ class LanguageTask(Task[Data]):
             raise ValueError(
                 f"{key}: its decoder starts from id {said} (decoder_start_token_id), expected {start} like the rows{remedy}"
             )
+        end, ends = self.ids.get("eos_token_id"), end_ids(model)
+        if key == "student" and end is not None and ends and end not in ends:
+            raise ValueError(
+                f"student: what it writes ends with id {ends[0]} (eos_token_id), expected {end} like the rows; leave it out"
+            )
 
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
+        self.tokenizer = tokenizer
         data, train, validation = self.data, None, None
         files = list(data.train)
         held_out: list[str] = list(data.validation)
@@ -111,7 +120,9 @@ class LanguageTask(Task[Data]):
         if held_out:
             validation = self._read(held_out, tokenizer, tokenizer_file, folder / "validation", "data.validation", text=True)
         elif train is not None and share and not data.validation:
-            train, validation = hold_out(train, share)
+            among = _labelled(train) if self.data.unlabelled else None
+            if among is None or any(among):
+                train, validation = hold_out(train, share, among)
         return Splits(train, validation)
 
     def _read(
@@ -122,6 +133,8 @@ class LanguageTask(Task[Data]):
             spec = dataclasses.replace(spec, dataset=None, dataset_config=None, split=None, streaming=False)
 
         def name(option: str) -> str:
+            if option == "unlabelled" and text:  # nothing of such rows can be scored
+                return ""
             return key if option == "paths" else f"data.{option}"
 
         home = None if file is None else file.parent
@@ -164,6 +177,12 @@ class LanguageTask(Task[Data]):
 
     def headline(self, evaluation: Evaluation) -> str:
         return f"perplexity {evaluation['ppl']:.2f}, top-1 {evaluation['top1']:.1%}"
+
+
+def _labelled(rows: Source) -> list[bool]:
+    """Of each row whether anything in it can be scored."""
+    found = (rows.batch([i]).labels for i in range(len(rows)))
+    return [labels is not None and bool((labels != IGNORE).any()) for labels in found]
 
 
 def _through_head(head: LinearHead, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

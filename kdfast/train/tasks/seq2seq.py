@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from kdfast.models.settings import end_ids
 from kdfast.strict import ranged, refuse_unused
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.data import Source
 from kdfast.train.tasks.language import LanguageTask
-from kdfast.train.tasks.task import Evaluation, Splits
+from kdfast.train.tasks.task import Evaluation
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,21 @@ class Seq2Seq(LanguageTask):
 
     def __init__(self, options: Any, data: Any) -> None:
         super().__init__(Seq2SeqOptions() if options is None else options, data)
-        self.tokenizer: Any = None
         if self.options.beams:
             need("sacrebleu", extra="bleu", what="task.beams")
 
-    def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
-        self.tokenizer = tokenizer
-        return super().open(tokenizer, tokenizer_file, folder, needs_train)
+    def check_model(self, model: nn.Module, train: Source, key: str) -> None:
+        super().check_model(model, train, key)
+        if not self.options.beams or key != "student":
+            return
+        self._check_tokenizer()
+        if not hasattr(model, "generate"):
+            kind = type(model).__name__
+            raise ValueError(f"task.beams: expected a transformers model, which can write text, got {kind}; leave them out")
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError("task.beams: expected a tokenizer, to write text with; add tokenizer: PATH to the recipe")
 
     def example(self, model: nn.Module) -> dict[str, Tensor]:
         inputs = super().example(model)
@@ -64,12 +72,15 @@ class Seq2Seq(LanguageTask):
         """For each width the sums of corpus BLEU: matches and n-grams of 1 to 4 tokens, both lengths."""
         if not self.options.beams or batch.labels is None:
             return {}
-        if self.tokenizer is None:
-            raise ValueError("task.beams: expected a tokenizer, to write text with; add tokenizer: PATH to the recipe")
+        self._check_tokenizer()
         rows = [i for i, row in enumerate(batch.labels) if bool((row != IGNORE).any())]
         if not rows:
             return {}
-        gold = [self._text(batch.labels[i][batch.labels[i] != IGNORE]) for i in rows]
+        whole = batch.extra.get("reference")
+        if whole is None:
+            gold = [self._text(batch.labels[i][batch.labels[i] != IGNORE]) for i in rows]
+        else:
+            gold = [bytes(whole[i][whole[i] != 0].to(torch.uint8).tolist()).decode() for i in rows]
         inputs = {name: batch.by_name[name][rows] for name in ("input_ids", "attention_mask") if name in batch.by_name}
         end = end_ids(model, self.tokenizer.token_to_id(SEPARATOR))
         most = self.options.max_tokens or self.data.sequence_length
