@@ -227,7 +227,7 @@ def test_train_and_eval_print_json(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--glob", "*.zz"], "set --glob or another folder"),
         (["--task", "causal"], "--task 'causal': unknown task; expected one of causal_lm, "),
         (["--separator", "<none>"], "--separator: expected a token of the tokenizer, or none, got '<none>'"),
-        (["--set", "sequence_lenght=4"], "--sequence-lenght: unknown key; did you mean 'sequence_length'?"),
+        (["--set", "sequence_lenght=4"], "--set sequence_lenght: unknown key; did you mean 'sequence_length'?"),
     ):
         assert main([*words, *more]) == 2
         err = capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_the_study_of_the_lstm(load: Any, corpus: Path, tmp_path: Path) -> None:
     ppl = [math.exp(pieces[f"distilled {seed}"]["test"]) for seed in (1, 2)]
     assert f"| {sum(ppl) / 2:.2f} ± {abs(ppl[0] - ppl[1]) / math.sqrt(2):.2f} |" in text
     assert (out / "curves.png").stat().st_size > 1000
-    assert any(line.startswith("1 of 22, teacher; about ") for line in said)
+    assert any(line.startswith("1 of 25, try of teacher: lr 3.0e-3; about ") for line in said)
 
 
 def json_of(run: Path) -> dict[str, Any]:

@@ -108,6 +108,43 @@ def test_caches_of_other_targets_are_no_ensemble(tmp_path: Path) -> None:
         run(values)
 
 
+def test_a_student_keeps_its_own_tokenizer(tmp_path: Path) -> None:
+    """One of as many other tokens would have its ids taken for words that they are not."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    other = json.loads(tokenizer.read_text())
+    words = list(other["model"]["vocab"])
+    other["model"]["vocab"] = {word: i for i, word in enumerate([words[0], *reversed(words[1:])])}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    begun = save(llama(2), tmp_path / "begun", tmp_path / "other.json")
+    rows = [{"prompt": row["source"], "completion": row["target"]} for row in pairs()]
+    values = causal(tokenizer, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", student={"path": str(begun)})
+    with pytest.raises(ValueError, match=r"student\.path: "):
+        run(values)
+
+
+def test_what_is_scored_in_other_lengths_than_was_captured_is_said(home: tuple[Path, Path], tmp_path: Path) -> None:
+    tokenizer, teacher = home
+    (tmp_path / "a.txt").write_text(" ".join(WORDS * 9))
+    data = TextData(paths=(str(tmp_path / "a.txt"),), sequence_length=32)
+    build(teacher, data, tmp_path / "cache", k=4)
+    said: list[str] = []
+    own = {"validation": [str(tmp_path / "a.txt")], "sequence_length": 16}
+    values = causal(
+        tokenizer, tmp_path, tmp_path / "run", teacher={"cache": str(tmp_path / "cache")}, method="word_kd", alignment=False
+    )
+    run({**values, "data": own}, said)
+    told = "data.validation: read in sequences of 16 tokens, the cache's are of 32; data.sequence_length sets the former"
+    assert told in said
+    assert "data.validation: the last 13 of 109 tokens left out, which fill no sequence of data.sequence_length 16" in said
+    values = {**values, "data": {**own, "sequence_length": 32}, "out": str(tmp_path / "same"), "steps": 4, "eval_every": 2}
+    run(values, said := [])
+    assert told not in said
+    assert sum(line.startswith("step 2: validation perplexity") for line in said) == 1
+    cut = {**values, "student": {"from_teacher": {"layers": [0]}}, "out": str(tmp_path / "cut")}
+    with pytest.raises(ValueError, match=r"student\.from_teacher\.path: expected the folder of the model to cut it out of"):
+        run(cut)
+
+
 # What is asked
 
 
@@ -292,7 +329,7 @@ def test_sources_without_a_target_are_not_held_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["eval"], "name its fields in --set source_field=.../--set target_field=..."),
+    (["eval"], "name its fields in --set source_field/--set target_field"),
     (["cache", "build", "--k", "4", "--out", "x"], "name its fields in --source-field/--target-field"),
 ])  # fmt: skip
 def test_a_remedy_is_a_flag_of_the_command(

@@ -55,7 +55,7 @@ SMALL = Scale(
 
 #: Seconds of a step on one core: of the members from labels, on the mean, and of one taught by three, by one.
 LABELS_S, TAUGHT_S, BORN_S = 0.07, 0.16, 0.11
-RATES = ("2.5e-3", "5.0e-3", "1.0e-2")
+RATES = ("5.0e-3", "1.0e-2", "2.0e-2")
 SUPERVISED = ("method={name: supervised}",)
 #: Of the method, instead of the recipe's.
 BORN_AGAIN = "method={{name: born_again, generations: {}, soft_weight: 0.5, hard_weight: 0.5}}"

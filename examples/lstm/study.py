@@ -5,9 +5,10 @@ python study.py --out runs/study [--corpus FOLDER] [--seeds 1 2 3] [--small]
 Everything lands under OUT: the runs, the cache, `study.json` (one entry for each finished piece), `study.md` (the table) and
 `curves.png`. Stopped or killed and started again it goes on where it was. The student alone and the distilled one get as many
 steps and as many tries: three learning rates, then three changes at the best of them, short runs of seed 0, chosen by their
-loss on the validation files. The test files are looked at by nobody but the table. The teacher, and the student alone once
-more, are gone on with to twice their steps for as long as that gains 0.01 nats on the validation files. `--small` is the same
-road in some minutes, too small for a claim.
+loss on the validation files; the teacher's rate is chosen so too. The test files are looked at by nobody but the table. The
+teacher, and the student alone once more, are gone on with to twice their steps for as long as that gains 0.01 nats on the
+validation files. The cache has the 12 likeliest ids and 50 drawn ones of each token: of a teacher as flat as this one the
+likeliest 64 leave too much out (docs/sparse-targets.md). `--small` is the same road in some minutes, too small for a claim.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ SMALL = Scale(
 #: Seconds of a step on one core, by which the time that is left is guessed: teacher, student alone, live, cached.
 TEACHER_S, ALONE_S, LIVE_S, CACHED_S = 0.17, 0.065, 0.11, 0.075
 ALONE = ("method={name: supervised}", "teacher=null")
-RATES = ("2.5e-3", "5.0e-3", "1.0e-2")
+TEACHER_RATES = ("3.0e-3", "6.0e-3", "1.2e-2")
+RATES = ("5.0e-3", "1.0e-2", "2.0e-2")
 #: What is tried at the best rate, beside the recipe as it is.
 CHANGES = {
     "alone": (["method.label_smoothing=0.1"], ["student.arguments.dropout=0.1"], ["optimizer.weight_decay=0.3"]),
@@ -89,7 +91,9 @@ class LSTMStudy:
 
     def pieces(self) -> list[Piece]:
         scale = self.scale
-        found = [Piece("teacher", TEACHER_S * scale.teacher_most, self.teacher)]
+        each = TEACHER_S * scale.tuning_steps
+        found = [Piece(f"try of teacher: lr {lr}", each, partial(self.tried_teacher, lr)) for lr in TEACHER_RATES]
+        found.append(Piece("teacher", TEACHER_S * scale.teacher_most, self.teacher))
         for way, each in (("alone", ALONE_S), ("distilled", LIVE_S)):
             for i in range(len(RATES) + len(CHANGES[way])):
                 found.append(Piece(self.try_(way, i), each * scale.tuning_steps, partial(self.tried, way, i)))
@@ -107,8 +111,14 @@ class LSTMStudy:
     def teacher(self) -> dict[str, Any]:
         shape = [f"student.arguments.{name}={value}" for name, value in self.teacher_shape()]
         steps, most = self.scale.teacher_steps, self.scale.teacher_most
-        every = self.every(most)
-        return self.study.until_flat(HERE / "teacher.yaml", "teacher", steps, most, *shape, *every)
+        rate = self.study.best([f"try of teacher: lr {lr}" for lr in TEACHER_RATES]).rpartition(" ")[2]
+        changes = [*shape, f"optimizer.lr={rate}", *self.every(most)]
+        return self.study.until_flat(HERE / "teacher.yaml", "teacher", steps, most, *changes)
+
+    def tried_teacher(self, lr: str) -> dict[str, Any]:
+        shape = [f"student.arguments.{name}={value}" for name, value in self.teacher_shape()]
+        changes = [*shape, f"optimizer.lr={lr}", "seed=0", f"steps={self.scale.tuning_steps}", "eval_every=0", "save_every=0"]
+        return self.study.run(HERE / "teacher.yaml", f"tries/teacher-{lr}", *changes, test=False)
 
     def every(self, steps: int) -> list[str]:
         """How often a run of so many steps is scored and kept."""
@@ -179,9 +189,9 @@ class LSTMStudy:
         head = find_head(teacher, {"input_ids": next(iter(documents)).input_ids[None, :8]})
         assert head is not None
         described = {"teacher": weights_hash(study.folder(name) / "model"), "tokenizer_hash": file_hash(file)}
-        temperatures = tuple(sorted({1.0, *chosen}))
-        folder = study.out / "cache"
-        with CacheWriter(folder, vocab_size=head.weight.shape[0], k=64, temperatures=temperatures, **described) as writer:
+        folder, temperature = study.out / "cache", chosen[0] if chosen else 1.0
+        drawn = {"kind": "mixed", "k": 62, "samples": 50, "sample_temperature": temperature, "temperatures": (temperature,)}
+        with CacheWriter(folder, vocab_size=head.weight.shape[0], **drawn, **described) as writer:
             capture(teacher, documents, writer, batch_size=16, window=64, head=head)
         return {"bytes_per_token": CacheReader(folder).info.bytes_per_token}
 
@@ -222,8 +232,11 @@ class LSTMStudy:
         for what, found in (("teacher", groups["teacher"]), ("student alone", groups["longer"])):
             if rising := sum(not x["flat"] for x in found):
                 lines.append(f"- The {what} was still improving when it had the most steps, in {rising} of {len(found)} runs.")
-        for way in ("alone", "distilled"):
-            names = [name for i in range(len(RATES) + len(CHANGES[way])) if (name := self.try_(way, i)) in kept]
+        for way in ("teacher", "alone", "distilled"):
+            named = [f"try of teacher: lr {lr}" for lr in TEACHER_RATES]
+            if way != "teacher":
+                named = [self.try_(way, i) for i in range(len(RATES) + len(CHANGES[way]))]
+            names = [name for name in named if name in kept]
             tried = [f"{name.partition(': ')[2]} {math.exp(kept[name]['validation']):.2f}" for name in names]
             if tried:
                 lines.append(f"- Tries of {way}, validation perplexity: {', '.join(tried)}.")

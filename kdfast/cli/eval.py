@@ -155,6 +155,6 @@ def _with_flags(message: str) -> str:
 
     def flag(match: re.Match[str]) -> str:
         name = _FLAGS.get(match[1], match[1])
-        return f"--{name.replace('_', '-')}" if name in _OWN else f"--set {name}=..."
+        return f"--{name.replace('_', '-')}" if name in _OWN else f"--set {name}"
 
     return re.sub(r"^(tokenizer|task)(?=[: ])", r"--\1", re.sub(r"\bdata\.(\w+)", flag, message))

@@ -139,6 +139,11 @@ class Corpus:
 
     def report(self) -> str:
         """One line about documents of the last walk that are not whole, empty when all are."""
+        if self._left * 100 > self._packed:
+            return (
+                f"the last {self._left} of {self._packed + self._left} tokens left out, which fill no sequence of"
+                f" {self._name('sequence_length')} {self.data.sequence_length}"
+            )
         if not self.cut:
             return "" if not self.dropped else f"{self.dropped} of {self.taught} documents dropped: nothing to learn in them"
         dropped = f", {self.dropped} dropped: nothing to learn within it" if self.dropped else ""
@@ -169,8 +174,11 @@ class Corpus:
         return {"decoder_start_token_id": start, **({"eos_token_id": end[0]} if end else {})}
 
     def _forget(self) -> None:
-        self.documents = self.taught = self.cut = self.dropped = 0
+        self.documents = self.taught = self.cut = self.dropped = self._packed = self._left = 0
         self._source.done = 0
+
+    def _count_left(self, tokens: int) -> None:
+        self._left = tokens
 
     @functools.cached_property
     def _chat(self) -> Chat:
@@ -194,8 +202,9 @@ class Corpus:
 
             pieces = token_ids(self.tokenizer, source.texts, self.specials, done)
             found = False
-            for ids in packed(pieces, length):
+            for ids in packed(pieces, length, self._count_left):
                 found = True
+                self._packed += length
                 yield Example(ids)
             if not found:
                 raise ValueError(

@@ -35,8 +35,9 @@ def pack(tokenizer: Tokenizer, files: Sequence[Path], length: int, specials: Spe
     return torch.from_numpy(ids[: len(ids) // length * length].reshape(-1, length).copy())
 
 
-def packed(pieces: Iterable[np.ndarray], length: int) -> Iterator[Tensor]:
-    """Pieces of ids end to end as sequences, int64 `[length]`, one at a time; what is left over is dropped."""
+def packed(pieces: Iterable[np.ndarray], length: int, over: Callable[[int], None] = lambda n: None) -> Iterator[Tensor]:
+    """Pieces of ids end to end as sequences, int64 `[length]`, one at a time; what is left over is dropped, and `over` told how
+    many ids that are."""
     left: list[np.ndarray] = []
     held = 0
     for piece in pieces:
@@ -48,6 +49,7 @@ def packed(pieces: Iterable[np.ndarray], length: int) -> Iterator[Tensor]:
         for at in range(length, held + 1, length):
             yield torch.from_numpy(ids[at - length : at].astype(np.int64))
         left, held = [ids[at:]], held - at
+    over(held)
 
 
 def token_ids(

@@ -184,4 +184,3 @@ class TaughtRows:
     @property
     def digest(self) -> str:
         return "+".join([digest_of(self.rows), *(cache.digest for cache in self.caches)])
-

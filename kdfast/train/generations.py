@@ -74,6 +74,11 @@ class Generations:
                 said = re.sub(r"\bstudent(?=[.:])", key, str(error))
                 raise ValueError(said if key in said else f"{key}: {said}") from None
 
+    def announce(self, members: int) -> None:
+        """What `check: true`, which trains none, leaves out of the time it tells."""
+        if members:
+            self._say(f"{members} members of {self._steps} steps each are trained first; the time below is without them")
+
     def _build(self, recipe: Recipe) -> None:
         task = self.inputs.task
         model = build_student(recipe, task, self.inputs.vocab_size)

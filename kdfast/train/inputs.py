@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kdfast.cache.capture_file import read_capture
 from kdfast.cache.format import CacheMismatch
 from kdfast.models.load import read_config, resolve_folder
 from kdfast.models.settings import end_ids
@@ -67,7 +68,19 @@ class Inputs:
         end = self.task.ids.get("eos_token_id") if isinstance(self.task, LanguageTask) else None
         said = [ends[0] for t in live if end is not None and (ends := end_ids(t.model)) and end not in ends]
         others = [f"teacher: what it writes ends with id {its} (eos_token_id), the rows end with {end}" for its in said]
-        return [*self.task.notes, *made, *others]
+        return [*self.task.notes, *self._lengths(), *made, *others]
+
+    def _lengths(self) -> list[str]:
+        """Where what is scored has other lengths than what was captured."""
+        own = getattr(self.task.data, "sequence_length", None)
+        its = {int(read_capture(cache.path).get("sequence_length", own or 0)) for cache in self.caches}
+        if not self.task.cache_is_data or isinstance(self.validation, Subset | None) or own is None or its <= {own}:
+            return []
+        captured = ", ".join(map(str, sorted(its)))
+        return [
+            f"data.validation: read in sequences of {own} tokens, the cache's are of {captured}; data.sequence_length sets the"
+            " former"
+        ]
 
     @property
     def caches(self) -> list[CachedTeacher]:
@@ -164,6 +177,12 @@ def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
             "data.train: the teacher is a cache, which is the training data; leave data.train out, or set"
             " data.validation_share to evaluate on that share of its files"
         )
+    cut = recipe.student.from_teacher
+    if cut is not None and not cut.path and not any(spec.path for spec in recipe.all_teachers):
+        raise ValueError(
+            "student.from_teacher.path: expected the folder of the model to cut it out of, which teacher.path does not give;"
+            " set it"
+        )
     kinds = {bool(spec.cache) for spec in recipe.all_teachers}
     if len(kinds) > 1:
         raise ValueError("teachers: expected all of them live or all of them caches, got both; capture the live ones")
@@ -200,13 +219,14 @@ def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
 
 
 def _check_tokenizers(recipe: Recipe, tokenizer: Any, identity: str | None) -> None:
-    """Raises where a live teacher's folder has a tokenizer with other tokens than the data's; a cache knows its own."""
+    """Raises where the folder of the student or of a live teacher has a tokenizer with other tokens than the data's; a cache
+    knows its own."""
     many = len(recipe.all_teachers) > 1
-    for i, spec in enumerate(recipe.all_teachers):
-        if not spec.path:
+    keys = [f"teachers[{i}].path" if many else "teacher.path" for i in range(len(recipe.all_teachers))]
+    for key, path in [("student.path", recipe.student.path), *zip(keys, [t.path for t in recipe.all_teachers], strict=True)]:
+        if not path:
             continue
-        key = f"teachers[{i}].path" if many else "teacher.path"
-        folder = resolve_folder(spec.path, key)
+        folder = resolve_folder(path, key)
         if (folder / "tokenizer.json").is_file() and file_hash(folder / "tokenizer.json") != identity:
             check_same_tokens(folder, tokenizer, key)
 

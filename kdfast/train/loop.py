@@ -302,6 +302,8 @@ class _Run:
             )  # fmt: skip
         if log is not None:
             log.evaluation(step, {f"validation_{k}": v for k, v in evaluation.items()})
+        if step < self.recipe.total_steps:
+            self.say(f"step {step}: validation {self.inputs.task.headline(evaluation)}")
         return evaluation
 
     def _save(self, step: int, seconds: float) -> None:
@@ -380,8 +382,7 @@ class _Run:
         """Two steps, then memory, alignment and time left; leaves nothing behind."""
         if self.recipe.alignment:
             self._align()
-        log = _Nothing()
-        device = self.accelerator.device
+        log, device = _Nothing(), self.accelerator.device
         self._step(1, self._read(1).to(device), log)
         began = time.perf_counter()
         number = min(2, self.recipe.total_steps)

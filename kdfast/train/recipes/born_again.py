@@ -55,6 +55,7 @@ class BornAgain(WordKD):
         generations = Generations(self._setting, options, inputs, folder, say)
         generations.check([recipe.student])
         if recipe.check:
+            generations.announce(options.generations - 1)
             return Prepared(teachers=stand_ins(self._setting.student, 1))
         device, before = next(self._setting.student.parameters()).device, recipe.all_teachers
         opened = []

@@ -68,6 +68,7 @@ class EnsembleKD(WordKD):
             generations.check(options.members)
         live = [teacher for teacher in inputs.teachers if teacher.info is None]
         if recipe.check:
+            generations.announce(options.generations * len(options.members))
             return Prepared(teachers=stand_ins(self._setting.student, len(options.members))) if options.generations else None
         if len(live) > 1:
             weights = [teacher.weight for teacher in live]
