@@ -109,6 +109,22 @@ def test_members_learn_from_labels_where_there_is_no_teacher(home: tuple[Path, P
     assert AutoModelForSeq2SeqLM.from_pretrained(first / "member-1" / "model").config.d_model == 24
 
 
+def test_every_generation_of_one_shape_begins_with_the_weights_that_are_given(home: tuple[Path, Path], tmp_path: Path) -> None:
+    """Otherwise what the given weights know would look like what a generation gained."""
+    tokenizer, data = home
+    given = save(marian(5), tmp_path / "given", tokenizer)
+    values = recipe_values(
+        tokenizer, data, tmp_path / "run", method={"name": "born_again", "generations": 2}, steps=1, init_from=str(given),
+        optimizer={"lr": 1e-9},
+    )  # fmt: skip
+    run(values)
+    found = json.loads((tmp_path / "run" / "prepared" / "0" / "generations.json").read_text())
+    nll = {name: row["members"][0]["nll"] for name, row in found.items() if len(row["members"]) == 1}
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["evaluation"]["nll"] == pytest.approx(
+        next(iter(nll.values())), rel=1e-4
+    )
+
+
 def test_born_again_students_vote_at_the_end(home: tuple[Path, Path], tmp_path: Path) -> None:
     tokenizer, data = home
     method = {"name": "born_again", "generations": 3, "hard_weight": 0.5}
