@@ -432,7 +432,7 @@ def test_a_tree_learns_from_labels_and_from_a_network_and_is_evaluated(
     assert found["accuracy"] == 1.0
     assert found["rows"] == 120
     for changed, message in (
-        ([*words, "--task", "causal_lm"], "--mean: unknown key"),
+        ([*words, "--task", "causal_lm"], "--set mean: unknown key"),
         ([w.replace("depth=3", "depth=4") for w in words], r"model: the weights in .* do not fit the model"),
         ([w.replace("depth=3", "deep=4") for w in words], "does not take the arguments"),
         ([*words[:2], "--task", "image_classification", "--data", str(pictures)], "config.json"),

@@ -44,7 +44,7 @@ def end_ids(model: nn.Module, otherwise: int | None = None) -> list[int]:
 
 
 def end_like(model: Any, end: int | None) -> None:
-    """Has a model of a folder end what it writes with the id that ends the rows it learns, unless it does."""
+    """Has a model end what it writes with the id that ends the rows it learns, unless it does."""
     if end is None or end in end_ids(model):
         return
     for its in (model.config, getattr(model, "generation_config", None)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdfast.extras import need
 from kdfast.files import write_json
@@ -60,7 +60,8 @@ def build_student(
             say(grown)
     if spec.dtype == "bfloat16":
         cast_weights(student, torch.bfloat16)
-    if (spec.path or spec.from_teacher) and "eos_token_id" not in spec.config and isinstance(task, LanguageTask):
+    its = getattr(student, "config", None)
+    if isinstance(its, PretrainedConfig) and "eos_token_id" not in spec.config and isinstance(task, LanguageTask):
         end_like(student, task.ids.get("eos_token_id"))
     if spec.freeze:
         _freeze(student, spec.freeze)
