@@ -25,7 +25,7 @@ from kdfast.models.load import (
     resolve_folder,
     tied,
 )
-from kdfast.models.settings import end_like
+from kdfast.models.settings import end_ids, end_like
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.text.tokenizers import load_tokenizer
@@ -60,9 +60,12 @@ def build_student(
             say(grown)
     if spec.dtype == "bfloat16":
         cast_weights(student, torch.bfloat16)
-    its = getattr(student, "config", None)
-    if isinstance(its, PretrainedConfig) and "eos_token_id" not in spec.config and isinstance(task, LanguageTask):
-        end_like(student, task.ids.get("eos_token_id"))
+    if isinstance(getattr(student, "config", None), PretrainedConfig) and isinstance(task, LanguageTask):
+        end, ends = task.ids.get("eos_token_id"), end_ids(student)
+        if "eos_token_id" not in spec.config:
+            end_like(student, end)
+        elif end is not None and ends and end not in ends:
+            say(f"student: what it writes ends with id {ends[0]} (student.config.eos_token_id), the rows end with {end}")
     if spec.freeze:
         _freeze(student, spec.freeze)
     if spec.lora:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from kdfast import linear_topk_targets
 from kdfast.models.heads import LinearHead
-from kdfast.models.settings import end_ids
 from kdfast.models.view import View
 from kdfast.strict import ranged, refuse_unused
 from kdfast.text.documents import Corpus
@@ -93,11 +92,6 @@ class LanguageTask(Task[Data]):
             remedy = "; leave it out" if key == "student" else "; are both of one tokenizer?"
             raise ValueError(
                 f"{key}: its decoder starts from id {said} (decoder_start_token_id), expected {start} like the rows{remedy}"
-            )
-        end, ends = self.ids.get("eos_token_id"), end_ids(model)
-        if key == "student" and end is not None and ends and end not in ends:
-            raise ValueError(
-                f"student: what it writes ends with id {ends[0]} (eos_token_id), expected {end} like the rows; leave it out"
             )
 
     def open(self, tokenizer: Any, tokenizer_file: Path | None, folder: Path, needs_train: bool) -> Splits:
