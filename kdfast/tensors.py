@@ -1,4 +1,5 @@
-"""Safetensors files whose errors are those of files: `OSError` where one cannot be written, `ValueError` where one is damaged.
+"""Tensors as bytes: a hash of their values; safetensors files whose errors are those of files, `OSError` where one cannot be
+written, `ValueError` where one is damaged.
 
 The library raises an error of its own for both, which names no file.
 """
@@ -7,14 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+
+def digest_of_tensors(*tensors: Tensor) -> str:
+    """A hash of their values."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -5,7 +5,7 @@ python study.py [NAME ...] [--seeds 1,2,3] [--precision bf16] [--list] [--table]
 Run it in the folder that has `data` (prepare.py) and `encoder`. A name may have `*`. What a run needs is run first; what is
 done is left as it is, and a run that was stopped goes on. `results.json` has the scores of each run: on the validation rows,
 which everything was chosen by, and on the test rows. A teacher is trained once; seeds are the students'. Where a processor has
-matrix instructions for it, `--precision bf16` takes a third of the time; every run of one folder has the same.
+matrix instructions for it, `--precision bf16` is faster; every run of one folder has the same.
 """
 
 from __future__ import annotations

@@ -65,10 +65,11 @@ SMALL = Scale(
 #: Seconds of a step on one core, by which the time that is left is guessed: teacher, student alone, live, cached.
 TEACHER_S, ALONE_S, LIVE_S, CACHED_S = 0.17, 0.065, 0.11, 0.075
 ALONE = ("method={name: supervised}", "teacher=null")
-TEACHER_RATES = ("3.0e-3", "6.0e-3", "1.2e-2")
-RATES = ("5.0e-3", "1.0e-2", "2.0e-2")
+STUDENT_RATES = ("5.0e-3", "1.0e-2", "2.0e-2")
+RATES = {"teacher": ("3.0e-3", "6.0e-3", "1.2e-2"), "alone": STUDENT_RATES, "distilled": STUDENT_RATES}
 #: What is tried at the best rate, beside the recipe as it is.
-CHANGES = {
+CHANGES: dict[str, tuple[list[str], ...]] = {
+    "teacher": (),
     "alone": (["method.label_smoothing=0.1"], ["student.arguments.dropout=0.1"], ["optimizer.weight_decay=0.3"]),
     "distilled": (
         ["method.temperature=2.0"],
@@ -91,12 +92,12 @@ class LSTMStudy:
 
     def pieces(self) -> list[Piece]:
         scale = self.scale
-        each = TEACHER_S * scale.tuning_steps
-        found = [Piece(f"try of teacher: lr {lr}", each, partial(self.tried_teacher, lr)) for lr in TEACHER_RATES]
-        found.append(Piece("teacher", TEACHER_S * scale.teacher_most, self.teacher))
-        for way, each in (("alone", ALONE_S), ("distilled", LIVE_S)):
-            for i in range(len(RATES) + len(CHANGES[way])):
-                found.append(Piece(self.try_(way, i), each * scale.tuning_steps, partial(self.tried, way, i)))
+        found = []
+        for way, each in (("teacher", TEACHER_S), ("alone", ALONE_S), ("distilled", LIVE_S)):
+            for i, name in enumerate(self.named_tries(way)):
+                found.append(Piece(name, each * scale.tuning_steps, partial(self.tried, way, i)))
+            if way == "teacher":
+                found.append(Piece("teacher", TEACHER_S * scale.teacher_most, self.teacher))
         found.append(Piece("cache", scale.cache_s, self.cache))
         for seed in self.seeds:
             found.append(Piece(f"alone {seed}", ALONE_S * scale.steps, partial(self.student, "alone", seed)))
@@ -109,24 +110,23 @@ class LSTMStudy:
         self.study.carry_out(self.pieces(), self.report)
 
     def teacher(self) -> dict[str, Any]:
-        shape = [f"student.arguments.{name}={value}" for name, value in self.teacher_shape()]
         steps, most = self.scale.teacher_steps, self.scale.teacher_most
-        rate = self.study.best([f"try of teacher: lr {lr}" for lr in TEACHER_RATES]).rpartition(" ")[2]
-        changes = [*shape, f"optimizer.lr={rate}", *self.every(most)]
-        return self.study.until_flat(HERE / "teacher.yaml", "teacher", steps, most, *changes)
-
-    def tried_teacher(self, lr: str) -> dict[str, Any]:
-        shape = [f"student.arguments.{name}={value}" for name, value in self.teacher_shape()]
-        changes = [*shape, f"optimizer.lr={lr}", "seed=0", f"steps={self.scale.tuning_steps}", "eval_every=0", "save_every=0"]
-        return self.study.run(HERE / "teacher.yaml", f"tries/teacher-{lr}", *changes, test=False)
+        changes = [*self.changes("teacher"), *self.settings("teacher"), *self.every(most)]
+        return self.study.until_flat(self.recipe("teacher"), "teacher", steps, most, *changes)
 
     def every(self, steps: int) -> list[str]:
         """How often a run of so many steps is scored and kept."""
         each = max(steps // self.scale.evaluations, 1)
         return [f"eval_every={each}", f"save_every={each}"]
 
+    @staticmethod
+    def recipe(way: str) -> Path:
+        return HERE / ("teacher.yaml" if way == "teacher" else "recipe.yaml")
+
     def changes(self, way: str) -> list[str]:
-        """What makes `recipe.yaml` the recipe of a way."""
+        """What makes `recipe(way)` the recipe of a way."""
+        if way == "teacher":
+            return [f"student.arguments.{name}={value}" for name, value in self.teacher_shape()]
         width = f"student.arguments.width={self.scale.width}"
         if way == "alone":
             return [*ALONE, width]
@@ -141,26 +141,29 @@ class LSTMStudy:
 
     @staticmethod
     def try_(way: str, number: int) -> str:
-        rates = len(RATES)
-        settings = f"lr {RATES[number]}" if number < rates else " ".join(CHANGES[way][number - rates])
+        rates = len(RATES[way])
+        settings = f"lr {RATES[way][number]}" if number < rates else " ".join(CHANGES[way][number - rates])
         return f"try of {way}: {settings}"
+
+    def named_tries(self, way: str) -> list[str]:
+        return [self.try_(way, i) for i in range(len(RATES[way]) + len(CHANGES[way]))]
 
     def tries(self, way: str) -> dict[str, list[str]]:
         """Tries that are done -> their settings."""
-        rates = {self.try_(way, i): [f"optimizer.lr={rate}"] for i, rate in enumerate(RATES)}
+        rates = {self.try_(way, i): [f"optimizer.lr={rate}"] for i, rate in enumerate(RATES[way])}
         best = rates[self.study.best(list(rates))]
-        changed = {self.try_(way, len(RATES) + i): [*best, *change] for i, change in enumerate(CHANGES[way])}
+        changed = {self.try_(way, len(RATES[way]) + i): [*best, *change] for i, change in enumerate(CHANGES[way])}
         return {name: settings for name, settings in {**rates, **changed}.items() if name in self.study.kept}
 
     def tried(self, way: str, number: int) -> dict[str, Any]:
-        rates = len(RATES)
+        rates = len(RATES[way])
         if number < rates:
-            settings = [f"optimizer.lr={RATES[number]}"]
+            settings = [f"optimizer.lr={RATES[way][number]}"]
         else:
-            settings = [*self.settings(way, RATES), *CHANGES[way][number - rates]]
+            settings = [*self.settings(way, RATES[way]), *CHANGES[way][number - rates]]
         steps = self.scale.tuning_steps
         changes = [*self.changes(way), *settings, "seed=0", f"steps={steps}", "eval_every=0", "save_every=0"]
-        return self.study.run(HERE / "recipe.yaml", f"tries/{way}-{number}", *changes, test=False)
+        return self.study.run(self.recipe(way), f"tries/{way}-{number}", *changes, test=False)
 
     def settings(self, way: str, among: Sequence[str] = ()) -> list[str]:
         """The best of the tries on the validation files, of all or of the rates alone."""
@@ -232,11 +235,8 @@ class LSTMStudy:
         for what, found in (("teacher", groups["teacher"]), ("student alone", groups["longer"])):
             if rising := sum(not x["flat"] for x in found):
                 lines.append(f"- The {what} was still improving when it had the most steps, in {rising} of {len(found)} runs.")
-        for way in ("teacher", "alone", "distilled"):
-            named = [f"try of teacher: lr {lr}" for lr in TEACHER_RATES]
-            if way != "teacher":
-                named = [self.try_(way, i) for i in range(len(RATES) + len(CHANGES[way]))]
-            names = [name for name in named if name in kept]
+        for way in RATES:
+            names = [name for name in self.named_tries(way) if name in kept]
             tried = [f"{name.partition(': ')[2]} {math.exp(kept[name]['validation']):.2f}" for name in names]
             if tried:
                 lines.append(f"- Tries of {way}, validation perplexity: {', '.join(tried)}.")

@@ -304,12 +304,13 @@ class Corpus:
         start, end = self._decoder
         source, target = self._asked(texts[0]), [IGNORE]
         if answer is not None:
-            before, said, after = surrounded(self._target_begin, answer[1:] if answer[:1] == [start] else answer, end)
-            target = [*before, *said, *after]
+            target = [
+                i for ids in surrounded(self._target_begin, answer[1:] if answer[:1] == [start] else answer, end) for i in ids
+            ]
         self.taught += 1
         self.cut += max(len(source), len(target)) > length
         after = self._around[1] if self.data.special_tokens == "auto" else ()
-        if length < len(source) and len(after) < length and source[len(source) - len(after) :] == [*after]:
+        if len(after) < length < len(source) and source[len(source) - len(after) :] == [*after]:
             source = [*source[: length - len(after)], *after]  # an encoder's ids end as they do uncut
         context, labels = (torch.tensor(ids[:length], dtype=torch.int64) for ids in (source, target))
         if len(context) and len(labels):

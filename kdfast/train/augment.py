@@ -22,11 +22,10 @@ from kdfast import files
 from kdfast.models.heads import call, logits_in
 from kdfast.models.load import load_folder, resolve_folder, weights_hash
 from kdfast.strict import one_of, ranged, refuse_unused
-from kdfast.tensors import load_tensors, save_tensors
+from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import SEEDS, Source, lengths_of
-from kdfast.train.tasks.classes import digest_of_tensors
 
 #: Rows that are kept together: what a killed stage does again.
 _WINDOW = 256

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kdfast.cache.dataset import pack_rows
+from kdfast.tensors import digest_of_tensors
 from kdfast.text.files import share_of
 from kdfast.text.packing import pack
 from kdfast.text.specials import Specials
@@ -90,7 +91,7 @@ class Subset:
 
 
 def digest_of(source: Source, whole: bool = False) -> str:
-    """A hash of rows: their own, else of some of them, or of the `whole`, where they are the same when read twice."""
+    """A hash of rows: their own, else of some of them, or of the `whole`, where some are the same when read twice."""
     if isinstance(source, Subset):
         rows = hashlib.blake2b(torch.tensor(source.rows).numpy().tobytes(), digest_size=8).hexdigest()
         return f"{digest_of(source.source, whole)}:{rows}"
@@ -98,19 +99,21 @@ def digest_of(source: Source, whole: bool = False) -> str:
     if own is not None:
         return own
     name, n = f"{type(source).__name__} of {len(source)} rows", len(source)
-    looked_at = range(n) if whole else np.linspace(0, n - 1, min(n, _LOOKED_AT)).astype(int).tolist()
+    looked_at = np.linspace(0, n - 1, min(n, _LOOKED_AT)).astype(int).tolist()
     found = _digest(source, looked_at)
-    return f"{name}, {found}" if found == _digest(source, looked_at) else name
+    if found != _digest(source, looked_at):
+        return name
+    return f"{name}, {_digest(source, range(n)) if whole else found}"
 
 
 def _digest(source: Source, rows: Iterable[int]) -> str:
     state = hashlib.blake2b(digest_size=16)
     for i in rows:
         batch = source.batch([i])
-        for name, value in [*sorted(batch.by_name.items()), ("labels", batch.labels), *sorted(batch.extra.items())]:
-            if value is not None:
-                state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                state.update(value.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        labels = {} if batch.labels is None else {"labels": batch.labels}
+        tensors = dict(sorted({**batch.by_name, **labels, **batch.extra}.items()))
+        state.update(str([(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()]).encode())
+        state.update(digest_of_tensors(*tensors.values()).encode())
     return state.hexdigest()
 
 

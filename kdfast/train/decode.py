@@ -130,6 +130,8 @@ def decode(
             seconds = stage.run(say, bar, stop)
             with files.written(whole) as new, open(new, "w", encoding="utf-8") as file:
                 found = [line for line in files.read_lines(part) if "row" in line]
+                if silent := count - len({line["row"] for line in found}):
+                    say(f"{silent} of {count} sources are empty or leave no room for what follows, and are left out")
                 for line in sorted(found, key=lambda line: (line["row"], line["rank"])):
                     file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             files.write_json(about, {"of": described, "seconds": seconds})
@@ -159,13 +161,13 @@ class _Stage:
         order = torch.arange(count)
         if hasattr(rows, "lengths"):  # the longest first: what does not fit shows at once, and time is not underestimated
             order = torch.from_numpy(rows.lengths()[:count]).argsort(descending=True, stable=True)
-        #: Rows that nothing is written for, and rows with answers behind the first.
-        self._silent = self._several = 0
+        #: Rows with answers behind the first.
+        self._several = 0
         self._batches = [part.tolist() for part in order.split(batch_size)]
 
     def run(self, say: Callable[[str], None], bar: Any, stop: threading.Event) -> float:
         """Writes the missing batches; the seconds it took, those of killed processes among them."""
-        done, seconds, self._silent, self._several = self._resume()
+        done, seconds, self._several = self._resume()
         total = sum(map(len, self._batches))
         if done:
             say(f"{self._part.parent}: going on after {done} of {len(self._batches)} batches")
@@ -177,38 +179,32 @@ class _Stage:
                 lines = self._lines(number)
                 seconds += time.perf_counter() - began
                 # The last line says that the batch is whole.
-                files.append_lines(self._part, [*lines, self._whole(number, seconds)])
+                files.append_lines(self._part, [*lines, {"batch": number, "seconds": seconds, "several": self._several}])
                 finished += len(self._batches[number])
                 if shown is not None:
                     shown.update(finished)
                 if stop.is_set() and number + 1 < len(self._batches):
                     raise KeyboardInterrupt(f"stopped after {finished} of {total} sources; run the same again to go on")
         say(f"decoded {total} sources in {seconds:.0f} s, {total / max(seconds, 1e-9):.1f} a second")
-        if self._silent:
-            say(f"{self._silent} of {total} sources are empty or leave no room for what follows, and are left out")
         if self._several:
             say(f"{self._several} of {total} rows have several answers, of which only the first is asked for")
         return round(seconds, 3)
 
-    def _whole(self, number: int, seconds: float) -> dict[str, Any]:
-        return {"batch": number, "seconds": seconds, "silent": self._silent, "several": self._several}
-
-    def _resume(self) -> tuple[int, float, int, int]:
-        """Whole batches that are there, the seconds they took, and their rows without an answer and with several; what a kill
-        left of another one is cut off."""
+    def _resume(self) -> tuple[int, float, int]:
+        """Whole batches that are there, the seconds they took, and their rows with several answers; what a kill left of another
+        one is cut off."""
         lines = files.read_lines(self._part)
         last = next((i for i in range(len(lines) - 1, -1, -1) if "batch" in lines[i]), -1)
         if last + 1 < len(lines):
             with files.written(self._part) as new:
                 new.write_text("".join(files.json_text(line) + "\n" for line in lines[: last + 1]), encoding="utf-8")
         of: dict[str, Any] = lines[last] if last >= 0 else {"batch": -1, "seconds": 0.0}
-        return of["batch"] + 1, of["seconds"], of.get("silent", 0), of.get("several", 0)
+        return of["batch"] + 1, of["seconds"], of.get("several", 0)
 
     def _lines(self, number: int) -> list[dict[str, Any]]:
         """What is written for a batch: one object for each hypothesis."""
         asked = [(i, asked_in(self._rows, i, self._prompt_tokens)) for i in self._batches[number]]
         self._several += sum(row.more for _, row in asked)
-        self._silent += sum(not len(row.source) for _, row in asked)
         asked = [(i, row) for i, row in asked if len(row.source)]
         if not asked:
             return []
@@ -216,7 +212,6 @@ class _Stage:
         torch.manual_seed(self._seed << 32 | number)  # of samples: the same whether or not a process was killed before
         inputs = {name: value.to(self._device) for name, value in inputs.items()}
         found = write(self._model, inputs, self._decoding, self._end, most=self._most)
-        self._silent += sum(not group for group in found)
         return [self._line(i, rank, row, hypothesis)
                 for (i, row), group in zip(asked, found, strict=True) for rank, hypothesis in enumerate(group)]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Documents:
         about = files.read_json(folder / "documents.json")
         self.digest: str = about["digest"]
         self.tokens: int = about["tokens"]
+        #: Whether batches have targets as they are, beside those that are learned.
+        self.references = False
         #: Of documents that are not whole, empty when all are.
         self.report: str = about.get("report", "")
         self._parts = {name: np.memmap(folder / f"{name}.bin", dtype=_PARTS[name], mode="r") for name in about["parts"]}
@@ -81,10 +84,10 @@ class Documents:
         if "context_ids" in self._parts:
             sources = [self._part("context_ids", i) for i in indices]
             inputs = {"input_ids": _padded(sources, 0), "decoder_input_ids": _padded(ids, 0)}
-            # What is written is held against targets as they are, not as they are learned.
-            known = [name for name in ("reference",) if name in self._parts]
-            whole = {name: _padded([self._part(name, i) for i in indices], 0) for name in known}
-            return Batch(inputs, self._labels(indices), _mask([len(x) for x in sources]), extra=whole)
+            batch = Batch(inputs, self._labels(indices), _mask([len(x) for x in sources]))
+            if not self.references or "reference" not in self._parts:
+                return batch
+            return replace(batch, extra={"reference": _padded([self._part("reference", i) for i in indices], 0)})
         if "labels" in self._parts:
             return Batch(_padded(ids, 0), self._labels(indices), mask)
         following = [torch.cat([x[1:], x.new_full((1,), IGNORE)]) for x in ids]

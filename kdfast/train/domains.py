@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from kdfast import files
 from kdfast.models.load import load_folder, resolve_folder, weights_hash
 from kdfast.models.view import Needs, look
-from kdfast.tensors import load_tensors, save_tensors
+from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, lengths_of
 from kdfast.train.match import token_mask
-from kdfast.train.tasks.classes import digest_of_tensors
 
 #: What a meta-teacher keeps beside its model.
 STATE_FILE = "domains.safetensors"

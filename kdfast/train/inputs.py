@@ -167,6 +167,23 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     return Inputs(task, train, validation, teachers, tokenizer_file, vocab_size, digest_of(train), homes, brought)
 
 
+def cut_from(recipe: Recipe) -> str:
+    """The folder that `student.from_teacher` cuts out of: its own, else the first teacher's that has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    cut = recipe.student.from_teacher
+    assert cut is not None
+    found = cut.path or next((teacher.path for teacher in recipe.all_teachers if teacher.path), None)
+    if found is None:
+        raise ValueError(
+            "student.from_teacher.path: expected the folder of the model to cut it out of, which teacher.path does not give;"
+            " set it"
+        )
+    return found
+
+
 def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
     if cached and train is not None:
         raise ValueError("train_data: the teacher is a cache, which is the training data; leave train_data out")
@@ -177,12 +194,8 @@ def _check_sources(recipe: Recipe, train: Source | None, cached: bool) -> None:
             "data.train: the teacher is a cache, which is the training data; leave data.train out, or set"
             " data.validation_share to evaluate on that share of its files"
         )
-    cut = recipe.student.from_teacher
-    if cut is not None and not cut.path and not any(spec.path for spec in recipe.all_teachers):
-        raise ValueError(
-            "student.from_teacher.path: expected the folder of the model to cut it out of, which teacher.path does not give;"
-            " set it"
-        )
+    if recipe.student.from_teacher is not None:
+        cut_from(recipe)
     kinds = {bool(spec.cache) for spec in recipe.all_teachers}
     if len(kinds) > 1:
         raise ValueError("teachers: expected all of them live or all of them caches, got both; capture the live ones")

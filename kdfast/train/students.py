@@ -29,7 +29,7 @@ from kdfast.models.settings import end_ids, end_like
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.text.tokenizers import load_tokenizer
-from kdfast.train.inputs import Inputs
+from kdfast.train.inputs import Inputs, cut_from
 from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
@@ -98,9 +98,7 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
         return load_folder(spec.path, "student.path", kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
     cut, key = spec.from_teacher, "student.from_teacher.path"
     assert cut is not None  # a recipe has one of the four
-    source = cut.path or next((t.path for t in recipe.all_teachers if t.path), None)
-    if source is None:
-        raise ValueError(f"{key}: expected the teacher's folder, which teacher.path does not give")
+    source = cut_from(recipe)
     check_fields(source, spec.config, "student.config")
     teacher = load_folder(source, key, kind=task.kind, dtype=spec.dtype, missing=missing, **settings)
     return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")

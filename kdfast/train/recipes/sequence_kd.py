@@ -27,6 +27,7 @@ from kdfast.models.load import resolve_folder, weights_hash
 from kdfast.models.positions import positions_of
 from kdfast.models.view import Needs, View
 from kdfast.strict import ranged, refuse_unused
+from kdfast.tensors import digest_of_tensors
 from kdfast.text import Example
 from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.batch import Batch
@@ -37,7 +38,6 @@ from kdfast.train.kd import hard
 from kdfast.train.objective import Metrics, Prepared, Setting
 from kdfast.train.recipes.word_kd import WordKD, WordKDOptions
 from kdfast.train.schedule import Scheduled, scheduled
-from kdfast.train.tasks.classes import digest_of_tensors
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.teachers import LiveTeacher
 

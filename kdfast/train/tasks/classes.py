@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,14 +166,6 @@ def split(train: Labelled | None, validation: Source | None, share: float) -> Sp
         return Splits(train, validation)
     kept, held = hold_out(train, share, train.labelled.tolist())
     return Splits(kept, held if len(held) else None)
-
-
-def digest_of_tensors(*tensors: Tensor) -> str:
-    """A hash of their values."""
-    state = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def class_scores(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

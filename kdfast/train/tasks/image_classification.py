@@ -17,9 +17,10 @@ from torch import Tensor
 
 from kdfast.extras import need
 from kdfast.strict import one_of, ranged, refuse_unused
+from kdfast.tensors import digest_of_tensors
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, Subset
-from kdfast.train.tasks.classes import ClassTask, check_share, digest_of_tensors, label_name, split
+from kdfast.train.tasks.classes import ClassTask, check_share, label_name, split
 from kdfast.train.tasks.task import Splits
 
 #: Image files whose content is hashed, spread over a folder.

@@ -69,6 +69,8 @@ class LanguageTask(Task[Data]):
         #: Ids that rows start from and end with, by what a model's configuration calls them.
         self.ids: dict[str, int] = {}
         self._said: dict[str, Any] = {}
+        #: Whether what a model writes is scored.
+        self.writes = False
         #: Of the rows, to write text with; `open` and whoever brings rows of his own set it.
         self.tokenizer: Any = None
 
@@ -135,6 +137,7 @@ class LanguageTask(Task[Data]):
         corpus = Corpus(spec, tokenizer, home, task=self.corpus_task, name=name, otherwise=self._said)
         self.ids |= corpus.ids
         rows = Documents.of(corpus, folder)
+        rows.references = self.writes
         self.notes += [f"{key}: {rows.report}"] if rows.report else []
         return rows
 

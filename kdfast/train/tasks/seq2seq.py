@@ -48,12 +48,13 @@ class Seq2Seq(LanguageTask):
 
     def __init__(self, options: Any, data: Any) -> None:
         super().__init__(Seq2SeqOptions() if options is None else options, data)
-        if self.options.beams:
+        self.writes = bool(self.options.beams)
+        if self.writes:
             need("sacrebleu", extra="bleu", what="task.beams")
 
     def check_model(self, model: nn.Module, train: Source, key: str) -> None:
         super().check_model(model, train, key)
-        if not self.options.beams or key != "student":
+        if not self.writes or key != "student":
             return
         self._check_tokenizer()
         if not hasattr(model, "generate"):
@@ -70,7 +71,7 @@ class Seq2Seq(LanguageTask):
 
     def score_written(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """For each width the sums of corpus BLEU: matches and n-grams of 1 to 4 tokens, both lengths."""
-        if not self.options.beams or batch.labels is None:
+        if not self.writes or batch.labels is None:
             return {}
         self._check_tokenizer()
         rows = [i for i, row in enumerate(batch.labels) if bool((row != IGNORE).any())]

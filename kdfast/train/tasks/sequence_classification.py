@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdfast.strict import ranged, refuse_unused
+from kdfast.tensors import digest_of_tensors
 from kdfast.text.files import share_of
 from kdfast.text.rows import Row, delimited_rows, open_source
 from kdfast.text.spec import TextData
 from kdfast.text.specials import padding_id
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.tasks.classes import ClassTask, check_share, digest_of_tensors, label_name, split
+from kdfast.train.tasks.classes import ClassTask, check_share, label_name, split
 from kdfast.train.tasks.task import Splits
 
 #: Rows that are tokenised together.

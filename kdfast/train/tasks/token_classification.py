@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kdfast.models.view import View
 from kdfast.strict import ranged, refuse_unused
+from kdfast.tensors import digest_of_tensors
 from kdfast.text.files import list_files
 from kdfast.text.rows import ROWS, Row, json_rows, parquet_rows
 from kdfast.text.specials import padding_id
@@ -25,7 +26,6 @@ from kdfast.train.tasks.classes import (
     check_share,
     class_scores,
     class_summary,
-    digest_of_tensors,
     label_name,
     split,
 )
