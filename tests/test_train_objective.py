@@ -78,6 +78,32 @@ def test_live_teachers_equal_kd_loss_with_teacher_weights(tokenizer: Path, folde
     torch.testing.assert_close(got, student.transformer.h[0].mlp.c_fc.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_precision_is_that_of_the_whole_step(
+    tokenizer: Path, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Student and teacher; the weights stay as they are, and so do the losses but for the rounding."""
+    called: set[tuple[int, torch.dtype]] = set()
+    plain = GPT2LMHeadModel.forward
+
+    def forward(self: GPT2LMHeadModel, *args: Any, **kwargs: Any) -> Any:
+        width = self.config.n_embd
+        called.add((width, self.transformer.h[0].mlp.c_fc(torch.ones(1, width)).dtype))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", forward)
+    losses = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        called.clear()
+        values = recipe_values(tokenizer, tmp_path / precision, steps=4, log_every=1, precision=precision, alignment=False)
+        teacher = {"path": str(folders[0])}
+        run = distill(Recipe.build({**values, "teacher": teacher, "method": "word_kd"}), say=quiet)
+        assert {(8, dtype), (16, dtype)} <= called
+        losses[precision] = [row["loss"] for row in rows_of(tmp_path / precision) if "loss" in row]
+        assert load_file(run.model / "model.safetensors")["transformer.wte.weight"].dtype == torch.float32
+    torch.testing.assert_close(torch.tensor(losses["bf16"]), torch.tensor(losses["fp32"]), rtol=2e-2, atol=1e-3)
+    assert losses["bf16"] != losses["fp32"]
+
+
 def test_an_ensemble_trains_from_folders_and_from_caches(
     tokenizer: Path, folders: list[Path], cache: Path, tmp_path: Path
 ) -> None:

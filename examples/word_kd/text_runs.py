@@ -255,4 +255,5 @@ def label_perplexities(axes: Any, x: str, logarithmic: bool = False) -> None:
         axis.set_minor_formatter("{x:g}")
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:  # nothing is finished yet
+        axes.legend(fontsize=8)

@@ -328,9 +328,9 @@ class _Run:
         metrics = []
         needs = objective.needs_of_teacher()
         for i, batch in enumerate(read.batches):
-            views = self._views(batch, needs)
             with synchronised(self.module, accelerator, last=i + 1 == len(read.batches)):
                 with accelerator.autocast():
+                    views = self._views(batch, needs)
                     loss, found = self.module(batch, views, num_items)
                 accelerator.backward(loss)
             total += loss.detach()

@@ -191,7 +191,7 @@ class Recipe:
             of, or the teacher's.
         steps: optimiser steps. batch_size: rows per process and micro-batch. accumulation: micro-batches per step.
         seed: of weights, data order and dropout.
-        precision: `fp32`, or autocast to `bf16` or `fp16`.
+        precision: `fp32`, or autocast of the step, teachers too, to `bf16` or `fp16`.
         shard: `fsdp` shards student, objective and optimiser over the processes (FSDP2); `none` replicates them (DDP).
         alignment: compare the teacher's loss on the labels with that at other shifts before the first step, and stop when
             another fits better.
