@@ -140,7 +140,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise ValueError(f"{where}: expected a list of {_type_name(args[0])}, got {_show(value)}; write [{value}]")
+            remedy = "[] for none" if value is None else f"[{value}]"
+            raise ValueError(f"{where}: expected a list of {_type_name(args[0])}, got {_show(value)}; write {remedy}")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if origin is dict:
         if not isinstance(value, Mapping):
@@ -167,7 +168,9 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             raise ValueError(f"{where}: expected a number, got {_show(value)}") from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}: expected {_type_name(hint)}, got {_show(value)}")
+        quoted = hint is str and isinstance(value, int | float) and not isinstance(value, bool)
+        remedy = f"; quote it: '{value}'" if quoted else "; leave it out for its default" if value is None else ""
+        raise ValueError(f"{where}: expected {_type_name(hint)}, got {_show(value)}{remedy}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{where}: expected a finite number, got {value}")
     return value

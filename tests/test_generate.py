@@ -341,7 +341,7 @@ def rows(tmp_path: Path) -> tuple[Any, Documents]:
 @contextmanager
 def stopping_bar(after: int) -> Iterator[Any]:
     class Shown:
-        def update(self, done: int) -> None:
+        def update(self, done: int, note: str = "") -> None:
             if done >= after:
                 os.kill(os.getpid(), signal.SIGINT)
 

@@ -70,7 +70,7 @@ def test_generations_of_an_ensemble_end_in_the_same_bits_when_killed(home: tuple
 
         def __exit__(self, *error: object) -> None: ...
 
-        def update(self, done: int) -> None:
+        def update(self, done: int, note: str = "") -> None:
             if self.here:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -240,7 +240,7 @@ class Told:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, note: str = "") -> None:
         self.armed = done == self.total
         self._send("step")
 

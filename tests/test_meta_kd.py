@@ -59,7 +59,9 @@ def test_weights_equal_a_loop_over_rows_and_domains(alpha: float) -> None:
 
 def test_a_domain_without_an_example_is_named() -> None:
     e, y, d = torch.randn(4, 3), torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 1, 1])
-    with pytest.raises(ValueError, match=r"data\.train: expected an example of class 1 in every domain.*got none in 'dvd'"):
+    with pytest.raises(
+        ValueError, match=r"data\.train: expected an example of class 1 in every domain.*got none in domain 'dvd'"
+    ):
         weights_of_rows(e, y, d, ["books", "dvd"], alpha=0.5, flavor="paper")
     assert len(weights_of_rows(e, y, d, ["books", "dvd"], alpha=0.5, flavor="reference")) == 4
     with pytest.raises(ValueError, match=r"data\.train: expected an example in every domain.*got none in 'kitchen'"):

@@ -100,7 +100,7 @@ def test_a_saved_model_knows_the_classes_that_a_file_lacks(
     assert "kdfast eval: --sequence-length: unknown key; did you mean 'max_length'?" in capsys.readouterr().err
     (tmp_path / "test.tsv").write_text("text\tlabel\nthe film was good\tgood\n")
     assert main(["eval", str(tmp_path / "run"), *words]) == 2
-    assert "expected one of the labels neg, other, pos, got 'good'" in capsys.readouterr().err
+    assert "expected one of the labels neg, other, pos, got good; list all, --set task.labels=" in capsys.readouterr().err
 
 
 def test_a_pair_is_marked_cut_and_padded(tokenizer: Path, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_faults_in_a_table_are_said_in_one_line(tokenizer: Path, tmp_path: Path)
         with pytest.raises(ValueError, match=match):
             opened(tokenizer, task, {"train": str(file), **data})
 
-    fails("a film\t0\na war\t1\n", r"data\.train: .*expected columns text, label, got a film, 0; .*data\.columns")
+    fails("a film\t0\na war\t1\n", r"data\.train: .*expected columns text, got a film, 0; .*data\.columns")
     fails("text\tlabel\na film\t0\tx\n", r"t\.tsv, line 2: expected 2 columns \(text, label\), got 3")
     fails("text\tlabel\na film\t0\n", r"data\.train: expected at least two different labels, got 0")
     named = {"name": "sequence_classification", "labels": ["no", "yes"]}

@@ -121,7 +121,7 @@ class Watched:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, note: str = "") -> None:
         self.told(self.description, done, self.total)  # type: ignore[attr-defined]
 
 

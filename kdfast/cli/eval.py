@@ -57,6 +57,10 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         help="of the weights (default: as stored)",
     )
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="of a task with classes: write what the model says of each row as lines of JSON"
+        " (label, class, probabilities; of words their tags). Rows without labels will do",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -73,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
         found, headline = _scores(args)
     except ValueError as error:
         raise ValueError(_with_flags(str(error))) from None
+    if args.predictions:
+        print(f"{args.predictions}: what the model says of each row", file=sys.stderr)
+    if found is None:
+        return 0
     if args.json:
         print(json_text(found))
     elif set(found) == {"ppl", "nll", "top1", "tokens"}:
@@ -96,7 +104,8 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     )
     from kdfast.strict import build, override
     from kdfast.text.tokenizers import load_tokenizer
-    from kdfast.train.evaluate import evaluate
+    from kdfast.train.data import Subset
+    from kdfast.train.evaluate import evaluate, predict
     from kdfast.train.positions import check_positions
     from kdfast.train.recipe import named
     from kdfast.train.run_folder import trained
@@ -129,6 +138,9 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     if isinstance(task, ClassTask):
         task.names = task.names or run.classes
         task.take_classes([] if function else [read_config(folder)])
+        task.scored = not args.predictions
+    elif args.predictions:
+        raise ValueError(f"--predictions: expected a task with classes, got {chosen.name}; leave it out")
     with tempfile.TemporaryDirectory() as kept:
         rows = task.open(tokenizer, file, Path(kept), needs_train=False).validation
         if rows is None:
@@ -137,15 +149,19 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
             sys.path.append("")
             model = from_function(function, arguments, "--function" if args.function else "student.function")
             load_weights(model, folder, "model")
-            task.check_model(model, rows, "model")
         else:
             model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype)
+        task.check_model(model, rows, "model")
         if tokenizer is not None:
             check_ids(model, tokenizer.get_vocab_size(), "model")
         check_positions([("model", model)], rows, task)
         model = model.to(device)
         for note in task.notes:
             print(_with_flags(note), file=sys.stderr)
+        if args.predictions:
+            rows = rows if not args.limit else Subset(rows, range(min(args.limit, len(rows))))
+            if not predict(model, rows, task, Path(args.predictions), batch_size=args.batch_size):
+                return None, ""
         found = evaluate(model, rows, batch_size=args.batch_size, limit=args.limit, task=task)
     return found, task.headline(found)
 
@@ -157,4 +173,6 @@ def _with_flags(message: str) -> str:
         name = _FLAGS.get(match[1], match[1])
         return f"--{name.replace('_', '-')}" if name in _OWN else f"--set {name}"
 
-    return re.sub(r"^(tokenizer|task)(?=[: ])", r"--\1", re.sub(r"\bdata\.(\w+)", flag, message))
+    message = re.sub(r"\bdata\.(\w+)", flag, message)
+    message = re.sub(r"\btask\.(\w+)(?:: (\[.*?\]))?", lambda m: f"--set task.{m[1]}" + (f'="{m[2]}"' if m[2] else ""), message)
+    return re.sub(r"^(tokenizer|task)(?=[: ])", r"--\1", message)

@@ -20,9 +20,9 @@ class Shown:
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress, self._task = progress, task
 
-    def update(self, done: int, total: int | None = None) -> None:
-        """`done` units are finished, counted from the beginning; of so many, where that shows only now."""
-        self._progress.update(self._task, completed=done, **({} if total is None else {"total": total}))
+    def update(self, done: int, total: int | None = None, note: str = "") -> None:
+        """`done` units are finished, counted from the beginning; of so many, where that shows only now. note: how it goes."""
+        self._progress.update(self._task, completed=done, note=note, **({} if total is None else {"total": total}))
         speed = self._progress.tasks[0].speed
         self._progress.update(self._task, rate=f"{speed:,.1f}" if speed else "-")
 
@@ -34,7 +34,7 @@ class Said:
         self._description, self._total, self._unit = description, total, unit
         self._last, self._began = time.monotonic(), (time.monotonic(), 0)
 
-    def update(self, done: int, total: int | None = None) -> None:
+    def update(self, done: int, total: int | None = None, note: str = "") -> None:
         """As of `Shown`."""
         self._total, now = total or self._total, time.monotonic()
         if self._began[1] == 0:
@@ -44,7 +44,7 @@ class Said:
         self._last, seconds, some = now, now - self._began[0], done - self._began[1]
         rate = f", {some / seconds:,.1f} {self._unit}/s" if some > 0 else ""
         of = "" if self._total is None else f" of {self._total:,}"
-        print(f"{self._description}: {done:,}{of} {self._unit}{rate}", file=sys.stderr, flush=True)
+        print(f"{self._description}: {done:,}{of} {self._unit}{rate}{note and f', {note}'}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def bar(description: str, total: int | None, unit: str) -> Iterator[Shown | Said
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn(f"{unit}  {{task.fields[rate]}} {unit}/s"), TimeRemainingColumn(),
+        TextColumn(f"{unit}  {{task.fields[rate]}} {unit}/s"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        yield Shown(progress, progress.add_task(description, total=total, rate="-"))
+        yield Shown(progress, progress.add_task(description, total=total, rate="-", note=""))

@@ -259,8 +259,13 @@ def vocab_of(model: nn.Module) -> int | None:
 def kind_of(folder: Path) -> str:
     """Kind of the model in a folder, by the architecture its config names; `causal_lm` where that says nothing."""
     names = read_config(folder).get("architectures") or [""]
-    tables = {"masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-              "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}  # fmt: skip
+    tables: dict[str, Any] = {
+        "masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "sequence_classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "token_classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "image_classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     for kind, table in tables.items():
         if names[0] in table.values() and names[0] not in causal:

@@ -47,6 +47,11 @@ def cut_out(
         if name is None or stack is None:
             raise ValueError(f"{key}.{option}: {type(model).__name__} has no such layers")
         depth = len(stacks[stack])
+        if getattr(config, name) != depth:
+            raise ValueError(
+                f"{key}.{option}: the {getattr(config, name)} layers of {type(model).__name__} share {depth} set of weights,"
+                " none can be chosen; leave it out"
+            )
         wrong = [i for i in wanted if not 0 <= i < depth]
         if wrong or not wanted:
             raise ValueError(f"{key}.{option}: expected layers from 0 to {depth - 1}, got {wrong[0] if wrong else 'none'}")
@@ -61,9 +66,11 @@ def cut_out(
     source = model.state_dict()
     # What is formed anew whenever the model is loaded is the student's own: sines of positions depend on the width.
     anew = set(getattr(student, "_keys_to_ignore_on_save", None) or ())
-    for name, target in student.state_dict().items():
-        if name not in anew:
-            target.copy_(_cut(_name_in(name, chosen), source, target.shape, model.config, config))
+    targets = {name: target for name, target in student.state_dict().items() if name not in anew}
+    origins = {name: _name_of_first(_name_in(name, chosen), source) for name in targets}
+    _check_layers(origins, source, chosen, f"{key}.layers")
+    for name, target in targets.items():
+        target.copy_(_cut(origins[name], source, target.shape, model.config, config))
     student.tie_weights()  # type: ignore[operator]
     if getattr(model, "generation_config", None) is not None:  # which ids end a text may stand there alone
         student.generation_config = copy.deepcopy(model.generation_config)
@@ -108,6 +115,19 @@ def _name_in(name: str, chosen: dict[str, Sequence[int]]) -> str:
     return name
 
 
+def _check_layers(origins: dict[str, str], source: dict[str, Tensor], chosen: dict[str, Sequence[int]], key: str) -> None:
+    """Raises where a layer has weights that it cannot have in its new place, or lacks some that it has to have there."""
+    lacking = next((origin for origin in origins.values() if origin not in source), None)
+    if lacking is not None:
+        raise ValueError(f"{key}: the larger model has no {lacking}, which a layer has in that place; keep layer 0 the first")
+    taken = set(origins.values())
+    for stack, layers in chosen.items():
+        for layer in layers:
+            lost = next((name for name in source if name.startswith(f"{stack}.{layer}.") and name not in taken), None)
+            if lost is not None:
+                raise ValueError(f"{key}: {lost} would be lost, a layer has none in its new place; keep layer 0 the first")
+
+
 def _narrow(config: Any, width: int, key: str) -> None:
     """Sets the width, and heads and inner sizes in proportion to it."""
     if config.model_type not in _NARROWED:
@@ -140,7 +160,7 @@ def _name_of_first(name: str, source: dict[str, Tensor]) -> str:
 
 def _cut(name: str, source: dict[str, Tensor], shape: torch.Size, large: Any, small: Any) -> Tensor:
     """The part of a weight that the smaller model keeps."""
-    weight = source[_name_of_first(name, source)]
+    weight = source[name]
     if weight.shape == shape:
         return weight
     if re.search(r"attn\.c_attn\.(weight|bias)$|crossattention\.c_attn\.(weight|bias)$", name):

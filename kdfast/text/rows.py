@@ -91,7 +91,7 @@ def json_rows(file: Path, option: str, fields: Sequence[str] = (), source: Sourc
     Raises:
         ValueError: a line is no object; names file and line.
     """
-    with open(file, encoding="utf-8", errors="replace") as lines:
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if source is not None:
                 source.done += len(line)

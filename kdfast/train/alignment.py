@@ -11,7 +11,8 @@ from kdfast import linear_topk_targets, topk_targets
 from kdfast.cache import check_alignment
 from kdfast.models.load import check_ids, lacks, vocab_of
 from kdfast.models.view import View
-from kdfast.train.batch import Batch
+from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.language import LanguageTask
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Entries a live teacher is looked at with.
 _K = 64
+#: Rows in which labels are looked for at a time.
+_ROWS = 256
 
 
 def align(views: Sequence[View], batch: Batch, say: Callable[[str], None]) -> None:
@@ -57,6 +60,29 @@ def check_heads(objectives: Iterable[Any], inputs: Inputs) -> None:
                 f"{key}: the folder {lacks(missing)}, which would be random; train it for task {inputs.task.kind} first"
                 " (method: supervised)"
             )
+
+
+def check_labelled(parts: Iterable[tuple[Any, Any]], inputs: Inputs) -> None:
+    """Raises where a method learns from labels and no row has one: its loss would be 0.
+
+    Args:
+        parts: methods, each with the rows it trains on.
+    """
+    if not isinstance(inputs.task, ClassTask):
+        return
+    for objective, rows in parts:
+        hard = objective.teacher == "none" or getattr(objective.options, "hard_weight", 0) != 0
+        if hard and not any(_has_label(rows, start) for start in range(0, len(rows), _ROWS)):
+            remedy = "name their column in data.label" if hasattr(inputs.task.data, "label") else "add them"
+            remedy += "" if objective.teacher == "none" else ", or set method.hard_weight: 0"
+            raise ValueError(
+                f"data.train: expected labels, which the method learns from, got {len(rows)} rows without; {remedy}"
+            )
+
+
+def _has_label(rows: Any, start: int) -> bool:
+    labels = rows.batch(range(start, min(start + _ROWS, len(rows)))).labels
+    return labels is not None and bool((labels != IGNORE).any())
 
 
 def check_vocabulary(student_model: nn.Module, inputs: Inputs) -> None:

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from kdfast import files
-from kdfast.models.heads import call, logits_in
+from kdfast.models.heads import call, find_head, logits_in
 from kdfast.models.load import load_folder, resolve_folder, weights_hash
+from kdfast.models.view import look
 from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
@@ -29,6 +30,8 @@ from kdfast.train.data import SEEDS, Source, lengths_of
 
 #: Rows that are kept together: what a killed stage does again.
 _WINDOW = 256
+#: Tokens that a masked language model sees at a time.
+_TOKENS = 4096
 #: Marks a token that begins a word in byte-level and SentencePiece vocabularies.
 _BEGINS = ("\u0120", "\u2581")
 
@@ -62,12 +65,13 @@ class Augment:
 
 
 def augmented(
-    rows: Source, tokenizer: Path, options: Augment, folder: Path, embeddings: Tensor, say: Callable[[str], None]
-) -> Augmented:
+    rows: Source, tokenizer: Path, options: Augment, folder: Path, embeddings: Tensor, say: Callable[[str], None],
+    bar: Any = None,
+) -> Augmented:  # fmt: skip
     """`rows` and their copies, kept in `folder`; killed and run again it goes on after the last whole window of rows.
 
     Args:
-        tokenizer: its file. embeddings: `[V, D]` the teacher's input embeddings.
+        tokenizer: its file. embeddings: `[V, D]` the teacher's input embeddings. bar: makes a progress bar, or None.
 
     Raises:
         ValueError: a masked language model that does not fit.
@@ -90,9 +94,12 @@ def augmented(
         if not all(file.is_file() for file in kept):
             with torch.no_grad():
                 stage = _Stage(rows, words, options, embeddings)
-                for start, file in zip(starts, kept, strict=True):
-                    if not file.is_file():
-                        stage.write(range(start, min(start + _WINDOW, len(rows))), file)
+                with contextlib.nullcontext() if bar is None else bar("other words", len(rows), "rows") as shown:
+                    for start, file in zip(starts, kept, strict=True):
+                        if not file.is_file():
+                            stage.write(range(start, min(start + _WINDOW, len(rows))), file)
+                        if shown is not None:
+                            shown.update(min(start + _WINDOW, len(rows)))
         parts = [load_tensors(file) for file in kept]
     found = Augmented(rows, *(torch.cat([part[name] for part in parts]) for name in ("origin", "length", "ids")))
     say(f"{folder}: {len(found) - len(rows)} copies of {len(rows)} rows with other words")
@@ -139,6 +146,8 @@ class _Stage:
         self._model: nn.Module | None = None
         if options.by == "masked_lm":
             self._model, self._mask_id = _masked_lm(options, tokenizer)
+            example = torch.full((1, 2), self._mask_id, device=next(self._model.parameters()).device)
+            self._head = find_head(self._model, {"input_ids": example})
         else:
             unit = nn.functional.normalize(embeddings.detach().float().cpu(), dim=-1)
             self._unit, self._known = unit, dict[int, Tensor]()
@@ -147,11 +156,11 @@ class _Stage:
         """The copies of these rows, as one file: their rows, lengths and ids."""
         origin, found = [], []
         for i in numbers:
-            ids = self._ids_of(i)
+            ids, types = self._tokens(i)
             places = self.places(ids)
             if not len(places):
                 continue
-            candidates = self._candidates(ids, places)  # [places, K]
+            candidates = self._candidates(ids, types, places)  # [places, K]
             generator = torch.Generator().manual_seed((self._options.seed << 32) + i)
             for _ in range(self._options.copies):
                 chosen = torch.rand(len(places), generator=generator) < self._options.share
@@ -167,26 +176,43 @@ class _Stage:
                 "ids": torch.cat([torch.empty(0, dtype=torch.int64), *found]),
             }, part)  # fmt: skip
 
-    def _ids_of(self, i: int) -> Tensor:
+    def _tokens(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """A row's ids, and which text of a pair they are of."""
         batch = self._rows.batch([i])
-        ids = batch.input_ids[0]
-        return ids if batch.attention_mask is None else ids[batch.attention_mask[0].bool()]
+        types = batch.by_name.get("token_type_ids")
+        counted = slice(None) if batch.attention_mask is None else batch.attention_mask[0].bool()
+        return batch.input_ids[0][counted], None if types is None else types[0][counted]
 
     def places(self, ids: Tensor) -> Tensor:
         """Positions of words of one token."""
         after = torch.cat([self._continues[ids[1:]], torch.zeros(1, dtype=torch.bool)])
         return (self._begins[ids] & ~after).nonzero()[:, 0]
 
-    def _candidates(self, ids: Tensor, places: Tensor) -> Tensor:
+    def _candidates(self, ids: Tensor, types: Tensor | None, places: Tensor) -> Tensor:
         """`[places, K]` words that could stand at each place."""
         k = min(self._options.candidates, int(self._begins.sum()) - 1)
         if self._model is None:
             return torch.stack([self._nearest(int(i), k) for i in ids[places]])
-        masked = ids.repeat(len(places), 1)
-        masked[torch.arange(len(places)), places] = self._mask_id
         device = next(self._model.parameters()).device
-        logits = logits_in(call(self._model, {"input_ids": masked.to(device)}))[torch.arange(len(places)), places].float()
-        return self._best(logits.cpu(), ids[places], k)
+        found = []
+        for some in places.split(max(_TOKENS // len(ids), 1)):
+            n = torch.arange(len(some))
+            masked = ids.repeat(len(some), 1)
+            masked[n, some] = self._mask_id
+            inputs = {"input_ids": masked.to(device)}
+            if types is not None:
+                inputs["token_type_ids"] = types.repeat(len(some), 1).to(device)
+            found.append(self._best(self._logits(inputs, n, some).float().cpu(), ids[some], k))
+        return torch.cat(found)
+
+    def _logits(self, inputs: dict[str, Tensor], rows: Tensor, places: Tensor) -> Tensor:
+        """`[n, V]`: at one place of each row; through the head where it can be named, so that no others are formed."""
+        assert self._model is not None
+        if self._head is None:
+            return logits_in(call(self._model, inputs))[rows, places]
+        hidden = look(self._model, inputs, head=self._head).hidden
+        assert hidden is not None
+        return self._head.logits(hidden[rows, places])
 
     def _nearest(self, i: int, k: int) -> Tensor:
         if i not in self._known:

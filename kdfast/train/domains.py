@@ -77,6 +77,30 @@ def load_state(folder: Path, domains: Sequence[str]) -> DomainState | None:
     return state.eval().requires_grad_(False)
 
 
+def check_examples(
+    labels: Tensor, domains: Tensor, names: Sequence[str], flavor: str, classes: Sequence[str] = ()
+) -> Tensor:  # fmt: skip
+    """`[K, C]`, how many rows there are of each domain and class (`reference`: `[K, 1]`, of each domain).
+
+    Args:
+        classes: their names, for errors.
+
+    Raises:
+        ValueError: a domain without a row, or (paper) without one of a class that others have.
+    """
+    groups = labels if flavor == "paper" else torch.zeros_like(labels)
+    kinds = int(groups.max()) + 1
+    count = torch.bincount(domains * kinds + groups, minlength=len(names) * kinds).reshape(len(names), kinds)
+    missing = ((count == 0) & ((count.sum(0) > 0) | (count.sum(1, keepdim=True) == 0))).nonzero().tolist()
+    if missing:
+        domain, kind = missing[0]
+        of = f" of class {classes[kind] if classes else kind}" if flavor == "paper" and count[domain].any() else ""
+        raise ValueError(
+            f"data.train: expected an example{of} in every domain for its prototype, got none in domain {names[domain]!r}"
+        )
+    return count
+
+
 def weights_of_rows(
     encodings: Tensor, labels: Tensor, domains: Tensor, names: Sequence[str], *, alpha: float, flavor: str
 ) -> Tensor:  # fmt: skip
@@ -91,21 +115,13 @@ def weights_of_rows(
         encodings: `[N, D]` E(x). labels, domains: `[N]`. names: of the domains, for errors.
 
     Raises:
-        ValueError: a domain without a row, or (paper) without one of a class.
+        ValueError: as of `check_examples`.
     """
-    classes = int(labels.max()) + 1
+    found = check_examples(labels, domains, names, flavor)
+    kinds, count = found.shape[1], found.flatten().clamp(min=1)  # a class that no row has is asked for by nobody
     # A prototype of one class is a centroid.
     groups = labels if flavor == "paper" else torch.zeros_like(labels)
-    kinds = classes if flavor == "paper" else 1
     number = domains * kinds + groups
-    count = torch.bincount(number, minlength=len(names) * kinds)
-    missing = (count == 0).nonzero()[:, 0].tolist()
-    if missing:
-        domain, kind = divmod(missing[0], kinds)
-        of = f" of class {kind}" if flavor == "paper" else ""
-        raise ValueError(
-            f"data.train: expected an example{of} in every domain for its prototype, got none in {names[domain]!r}"
-        )
     sums = torch.zeros(len(count), encodings.shape[1], dtype=torch.float64)
     parts = list(zip(encodings.split(_CHUNK), number.split(_CHUNK), groups.split(_CHUNK), strict=True))
     for some, numbers, _ in parts:
@@ -170,6 +186,11 @@ def instance_weights(
     file, marker = folder / "weights.safetensors", folder / "weights.json"
     if marker.is_file() and files.read_json(marker) == files.json_value(about):
         return WeightedRows(rows, load_tensors(file)["weights"])
+    label, domain = _labels_of(rows)
+    bare = int((label == IGNORE).sum())
+    if bare:
+        raise ValueError(f"data.train: expected a label in every row, which is weighed by its class, got {bare} without")
+    check_examples(label, domain, names, flavor, inputs.task.names)
     if home is not None:
         if inputs.tokenizer is not None:
             check_same_tokens(home, load_tokenizer(inputs.tokenizer)[0], "method.encoder")
@@ -177,20 +198,20 @@ def instance_weights(
     was_training = model.training
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
-    encodings, labels, domains = [], [], []
+    encodings = []
     for start in range(0, len(rows), _ROWS):
-        batch = rows.batch(range(start, min(start + _ROWS, len(rows))))
-        labels.append(batch.labels)
-        domains.append(batch.extra["domain"])
-        batch = batch.to(device)
+        batch = rows.batch(range(start, min(start + _ROWS, len(rows)))).to(device)
         encodings.append(mean_state(look(model, batch.by_name, Needs(layers=(-1,))).layers[-1], token_mask(batch)).cpu())
     model.train(was_training)
-    label = torch.cat(labels)
-    bare = int((label == IGNORE).sum())
-    if bare:
-        raise ValueError(f"data.train: expected a label in every row, which is weighed by its class, got {bare} without")
-    found = weights_of_rows(torch.cat(encodings), label, torch.cat(domains), names, alpha=alpha, flavor=flavor)
+    found = weights_of_rows(torch.cat(encodings), label, domain, names, alpha=alpha, flavor=flavor)
     with files.written(file) as part:
         save_tensors({"weights": found}, part)
     files.write_json(marker, about)
     return WeightedRows(rows, found)
+
+
+def _labels_of(rows: Source) -> tuple[Tensor, Tensor]:
+    """`[N]` each: labels and domains of all rows."""
+    batches = [rows.batch(range(start, min(start + _CHUNK, len(rows)))) for start in range(0, len(rows), _CHUNK)]
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return torch.cat(labels), torch.cat([batch.extra["domain"] for batch in batches])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from kdfast.files import written
+from kdfast.models.view import look
+from kdfast.train.batch import IGNORE
 from kdfast.train.tasks.task import Evaluation
 
 if TYPE_CHECKING:
@@ -57,6 +62,23 @@ def evaluate(
     if world > 1:
         scores = _gathered(scores)
     return task.summary(scores)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size: int = 16) -> bool:
+    """Writes what `model` says of each row (`ClassTask.said`), a line of JSON each, in their order; whether any has a label."""
+    device, labelled = next(model.parameters()).device, False
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with written(file) as part, open(part, "w", encoding="utf-8") as lines:
+        for start in range(0, len(rows), batch_size):
+            batch = rows.batch(range(start, min(start + batch_size, len(rows)))).to(device)
+            labelled |= batch.labels is not None and bool((batch.labels != IGNORE).any())
+            for i, line in enumerate(task.said(look(model, batch.by_name), batch), start):
+                lines.write(json.dumps({"row": i, **line}, ensure_ascii=False, allow_nan=False) + "\n")
+    for module, was_training in before:
+        module.training = was_training
+    return labelled
 
 
 def _gathered(scores: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -6,7 +6,6 @@ import contextlib
 import math
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +20,9 @@ from kdfast.files import remove_orphans
 from kdfast.models.view import Needs, View
 from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
-from kdfast.train.alignment import align, check_heads, check_vocabulary
+from kdfast.train.alignment import align, check_heads, check_labelled, check_vocabulary
 from kdfast.train.batch import Batch
+from kdfast.train.check import NoLog, check
 from kdfast.train.data import SEEDS, Order, PackedOrder, Source
 from kdfast.train.evaluate import evaluate
 from kdfast.train.inputs import Inputs, open_inputs
@@ -36,7 +36,7 @@ from kdfast.train.shard import fully_sharded, synchronised
 from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student, check_models
-from kdfast.train.summary import write_summary
+from kdfast.train.summary import phase_name, write_summary
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Evaluation
 from kdfast.train.teachers import LiveTeacher, Teacher
@@ -160,6 +160,8 @@ class _Run:
         #: Of each phase: the rows it trains on, and the teachers it hears.
         self.rows = [inputs.train if found.train is None else found.train for found in prepared]
         self.teachers = [inputs.teachers if found.teachers is None else found.teachers for found in prepared]
+        check_labelled(zip(objectives, self.rows, strict=True), inputs)
+        self.whole = [found.whole or len(rows) for rows, found in zip(self.rows, prepared, strict=True)]
         for rows, teachers in zip(self.rows, self.teachers, strict=True):
             live = [teacher.model for teacher in teachers if isinstance(teacher, LiveTeacher)]
             models = [("student", self.student), *(("teacher", model) for model in live)]
@@ -268,9 +270,10 @@ class _Run:
                 evaluating = self._evaluates(step) and (final or not stopping)
                 saving = final or stopping or (recipe.save_every > 0 and step % recipe.save_every == 0)
                 if evaluating or saving or step % recipe.log_every == 0:
-                    check_finite(log.flush(), recipe.precision)
+                    row = log.flush()
+                    check_finite(row, recipe.precision)
                     if shown is not None:
-                        shown.update(step)
+                        shown.update(step, note=self._note(row))
                 # What was trained is kept before anything else may fail.
                 if saving:
                     self._save(step, log.seconds)
@@ -281,6 +284,12 @@ class _Run:
                 if stopping and not final:
                     raise KeyboardInterrupt(f"stopped after step {step}; run the same again to go on")
         return evaluation
+
+    def _note(self, row: dict[str, Any]) -> str:
+        """What stands beside the bar: the loss of the last step, and the phase where there are several."""
+        parts, number = self.recipe.parts, self.step.phase
+        phase = f"phase {number + 1} of {len(parts)} ({phase_name(parts[number])}), " if len(parts) > 1 else ""
+        return f"{phase}loss {row['loss']:.4g}"
 
     def _evaluates(self, step: int) -> bool:
         every = self.recipe.eval_every
@@ -379,22 +388,12 @@ class _Run:
         align(self._views(batch, Needs()), batch, self.say)
 
     def check(self) -> Result:
-        """Two steps, then memory, alignment and time left; leaves nothing behind."""
+        """Two steps of each phase, then memory, alignment and time; leaves nothing behind."""
         if self.recipe.alignment:
             self._align()
-        log, device = _Nothing(), self.accelerator.device
-        self._step(1, self._read(1).to(device), log)
-        began = time.perf_counter()
-        number = min(2, self.recipe.total_steps)
-        loss = float(self._step(number, self._read(number).to(device), log))
-        seconds = time.perf_counter() - began
-        self.say(f"peak memory {run_folder.peak_memory_gb():.2f} GB on {device}")
-        steps, rows = self.recipe.total_steps, max(len(self.rows[0]), len(self.inputs.train))  # a check prepares fewer
-        read = steps * (self._rows_before(2) - self._rows_before(1)) / rows
-        often = "" if isinstance(self.orders[0], PackedOrder) else f", which read the {rows} rows {read:.3g} times"
-        self.say(f"loss {loss:.4f}, {seconds:.3f} s a step, {steps * seconds / 60:.1f} minutes for {steps} steps{often}")
-        return Result(self.folder, self.folder / "model", 2, seconds, None)
-
-
-class _Nothing:
-    def add(self, *args: Any) -> None: ...
+        device, world = self.accelerator.device, self.accelerator.num_processes
+        rows = [None if isinstance(order, PackedOrder) else n for order, n in zip(self.orders, self.whole, strict=True)]
+        seconds = check(
+            self.recipe, lambda n: self._step(n, self._read(n).to(device), NoLog()), rows, world, device, self.say
+        )  # fmt: skip
+        return Result(self.folder, self.folder / "model", 2 * len(self.recipe.parts), seconds, None)

@@ -5,7 +5,7 @@ Source: Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, equations 7 to 9.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ class LayerMatch(nn.Module):
             raise ValueError(
                 f"{key}.layer_weights: expected a weight for each of the student's {depth} layers, got {len(layer_weights)}"
             )
+        if layer_weights and (min(layer_weights) < 0 or not any(layer_weights)):
+            given = ", ".join(map(str, layer_weights))
+            raise ValueError(f"{key}.layer_weights: expected numbers >= 0, some of them above, got {given}")
         self.layer_weights = tuple(layer_weights) or (1.0,) * depth
         self.terms = tuple(term for term in TERMS if term in terms)
         self.reference = flavor == "reference"
@@ -80,10 +83,15 @@ class LayerMatch(nn.Module):
         if wrong:
             raise ValueError(f"{key}: expected layers of the teacher from 1 to {their_depth}, got {wrong[0]}")
 
-    def same_as(self, other: LayerMatch) -> bool:
-        """Whether one could stand in the place of the other."""
-        names = ("layer_map", "layer_weights", "terms", "reference", "widths")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+    def share(self, others: Iterable[LayerMatch]) -> None:
+        """Takes the projections of the last of `others` that has them: a later phase goes on with what an earlier one learned,
+        whatever terms and layers weigh in it.
+        """
+        for other in others:
+            if (other.reference, other.widths) == (self.reference, self.widths):
+                self.projections.update(
+                    {name: other.projections[name] for name in self.projections if name in other.projections}
+                )
 
     def needs(self, of_teacher: bool) -> Needs:
         """What has to be seen of the teacher, or of the student."""

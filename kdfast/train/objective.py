@@ -43,10 +43,14 @@ class Setting(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What takes the place of the run's own in the phase of a method: the rows it trains on, the teachers it hears."""
+    """What takes the place of the run's own in the phase of a method: the rows it trains on, the teachers it hears.
+
+    whole: how many rows there will be, where `check: true` prepared fewer.
+    """
 
     train: Any = None
     teachers: Sequence[Any] | None = None
+    whole: int | None = None
 
 
 class Objective(nn.Module):

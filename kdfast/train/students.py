@@ -18,6 +18,7 @@ from kdfast.models.load import (
     check_fields,
     from_config,
     from_function,
+    kind_of,
     lacks,
     load_folder,
     quiet,
@@ -48,7 +49,7 @@ def build_student(
 ) -> nn.Module:
     """The student of `recipe`, its random weights from torch's global generator; `say` takes a line about what it grew from."""
     spec = recipe.student
-    _check_teachers(recipe, task)
+    _check_classes(recipe, task)
     missing: list[str] = []
     student = _plain(spec, recipe, task, vocab_size, missing)
     if missing:
@@ -104,20 +105,26 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
     return cut_out(teacher, cut.layers, cut.decoder_layers, cut.width, "student.from_teacher")
 
 
-def _check_teachers(recipe: Recipe, task: Task[Any]) -> None:
-    """Raises where a live teacher has other classes than the task."""
+def _check_classes(recipe: Recipe, task: Task[Any]) -> None:
+    """Raises where a model in a folder has a head for other classes than the task's, or has them in another order."""
     if not isinstance(task, ClassTask):
         return
     many = len(recipe.all_teachers) > 1
-    for i, teacher in enumerate(recipe.all_teachers):
-        key = f"teachers[{i}]" if many else "teacher"
-        if teacher.path:
-            task.check_config(read_config(resolve_folder(teacher.path, f"{key}.path")), f"{key}.path")
+    named = [(f"teachers[{i}].path" if many else "teacher.path", t.path) for i, t in enumerate(recipe.all_teachers)]
+    named.append(("student.path", recipe.student.path))
+    if recipe.student.from_teacher is not None:
+        named.append(("student.from_teacher.path", cut_from(recipe)))
+    if recipe.init_from and (Path(recipe.init_from) / "config.json").is_file():
+        named.append(("init_from", recipe.init_from))
+    for key, path in named:
+        if path and kind_of(folder := resolve_folder(path, key)) == task.kind:
+            task.check_config(read_config(folder), key)
 
 
 def check_models(student: nn.Module, inputs: Inputs) -> None:
     """Raises where the student, or a live teacher, does not fit the data as far as the task can see."""
-    live = [getattr(teacher, "model", None) for teacher in inputs.teachers]
+    # The random head of a teacher that has none is heard by nobody.
+    live = [None if getattr(teacher, "missing", ()) else getattr(teacher, "model", None) for teacher in inputs.teachers]
     keys = [f"teachers[{i}]" for i in range(len(live))] if len(live) > 1 else ["teacher"]
     models = {"student": student, **dict(zip(keys, live, strict=False))}
     for key, model in models.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from torch import nn
 
 from kdfast.extras import need
 from kdfast.files import read_lines, write_json, written
-from kdfast.train.recipe import Recipe
+from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.tasks.task import Evaluation
 
 #: Settings and clocks of a step, which say nothing of how well it went.
@@ -21,14 +24,20 @@ _UNDRAWN = (
 _PREFIX = "validation_"
 
 
+def phase_name(phase: Phase) -> str:
+    """A phase in a word or two: its method, and which stage of it."""
+    stage = getattr(phase.method.options, "stage", None)
+    return f"{phase.method.name} {stage}" if stage else phase.method.name
+
+
 def write_summary(
     folder: Path, recipe: Recipe, student: nn.Module, seconds: float, evaluation: Evaluation | None, about: dict[str, Any]
 ) -> None:
     """Writes `summary.json` and `curves.png` into a run's folder.
 
-    summary.json: method, task, teachers, seed, steps, seconds (of training steps), rows_per_step, parameters and
-    trained_parameters of the student, last_step (its metrics), evaluation (the last), evaluations (all of them, each with its
-    step), and what the run was made with.
+    summary.json: method (of each phase where there are several, with `phase_steps`), task, teachers, seed, steps, seconds (of
+    training steps), rows_per_step, parameters and trained_parameters of the student, last_step (its metrics), evaluation (the
+    last), evaluations (all of them, each with its step), and what the run was made with.
 
     Args:
         about: versions, commit and machine.
@@ -42,7 +51,8 @@ def write_summary(
     ]
     parameters = list(student.parameters())
     write_json(folder / "summary.json", {
-        "method": [phase.method.name for phase in recipe.parts] if recipe.phases else recipe.method.name,
+        "method": [phase_name(phase) for phase in recipe.parts] if recipe.phases else recipe.method.name,
+        **({"phase_steps": [phase.steps for phase in recipe.parts]} if recipe.phases else {}),
         "task": recipe.task.name, "seed": recipe.seed, "steps": recipe.total_steps, "seconds": round(seconds, 2),
         "teachers": [teacher.cache or teacher.path or teacher.function for teacher in recipe.all_teachers],
         "rows_per_step": recipe.batch_size * recipe.accumulation,
@@ -50,23 +60,29 @@ def write_summary(
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "last_step": steps[-1] if steps else None, "evaluation": evaluation, "evaluations": evaluations, **about,
     })  # fmt: skip
-    draw(steps, evaluations, folder / "curves.png", str(folder))
+    draw(steps, evaluations, folder / "curves.png", str(folder), recipe.parts)
 
 
-def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: Path, title: str) -> None:
-    """A panel for every metric of a step, its running mean over a fiftieth of the run, and one for every score.
+def draw(
+    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: Path, title: str, phases: Sequence[Phase] = ()
+) -> None:  # fmt: skip
+    """A panel for every score, then one for every metric of a step, its running mean over a fiftieth of the run.
 
-    One each: a loss of 6 nats and a KL of 0.001 on the same axis show neither.
+    One each: a loss of 6 nats and a KL of 0.001 on the same axis show neither. What never changes is left out, and so is what
+    another panel shows (a KL at T = 1 twice). Where a phase ends there is a line.
     """
-    panels = [
-        ("training", name, _points(steps, name)) for name in _names(steps) if name not in _UNDRAWN and name[-4:] != "_ppl"
-    ]
-    panels += [
-        ("validation", name, _points(evaluations, name)) for name in _names(evaluations) if name not in ("step", "tokens")
-    ]
-    panels = [panel for panel in panels if len(panel[2]) > 1]
+    scores = [("validation", name) for name in _names(evaluations) if name not in ("step", "tokens", "rows")]
+    metrics = [("training", name) for name in _names(steps) if name not in _UNDRAWN and name[-4:] != "_ppl"]
+    panels: list[tuple[str, str, list[tuple[int, float]]]] = []
+    for what, name in scores + metrics:
+        points = _points(evaluations if what == "validation" else steps, name)
+        values = [value for _, value in points]
+        like = [[value for _, value in drawn] for of, _, drawn in panels if of == what and len(drawn) == len(points)]
+        if len(points) > 1 and not any(_close(values, other) for other in (values[:1] * len(values), *like)):
+            panels.append((what, name, points))
     if not panels:
         return
+    ends = list(itertools.accumulate(phase.steps for phase in phases))[:-1]
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = need("matplotlib.figure", extra="train", what="a picture of a run").Figure(
@@ -83,6 +99,12 @@ def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: P
         axes.set_xlabel("step")
         axes.set_title(f"{what}: {name}", fontsize=9)
         axes.grid(alpha=0.3)
+        for end in ends:
+            axes.axvline(end, color="0.5", linewidth=0.8, linestyle="--")
+    if ends:
+        stages = zip([0, *ends], phases, strict=True)
+        named = ", ".join(f"{phase_name(phase)} from {start + 1}" for start, phase in stages)
+        figure.suptitle(f"{title}\n{named}", fontsize=9)
     with written(file) as part:
         figure.savefig(part, format="png", dpi=110)
 
@@ -93,6 +115,11 @@ def _names(rows: list[dict[str, Any]]) -> list[str]:
 
 def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
+def _close(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether they are the same but for rounding."""
+    return all(math.isclose(value, other, rel_tol=1e-5, abs_tol=1e-9) for value, other in zip(values, others, strict=True))
 
 
 def _running_mean(values: tuple[float, ...], window: int) -> list[float]:

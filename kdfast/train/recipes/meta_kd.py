@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kdfast import hidden_mse
 from kdfast.models.load import resolve_folder
 from kdfast.models.view import Needs, View
-from kdfast.strict import one_of, ranged
+from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.train.batch import Batch
 from kdfast.train.data import Subset
 from kdfast.train.domains import STATE_FILE, DomainState, check_domains, instance_weights, load_state
@@ -42,7 +42,7 @@ class MetaKDOptions:
         domain: the one that is learned; the other domains of `data.train` count in t_i only. null: all rows are learned.
         stage: `intermediate`: all terms but the prediction; `prediction`: that alone; `all`: all at once, as in the paper. The
             published code has the first two as phases.
-        layer_map, layer_weights: as in `tinybert`.
+        layer_map, layer_weights: as in `tinybert`; layers are counted from 1.
         embedding_weight, hidden_weight, attention_weight, prediction_weight: of the terms; one of weight 0 is not formed.
         transfer_weight: gamma_2; 0 for a teacher that is no `meta_teacher`.
         temperature: of the prediction.
@@ -66,6 +66,13 @@ class MetaKDOptions:
     flavor: str = one_of("paper", *FLAVORS)
 
     def __post_init__(self) -> None:
+        if self.stage == "prediction":
+            names = ("layer_map", "layer_weights", "transfer_weight", *(f"{term}_weight" for term in TERMS))
+            refuse_unused(self, names, "with stage prediction, which compares no layers, expected none")
+        elif self.stage == "intermediate":
+            refuse_unused(self, ("prediction_weight", "temperature"), "with stage intermediate expected none")
+        if self.flavor == "reference":
+            refuse_unused(self, ("alpha",), "with flavor reference, which has 1/2, expected none")
         if not (self.terms or self.transfers or self.predicts):
             raise ValueError(f"stage: {self.stage} has no term with a weight above 0: nothing to train on")
 
@@ -99,8 +106,8 @@ class MetaKD(Objective):
         earlier = [o for o in reversed(setting.earlier) if isinstance(o, MetaKD)]
         self.match: LayerMatch | None = None
         if options.terms:
-            made = LayerMatch(student, teacher, options.layer_map, options.layer_weights, terms=options.terms)
-            self.match = next((o.match for o in earlier if o.match is not None and o.match.same_as(made)), made)
+            self.match = LayerMatch(student, teacher, options.layer_map, options.layer_weights, terms=options.terms)
+            self.match.share(o.match for o in reversed(earlier) if o.match is not None)
         self.state: DomainState | None = None
         self.projection: nn.Linear | None = None
         self._theirs: list[DomainState] = []  # no submodule: it is read from the teacher's folder

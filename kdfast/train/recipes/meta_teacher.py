@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.models.view import Needs, View
-from kdfast.strict import one_of, ranged
-from kdfast.train.batch import Batch
+from kdfast.strict import one_of, ranged, refuse_unused
+from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.domains import DomainState, check_domains, instance_weights, save_state
 from kdfast.train.kd import hard
 from kdfast.train.match import FLAVORS, shape_of, token_mask
@@ -45,6 +45,10 @@ class MetaTeacherOptions:
     alpha: float = ranged(0.5, low=0.0, high=1.0)
     encoder: str | None = None
     flavor: str = one_of("paper", *FLAVORS)
+
+    def __post_init__(self) -> None:
+        if self.flavor == "reference":
+            refuse_unused(self, ("alpha",), "with flavor reference, which has 1/2, expected none")
 
 
 class MetaTeacher(Objective):
@@ -93,7 +97,7 @@ class MetaTeacher(Objective):
         loss, metrics = hard(student, batch.labels, num_items, token_weight=weight)
         if self.state is not None and self.head is not None:
             state = self.state(student.layers[-1], token_mask(batch), batch.extra["domain"])
-            said, wrong = self.head(state), self._corrupted(batch.extra["domain"])
+            said, wrong = self.head(state), self._corrupted(batch.extra["domain"]).masked_fill(batch.labels == IGNORE, IGNORE)
             corruption, found = hard(
                 View(own_logits=said), wrong, num_items, token_weight=weight, hard_weight=self.now["domain_weight"]
             )

@@ -153,7 +153,8 @@ class SequenceKD(WordKD):
             seconds = files.read_json(whole.parent / "decoding.json")["seconds"]
             tried = min(_TRIED, len(inputs.train))
             say(f"decoding all {len(inputs.train)} sources: about {seconds / tried * len(inputs.train) / 60:.1f} minutes")
-        return Prepared(train=self._rows(whole, inputs, folder, tokenizer, most))
+        rows = self._rows(whole, inputs, folder, tokenizer, most)
+        return Prepared(rows, whole=len(inputs.train) * options.nbest if checked else None)
 
     def _identity(self, opened: Sequence[LiveTeacher]) -> list[str]:
         """The teachers' weights; of one that a function makes its name and arguments too."""

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from kdfast.models.load import load_folder, resolve_folder
 from kdfast.models.view import Needs, View
-from kdfast.strict import one_of, ranged
+from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.text import TextData
 from kdfast.text.documents import Corpus
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.augment import Augment, augmented
 from kdfast.train.batch import Batch
-from kdfast.train.data import Source
+from kdfast.train.data import Source, Subset
 from kdfast.train.documents import Documents
 from kdfast.train.kd import distillation
 from kdfast.train.match import FLAVORS, TERMS, LayerMatch, one_teacher, shape_of, token_mask
@@ -36,6 +36,8 @@ from kdfast.train.schedule import Scheduled, scheduled
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.teachers import LiveTeacher
 
+#: Rows of which copies are made for `check: true`.
+_TRIED = 64
 STAGES = ("all", "general", "intermediate", "prediction")
 
 
@@ -45,14 +47,15 @@ class TinyBERTOptions:
 
     Args:
         stage: `general`, `intermediate`: the terms of the layers; `prediction`: the last two; `all`: all at once.
-        layer_map: for each of the student's layers the teacher's, from 1; none: evenly spaced (4 of 12: 3, 6, 9, 12).
+        layer_map: for each of the student's layers the teacher's, counted from 1 (0 is the embedding; `student.from_teacher`
+            counts layers from 0); none: evenly spaced (4 of 12: 3, 6, 9, 12).
         layer_weights: lambda_m, for each of the student's layers; none: 1.
         embedding_weight, hidden_weight, attention_weight, prediction_weight, hard_weight: of the terms; numbers or schedules.
             A term of weight 0 is not formed.
         temperature: t of the prediction.
         flavor: `paper`, or `reference`: as the published code has it, one projection with bias, padding counted as
             `kdfast.train.match.LayerMatch` says, and the prediction's mean over rows and classes.
-        corpus: of stage `general`: text to train on in the place of the task's rows (`paths`, `glob`, `sequence_length`, ...).
+        corpus: of stage `general`: text to train on (`paths`, `glob`, `sequence_length`, ...); none: the task's rows.
         teacher: of stage `general`: folder of the teacher before it was fine-tuned; null: the run's teacher.
         augment: copies of the rows with other words; the teacher alone says what they mean.
         workspace_mb: MiB for logits through a head.
@@ -77,6 +80,12 @@ class TinyBERTOptions:
         for name in ("corpus", "teacher"):
             if getattr(self, name) is not None and self.stage != "general":
                 raise ValueError(f"{name}: expected it with stage general, got stage {self.stage}; leave it out")
+        if self.stage == "prediction":
+            names = ("layer_map", "layer_weights", *(f"{term}_weight" for term in TERMS))
+            refuse_unused(self, names, "with stage prediction, which compares no layers, expected none")
+        elif self.stage != "all":
+            names = ("prediction_weight", "hard_weight", "temperature", "workspace_mb")
+            refuse_unused(self, names, f"with stage {self.stage}, which compares layers only, expected none")
         if self.augment is not None and self.corpus is not None:
             raise ValueError("augment: expected it without corpus, whose rows are text of its own; leave it out")
         if not self.terms and not self.predicts:
@@ -98,14 +107,14 @@ class TinyBERT(Objective):
     def __init__(self, options: TinyBERTOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         teacher = one_teacher(setting, "tinybert")
-        self._task, self._shape = setting.task, shape_of(teacher, "teacher")
+        self._task, self._shape, self._bar = setting.task, shape_of(teacher, "teacher"), setting.bar
+        self._checked = setting.recipe is not None and setting.recipe.check
         self.match: LayerMatch | None = None
         if options.terms:
-            made = LayerMatch(
+            self.match = LayerMatch(
                 setting.student, teacher, options.layer_map, options.layer_weights, flavor=options.flavor, terms=options.terms
             )
-            before = [o.match for o in setting.earlier if isinstance(o, TinyBERT) and o.match is not None]
-            self.match = next((other for other in reversed(before) if other.same_as(made)), made)
+            self.match.share(o.match for o in setting.earlier if isinstance(o, TinyBERT) and o.match is not None)
 
     def needs_of_student(self) -> Needs:
         return Needs() if self.match is None else self.match.needs(of_teacher=False)
@@ -119,7 +128,7 @@ class TinyBERT(Objective):
     def prepare(self, inputs: Any, folder: Path, say: Any) -> Prepared:
         options = self.options
         rows: Source | None = None
-        teachers = None
+        teachers, whole = None, None
         if options.teacher is not None:
             teachers = [LiveTeacher(self._general_teacher(inputs))]
         if options.corpus is not None:
@@ -132,8 +141,11 @@ class TinyBERT(Objective):
             if not isinstance(self._task, ClassTask) or inputs.tokenizer is None:
                 raise ValueError("method.augment: expected a task whose rows are texts with classes; leave it out")
             embeddings = inputs.teachers[0].model.get_input_embeddings().weight
-            rows = augmented(inputs.train, inputs.tokenizer, options.augment, folder / "augmented", embeddings, say)
-        return Prepared(rows, teachers)
+            # A check tries it on some rows.
+            some = Subset(inputs.train, range(min(_TRIED, len(inputs.train)))) if self._checked else inputs.train
+            rows = augmented(some, inputs.tokenizer, options.augment, folder / "augmented", embeddings, say, self._bar)
+            whole = len(inputs.train) * (1 + options.augment.copies) if self._checked else None
+        return Prepared(rows, teachers, whole)
 
     def _general_teacher(self, inputs: Any) -> nn.Module:
         folder = resolve_folder(self.options.teacher, "method.teacher")

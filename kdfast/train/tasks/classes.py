@@ -21,16 +21,29 @@ from kdfast.train.tasks.task import Evaluation, Splits, Task
 
 @dataclass(frozen=True)
 class ClassOptions:
-    """labels: the names of the classes in the order of their ids; none: those of a model that the recipe names, else those in
-    the training data, sorted.
+    """What the classes are.
+
+    Args:
+        labels: as the data have them, in the order of their ids; none: the classes of a model that the recipe names, else what
+            the training data have, sorted.
+        names: what models call the same, where that is something else (`labels: [0, 1]`, `names: [NEGATIVE, POSITIVE]`).
+        no_label: what stands in the data of a row that has none (MNLI's `-`).
     """
 
     labels: tuple[Any, ...] = ()
+    names: tuple[Any, ...] = ()
+    no_label: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [label_name(label) for label in self.labels]
-        if len(set(names)) < len(names) or None in names:
-            raise ValueError(f"labels: expected different names, got {', '.join(map(str, self.labels))}")
+        for option in ("labels", "names"):
+            found = [label_name(label) for label in getattr(self, option)]
+            if len(set(found)) < len(found) or None in found:
+                raise ValueError(f"{option}: expected different names, got {', '.join(map(str, getattr(self, option)))}")
+        if self.names and len(self.names) != len(self.labels):
+            raise ValueError(f"names: expected one for each of the {len(self.labels)} labels, got {len(self.names)}")
+        both = set(map(str, self.labels)) & set(map(str, self.no_label))
+        if both:
+            raise ValueError(f"no_label: expected what is no class, got {both.pop()}, which is in labels")
 
 
 D = TypeVar("D")
@@ -44,8 +57,10 @@ class ClassTask(Task[D]):
 
     def __init__(self, options: Any, data: D) -> None:
         super().__init__(ClassOptions() if options is None else options, data)
-        self.names: list[str] = [str(label_name(label)) for label in self.options.labels]
+        self.names: list[str] = [str(label_name(label)) for label in self.options.names or self.options.labels]
         self.pad_id: int | None = None
+        #: Whether rows that are no training data have to have labels.
+        self.scored = True
 
     def take_classes(self, configs: Iterable[Mapping[str, Any]]) -> None:
         """Where the recipe lists no classes, those of the first of these models whose config names them: a file may lack some,
@@ -60,13 +75,17 @@ class ClassTask(Task[D]):
         Raises:
             ValueError: a label that is not among them, or fewer than two of them.
         """
-        found = list(found)
+        none = {str(label) for label in self.options.no_label}
+        found = [None if name in none else name for name in found]
         if not self.names:
             self.names = sorted_names({name for name in found if name is not None})
-        ids = {name: i for i, name in enumerate(self.names)}
-        unknown = next((name for name in found if name is not None and name not in ids), None)
-        if unknown is not None:
-            raise ValueError(f"{key}: expected one of the labels {_some(self.names)}, got {unknown!r}; list all in task.labels")
+        labels = [str(label) for label in self.options.labels] if self.options.names else self.names
+        ids = {name: i for i, name in enumerate(labels)}
+        unknown = sorted_names({name for name in found if name is not None} - set(ids))
+        if unknown:
+            raise ValueError(
+                f"{key}: expected one of the labels {_some(labels)}, got {_some(unknown)}; {self._remedy(labels, unknown)}"
+            )
         if not ids:
             remedy = "; name their column in data.label" if hasattr(self.data, "label") else ""
             raise ValueError(f"{key}: expected at least two different labels, got none: no row has one{remedy}")
@@ -74,23 +93,57 @@ class ClassTask(Task[D]):
             raise ValueError(f"{key}: expected at least two different labels, got {_some(self.names)}")
         return torch.tensor([IGNORE if name is None else ids[name] for name in found])
 
+    def _remedy(self, labels: Sequence[str], unknown: Sequence[str]) -> str:
+        """What to write where the data have labels that the classes known have not."""
+        if len(unknown) == len(labels) and not self.options.labels:
+            pairs = ", ".join(f"{name} for {label}" for label, name in zip(labels, unknown, strict=True))
+            return (
+                f"if they are the same, say which is which, such as {pairs}: task.labels: [{', '.join(unknown)}], task.names:"
+                f" [{', '.join(labels)}]"
+            )
+        more = ", ".join([*labels, *unknown])
+        return f"list all, task.labels: [{more}], or what means none, task.no_label: [{', '.join(unknown)}]"
+
+    def splits(self, train: Labelled | None, validation: Source | None) -> Splits:
+        """The same, with a seeded share of the training rows held out where there are no validation rows; those without a
+        label, on which nothing can be measured, are all trained on.
+        """
+        share = self.data.validation_share  # type: ignore[attr-defined]
+        if train is None or validation is not None or not share:
+            return Splits(train, validation)
+        kept, held = hold_out(train, share, train.labelled.tolist())
+        if not len(held):
+            self.notes.append("data.validation_share: no row with a label is held out, so nothing is evaluated")
+        return Splits(kept, held if len(held) else None)
+
     def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
         fields = {"id2label": dict(enumerate(self.names)), "label2id": {name: i for i, name in enumerate(self.names)}}
         return {"vocab_size": vocab_size, "pad_token_id": self.pad_id, **(fields if self.names else {})}
 
     def check_config(self, config: Mapping[str, Any], key: str) -> None:
-        """Raises where the config of a model says other classes, or the same in another order."""
+        """Raises where the config of a model says other classes, the same in another order, or another number of them."""
         said = classes_of(config)
+        if self.names and not said:
+            self._check_count(len(config.get("id2label") or (0, 1)), key)  # transformers writes down no two without a name
         if self.names and said and said != self.names:
             raise ValueError(
                 f"{key}: expected a model of the classes {_some(self.names)} in this order, got {_some(said)}; if they are the"
-                " same, list them in its order in task.labels"
+                f" same, {self._order(said)}"
             )
+
+    def _order(self, said: Sequence[str]) -> str:
+        if set(said) == set(self.names):
+            return "list them in its order in task.labels"
+        return f"task.names: [{', '.join(said)}] says so, beside task.labels in the same order"
 
     @torch.no_grad()
     def check_model(self, model: nn.Module, train: Source, key: str) -> None:
-        """A module that no config describes has to take the data and give a logit for each class."""
-        if getattr(model, "config", None) is not None or not self.names:
+        """A model has to give a logit for each class, and one that no config describes to take the data."""
+        if not self.names:
+            return
+        config = getattr(model, "config", None)
+        if config is not None:
+            self._check_count(getattr(config, "num_labels", None), key)
             return
         batch = train.batch([0])
         first = next(iter(model.parameters()), torch.empty(0))
@@ -102,10 +155,13 @@ class ClassTask(Task[D]):
             raise ValueError(f"{key}: {type(model).__name__} does not take the data ({shapes}): {error}") from None
         finally:
             model.train(was_training)
-        if found.shape[-1] != len(self.names):
+        self._check_count(found.shape[-1], key)
+
+    def _check_count(self, found: int | None, key: str) -> None:
+        if found is not None and found != len(self.names):
             raise ValueError(
-                f"{key}: expected {len(self.names)} logits, one for each of the classes {_some(self.names)}, got"
-                f" {found.shape[-1]}"
+                f"{key}: expected {len(self.names)} logits, one for each of the classes {_some(self.names)}, got {found}; list"
+                " all in task.labels, or take a model of these"
             )
 
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
@@ -113,6 +169,16 @@ class ClassTask(Task[D]):
 
     def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
         return class_summary(scores)
+
+    def said(self, view: View, batch: Batch) -> list[dict[str, Any]]:
+        """Of each row its label (None: it has none), the likeliest class and the probabilities of all."""
+        labels = [IGNORE] * len(view.logits) if batch.labels is None else batch.labels.tolist()
+        found = view.logits.float().softmax(-1).tolist()
+        return [
+            {"label": None if label == IGNORE else self.names[label], "said": self.names[row.index(max(row))],
+             "probabilities": dict(zip(self.names, row, strict=True))}
+            for label, row in zip(labels, found, strict=True)
+        ]  # fmt: skip
 
     def headline(self, evaluation: Evaluation) -> str:
         mcc = f", MCC {evaluation['mcc']:.3f}" if "mcc" in evaluation else ""
@@ -157,15 +223,6 @@ class Labelled(Source, Protocol):
     """Rows, some of which may have no label at all: `labelled` `[N]` says which have."""
 
     labelled: Tensor
-
-
-def split(train: Labelled | None, validation: Source | None, share: float) -> Splits:
-    """The same, with a seeded share of the training rows held out where there are no validation rows; those without a label,
-    on which nothing can be measured, are all trained on."""
-    if train is None or validation is not None or not share:
-        return Splits(train, validation)
-    kept, held = hold_out(train, share, train.labelled.tolist())
-    return Splits(kept, held if len(held) else None)
 
 
 def class_scores(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

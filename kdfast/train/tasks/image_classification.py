@@ -20,7 +20,7 @@ from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.tensors import digest_of_tensors
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import Source, Subset
-from kdfast.train.tasks.classes import ClassTask, check_share, label_name, split
+from kdfast.train.tasks.classes import ClassTask, check_share, label_name
 from kdfast.train.tasks.task import Splits
 
 #: Image files whose content is hashed, spread over a folder.
@@ -96,7 +96,7 @@ class ImageClassification(ClassTask[Data]):
             validation = self._read(data.validation, "data.validation")
         if self.shape and not self._folders:
             refuse_unused(data, ("size", "channels"), "of IDX files, whose images are as they are, expected none", "data")
-        train, validation = split(images, validation, data.validation_share)
+        train, validation = self.splits(images, validation)
         if train is not None and data.exclude_labels:
             train = self._excluded(train)
         if train is not None and data.shift:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kdfast.models.view import View
 from kdfast.strict import ranged, refuse_unused
 from kdfast.tensors import digest_of_tensors
 from kdfast.text.files import share_of
@@ -22,8 +23,8 @@ from kdfast.text.rows import Row, delimited_rows, open_source
 from kdfast.text.spec import TextData
 from kdfast.text.specials import padding_id
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.tasks.classes import ClassTask, check_share, label_name, split
-from kdfast.train.tasks.task import Splits
+from kdfast.train.tasks.classes import ClassTask, check_share, label_name
+from kdfast.train.tasks.task import Evaluation, Splits
 
 #: Rows that are tokenised together.
 _ROWS = 1024
@@ -38,13 +39,13 @@ class Data:
         validation_share: that share.
         glob: which files of a folder.
         columns: names of the columns of `.tsv` and `.csv` files that have no header line.
-        text, text_pair, label: columns with a text, the second of a pair, and the class. A row without a label (an empty one,
-            or no such column) gets a teacher's word only.
+        text: column with the text. text_pair: with the second text of a pair.
+        label: with the class. A row without one (an empty field, or no such column in a file) gets a teacher's word only.
         dataset: instead of `train` a folder written by `save_to_disk`, or a name for `load_dataset`.
         dataset_config, split: of the dataset (default split: train). validation_split: the split to evaluate on.
         max_length: most tokens of a row, special ones included; the longer text of a pair is cut first.
         group_by_length: batches of rows of like length, which have less padding.
-        domain: column with the domain of a row, for methods that ask for it.
+        domain: column with the domain of a training row, for methods that ask for it; where rows are scored it may be missing.
         domain_shares: share of a domain's training rows that is used, such as {books: 0.05} (few-shot; 0 leaves the domain
             out); a smaller share is a part of a larger one. Domains that are not named are used whole.
     """
@@ -85,11 +86,6 @@ class Data:
     def texts(self) -> tuple[str, ...]:
         return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Columns that every row has."""
-        return self.texts if self.domain is None else (*self.texts, self.domain)
-
 
 class SequenceClassification(ClassTask[Data]):
     """With `data.domain` a batch has `extra["domain"]`, numbers in `domains`, `IGNORE` for one that training does not show."""
@@ -115,35 +111,71 @@ class SequenceClassification(ClassTask[Data]):
             validation = self._read(data.validation, None, None, tokenizer, "data.validation")
         elif data.validation_split:
             validation = self._read((), data.dataset, data.validation_split, tokenizer, "data.validation_split")
-        return split(train, validation, data.validation_share)
+        return self.splits(train, validation)
 
     def _read(self, paths: Sequence[str], dataset: str | None, which: str | None, tokenizer: Tokenizer, key: str) -> Texts:
         data, cutting = self.data, Tokenizer.from_str(tokenizer.to_str())
         cutting.enable_truncation(data.max_length, strategy="longest_first")
         config = data.dataset_config if dataset else None
         spec = TextData(tuple(paths), data.glob, dataset=dataset, dataset_config=config, split=which)
-        rows = labelled_rows(spec, (*data.required, data.label), data.columns, key)
-        if data.domain_shares and key == "data.train":
+        training = key == "data.train"
+        required = (*data.texts, data.domain) if training and data.domain is not None else data.texts
+        optional = [column for column in (data.domain, data.label) if column is not None and column not in required]
+        rows = table_rows(spec, required, optional, data.columns, key)
+        if data.domain_shares and training:
             rows = _shared(rows, data)
+        empty, columns = 0, dict[str, None]()
         ids: list[Tensor] = []
         types: list[Tensor] = []
         labels: list[str | None] = []
-        domains: list[str] = []
+        domains: list[str | None] = []
         for some in _windows(rows, _ROWS):
             texts = [row.texts(data.texts) for row in some]
-            for encoding in cutting.encode_batch([t if len(t) == 2 else t[0] for t in texts]):
+            encodings = cutting.encode_batch([t if len(t) == 2 else t[0] for t in texts])
+            for row, encoding in zip(some, encodings, strict=True):
+                columns.update(dict.fromkeys(row.values))
+                if not encoding.ids:  # without special tokens a text may have none
+                    empty += 1
+                    continue
                 ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
                 types.append(torch.tensor(encoding.type_ids, dtype=torch.uint8))
-            labels += [_label(row, data.label) for row in some]
-            if data.domain is not None:
-                domains += [_domain(row, data.domain) for row in some]
+                labels.append(_label(row, data.label))
+                if data.domain is not None:
+                    domains.append(_domain(row, data.domain, needed=training))
         if not ids:
-            raise ValueError(f"{key}: expected at least one row, got none")
+            raise ValueError(f"{key}: expected at least one row with a token, got none")
+        if empty:
+            self.notes.append(f"{key}: {empty} rows have no token and are left out")
+        # A model may be trained without labels, by its teacher; nothing is scored without.
+        if data.label not in columns and (data.label != "label" if training else self.scored):
+            raise ValueError(
+                f"{key}: expected a column {data.label!r} with the class, got {', '.join(columns)}; name it in data.label"
+            )
         if not self.domains:
-            self.domains = sorted(set(domains))
+            self.domains = sorted(name for name in set(domains) if name is not None)
         numbers = {name: i for i, name in enumerate(self.domains)}
-        known = None if data.domain is None else torch.tensor([numbers.get(name, IGNORE) for name in domains])
+        known = None if data.domain is None else torch.tensor([numbers.get(name or "", IGNORE) for name in domains])
         return Texts(ids, types, self.ids_of(labels, key), self.pad_id or 0, known)
+
+    def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
+        found = super().score(view, batch)
+        domain = batch.extra.get("domain")
+        if domain is None or batch.labels is None or len(self.domains) < 2:
+            return found
+        counted = (batch.labels != IGNORE) & (domain != IGNORE)
+        right = (view.logits.argmax(-1) == batch.labels) & counted
+        n = len(self.domains)
+        of = [torch.bincount(domain[some], minlength=n).double() for some in (right, counted)]
+        return {**found, "domains": torch.stack(of)}
+
+    def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
+        """The classes' scores, and `accuracy_NAME` of each domain where there are several."""
+        whole = super().summary(scores)
+        if not scores or "domains" not in scores[0]:
+            return whole
+        right, rows = torch.stack([s["domains"] for s in scores]).sum(0).tolist()
+        each = {f"accuracy_{name}": right[i] / rows[i] for i, name in enumerate(self.domains) if rows[i]}
+        return Evaluation(**whole, **(each if len(each) > 1 else {}))
 
 
 class Texts:
@@ -189,18 +221,26 @@ class Texts:
         return digest_of_tensors(self.ends, self.ids, self.types, self.labels, *domains)
 
 
-def labelled_rows(spec: TextData, fields: Sequence[str], columns: Sequence[str], key: str) -> Iterator[Row]:
-    """The rows of delimited files, and all that `open_source` reads."""
-    source = open_source(spec, fields, lambda option: key if option in ("paths", "dataset") else f"data.{option}")
+def table_rows(
+    spec: TextData, required: Sequence[str], optional: Sequence[str], columns: Sequence[str], key: str
+) -> Iterator[Row]:  # fmt: skip
+    """The rows of delimited files, which have the columns `required`, and all that `open_source` reads."""
+    source = open_source(
+        spec, (*required, *optional), lambda option: key if option in ("paths", "dataset") else f"data.{option}"
+    )
     for file in source.texts:
         if file.suffix not in (".tsv", ".csv"):
             raise ValueError(f"{key}: expected .tsv, .csv, .jsonl or .parquet files, got {str(file)!r}; set data.glob")
-        for row in delimited_rows(file, key, columns):
-            # A header that is none would be missed silently: the first text would name a column.
-            if not all(field in row.values for field in fields[:-1]):
+        for i, row in enumerate(delimited_rows(file, key, columns)):
+            if columns and i == 0 and any(name == value for name, value in row.values.items()):
                 raise ValueError(
-                    f"{key}: {file}: expected columns {', '.join(fields)}, got {', '.join(row.values)}; name them in data.text"
-                    " and data.label, or in data.columns where the file has no header line"
+                    f"{key}: {file}: its first line is a header ({', '.join(row.values.values())}); leave data.columns out"
+                )
+            # A header that is none would be missed silently: the first text would name a column.
+            if not all(column in row.values for column in required):
+                raise ValueError(
+                    f"{key}: {file}: expected columns {', '.join(required)}, got {', '.join(row.values)}; name them in"
+                    " data.text, data.text_pair or data.domain, or in data.columns where the file has no header line"
                 )
             yield row
     yield from source.rows()
@@ -209,22 +249,23 @@ def labelled_rows(spec: TextData, fields: Sequence[str], columns: Sequence[str],
 def _shared(rows: Iterator[Row], data: Data) -> Iterator[Row]:
     """The rows that `data.domain_shares` leaves, drawn by their number within the domain."""
     seen: Counter[str] = Counter()
+    shares = {str(name): share for name, share in data.domain_shares.items()}
     for row in rows:
-        name = _domain(row, data.domain or "")
-        if share_of(f"{name}:{seen[name]}", 0) < data.domain_shares.get(name, 1):
+        name = str(_domain(row, data.domain or ""))
+        if share_of(f"{name}:{seen[name]}", 0) < shares.get(name, 1):
             yield row
         seen[name] += 1
-    missing = [name for name in data.domain_shares if name not in seen]
+    missing = [name for name in shares if name not in seen]
     if missing:
         raise ValueError(f"data.domain_shares: expected domains of data.train ({', '.join(sorted(seen))}), got {missing[0]!r}")
 
 
-def _domain(row: Row, column: str) -> str:
+def _domain(row: Row, column: str, needed: bool = True) -> str | None:
     try:
         name = label_name(row.values.get(column))
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from None
-    if name is None:
+    if name is None and needed:
         raise ValueError(f"{row.where}: expected a domain in {column}, got none")
     return name
 

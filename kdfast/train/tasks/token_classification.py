@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -27,9 +27,11 @@ from kdfast.train.tasks.classes import (
     class_scores,
     class_summary,
     label_name,
-    split,
 )
 from kdfast.train.tasks.task import Evaluation, Splits
+
+#: Lines of a file that show whether it has tabs between columns.
+_LOOKED_AT = 200
 
 
 class Sentence(NamedTuple):
@@ -85,7 +87,7 @@ class TokenClassification(ClassTask[Data]):
             train = self._read(data.train, tokenizer, "data.train")
         if data.validation:
             validation = self._read(data.validation, tokenizer, "data.validation")
-        return split(train, validation, data.validation_share)
+        return self.splits(train, validation)
 
     def _check_columns(self, train: Sequence[str], validation: Sequence[str]) -> None:
         listed = [list_files(paths, self.data.glob, (), key) for paths, key in
@@ -101,24 +103,38 @@ class TokenClassification(ClassTask[Data]):
         files = [file for _, file in list_files(paths, data.glob, (), key)]
         cutting = Tokenizer.from_str(tokenizer.to_str())
         cutting.enable_truncation(data.max_length)
-        room = data.max_length - tokenizer.num_special_tokens_to_add(False)
+        unknown = unknown_token(tokenizer)
         ids: list[Tensor] = []
         firsts: list[Tensor] = []
         tags: list[str | None] = []
+        lost = 0
         for file in files:
             for sentence in sentences(file, data, key):
-                for part in parts(sentence, tokenizer, room):
-                    encoding = cutting.encode(part.words, is_pretokenized=True)
-                    first = first_tokens(encoding.word_ids)
+                for part in parts(seen(sentence, tokenizer, unknown), tokenizer, data.max_length):
+                    encoding = cutting.encode(" ".join(part.words))
+                    first = first_tokens(part.words, encoding)
                     ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
-                    firsts.append(torch.tensor([word is not None for word in first]))
+                    firsts.append(torch.tensor([word is not None for word in first], dtype=torch.bool))
                     tags += [part.tags[word] for word in first if word is not None]
+                    lost += len(part.words) - sum(word is not None for word in first)
         if not tags:
             raise ValueError(f"{key}: expected at least one word, got none")
+        if lost:
+            self.notes.append(f"{key}: {lost} words begin no token of their own, their tags are left out")
         return Words(ids, firsts, self.ids_of(tags, key), self.pad_id or 0)
 
     def positions(self, batch: Batch) -> Tensor | None:
         return token_positions(batch)
+
+    def said(self, view: View, batch: Batch) -> list[dict[str, Any]]:
+        """Of each row its tags (None: it has none) and the likeliest ones, of words that begin a token."""
+        assert batch.labels is not None
+        words = batch.labels != IGNORE if batch.soft_mask is None else batch.soft_mask
+        return [
+            {"tags": [None if tag == IGNORE else self.names[tag] for tag in gold[own].tolist()],
+             "said": [self.names[tag] for tag in found[own].tolist()]}
+            for gold, found, own in zip(batch.labels, view.logits.argmax(-1), words, strict=True)
+        ]  # fmt: skip
 
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
@@ -198,8 +214,12 @@ def sentences(file: Path, data: Data, key: str) -> Iterator[Sentence]:
     words: list[str] = []
     tags: list[str | None] = []
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        tabbed = any("\t" in line for line in itertools.islice(lines, _LOOKED_AT))
+        lines.seek(0)
         for number, line in enumerate(lines, 1):
             line = line.rstrip("\r\n")
+            if tabbed and line.startswith("# ") and "\t" not in line:
+                continue  # CoNLL-U: a comment
             columns = line.split("\t") if "\t" in line else line.split()
             if not line.strip() or columns[0] == "-DOCSTART-":
                 if words:
@@ -230,26 +250,67 @@ def _listed(row: Row, fields: tuple[str, str]) -> Sentence:
         raise ValueError(f"{row.where}: {error}") from None
 
 
-def parts(sentence: Sentence, tokenizer: Tokenizer, room: int) -> Iterator[Sentence]:
-    """The sentence in as many parts as it takes for each to have at most `room` tokens; only a word longer than that is cut."""
-    encoding = tokenizer.encode(sentence.words, is_pretokenized=True, add_special_tokens=False)
-    sizes = [0] * len(sentence.words)
-    for word in encoding.word_ids:
-        if word is not None:
-            sizes[word] += 1
-    begin = filled = 0
-    for word, size in enumerate(sizes):
-        if filled and filled + size > room:
-            yield Sentence(sentence.words[begin:word], sentence.tags[begin:word])
-            begin, filled = word, 0
-        filled += size
-    if filled:
-        yield Sentence(sentence.words[begin:], sentence.tags[begin:])
+def unknown_token(tokenizer: Tokenizer) -> str | None:
+    """What the tokenizer has for text that it does not know, where that can be written."""
+    token = getattr(tokenizer.model, "unk_token", None)
+    able = token is not None and tokenizer.encode(token, add_special_tokens=False).tokens == [token]
+    return token if able else None
 
 
-def first_tokens(words: Sequence[int | None]) -> list[int | None]:
-    """For each token the word it begins, None where it begins none."""
-    return [word if word is not None and (i == 0 or words[i - 1] != word) else None for i, word in enumerate(words)]
+def seen(sentence: Sentence, tokenizer: Tokenizer, unknown: str | None) -> Sentence:
+    """The sentence with `unknown` in the place of words that are nothing to the tokenizer (invisible characters): the tag of a
+    word without a token would count nowhere.
+    """
+    if unknown is None:
+        return sentence
+    encodings = tokenizer.encode_batch(sentence.words, add_special_tokens=False)
+    words = [word if found.ids else unknown for word, found in zip(sentence.words, encodings, strict=True)]
+    return Sentence(words, sentence.tags)
+
+
+def parts(sentence: Sentence, tokenizer: Tokenizer, length: int) -> Iterator[Sentence]:
+    """The sentence in as many parts as it takes for each to have at most `length` tokens, special ones included: cut between
+    entities where that can be, only a word longer than that is cut itself.
+    """
+    words, tags = sentence
+    begin = 0
+    while begin < len(words):
+        end = begin + _fitting(words[begin:], tokenizer, length)
+        between = end
+        while between > begin and end < len(words) and (tags[between] or "").startswith("I-"):
+            between -= 1
+        end = between if between > begin else end
+        yield Sentence(words[begin:end], tags[begin:end])
+        begin = end
+
+
+def _fitting(words: Sequence[str], tokenizer: Tokenizer, length: int) -> int:
+    """How many words, at least one, have at most `length` tokens."""
+    encoding = tokenizer.encode(" ".join(words))
+    n = len(words)
+    while n > 1 and len(encoding.ids) > length:
+        over = sum(word is not None for word in first_tokens(words[:n], encoding)[:length])
+        n = min(max(over, 1), n - 1)
+        encoding = tokenizer.encode(" ".join(words[:n]))
+    return n
+
+
+def first_tokens(words: Sequence[str], encoding: Encoding) -> list[int | None]:
+    """For each token of the words, joined by spaces, the word it begins, None where it begins none.
+
+    So a model reads what it reads of the plain text: a tokenizer that marks the space before a word knows words that are given
+    to it one by one as parts of a single one.
+    """
+    of = [i for i, word in enumerate(words) for _ in range(len(word) + 1)]  # with the space after it
+    text = " ".join(words) + " "
+    found: list[int | None] = []
+    begun = -1
+    for start, end in encoding.offsets:  # of tokens around the text there is none
+        at = next((i for i in range(start, end) if not text[i].isspace()), start)
+        own = None if end <= start else of[at]
+        found.append(own if own is not None and own > begun else None)
+        begun = max(begun, -1 if own is None else own)
+    return found
 
 
 def has_entities(names: Sequence[str]) -> bool:
