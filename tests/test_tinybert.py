@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from task_rows import BERT, run, sentence, tokenizer_file, values, write_table  # noqa: F401
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
 
-from kdfast.models.view import look
+from kdfast.models.view import View, look
 from kdfast.train import Batch, Recipe
 from kdfast.train.augment import Augment, Augmented, augmented, word_tokens
 from kdfast.train.batch import IGNORE
@@ -386,3 +386,47 @@ def test_options_that_do_not_go_together() -> None:
     fails(r"method\.stage: prediction has no term", stage="prediction", prediction_weight=0)
     fails(r"method\.augment\.path: expected the folder of a masked language model", augment={"by": "masked_lm"})
     fails(r"method\.stage: expected one of all, general, intermediate, prediction", stage="attention")
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
+def test_a_teacher_is_asked_once_for_each_row(
+    task: str, folders: dict[str, Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Where its predictions are all that a stage sees of it, and rows are read again; the losses are the same."""
+    if task == "sequence_classification":
+        train = str(write_table(tmp_path / "train.tsv", True, rows=40, unlabelled=20))
+    else:
+        (tmp_path / "train.conll").write_text("the O\nfilm O\nwas O\nin O\nparis B-loc\n\nnew B-loc\nyork I-loc\n\n" * 20)
+        train = str(tmp_path / "train.conll")
+    data = {"train": train, "validation_share": 0.0}
+    teacher = run(values(tokenizer, tmp_path / "teacher", data, task)).model
+    asked: list[int] = []
+    plain = LiveTeacher.__call__
+
+    def ask(self: LiveTeacher, batch: Batch, *needs: Any) -> View:
+        asked.append(len(batch.input_ids))
+        return plain(self, batch, *needs)
+
+    monkeypatch.setattr(LiveTeacher, "__call__", ask)
+    weights, losses = {}, {}
+    for name in ("once", "always"):
+        if name == "always":
+            monkeypatch.setattr(TinyBERT, "_reads_often", lambda self, rows: False)
+        asked.clear()
+        method = {"name": "tinybert", "stage": "prediction"}
+        made = values(tokenizer, tmp_path / name, data, task, method=method, teacher={"path": str(teacher)}, save_every=8)
+        found = run(made)
+        weights[name] = load_file(found.model / "model.safetensors")
+        lines = (found.out / "metrics.jsonl").read_text().splitlines()
+        losses[name] = torch.tensor([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+        assert sum(asked) == (40 if name == "once" else 30 * 8)
+        if name == "once":  # killed after the preparation, it is not asked again
+            (found.out / "result.json").unlink()
+            shutil.rmtree(found.out / "checkpoints" / "step-00000030")
+            asked.clear()
+            again = load_file(run(made).model / "model.safetensors")
+            assert sum(asked) == 0
+            for key, value in again.items():
+                assert torch.equal(value, weights["once"][key])
+    assert len(losses["once"]) == 30
+    torch.testing.assert_close(losses["once"], losses["always"], rtol=1e-3, atol=1e-6)

@@ -5,9 +5,10 @@ Source: Pan et al. 2021 (Meta-KD), arXiv 2012.01266, sections 3.2 and 3.3.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,13 @@ def check_domains(task: Any, method: str) -> list[str]:
 
 @torch.no_grad()
 def instance_weights(
-    inputs: Any, names: Sequence[str], folder: Path, *, model: nn.Module, encoder: str | None, alpha: float, flavor: str
+    inputs: Any, names: Sequence[str], folder: Path, *, model: nn.Module, encoder: str | None, alpha: float, flavor: str,
+    autocast: Callable[[], Any] = contextlib.nullcontext,
 ) -> WeightedRows:  # fmt: skip
     """The training rows with t_i (`weights_of_rows`), kept in `folder`; E(x) is the mean of an encoder's last hidden states.
 
     Args:
-        model: the encoder, unless `encoder` names the folder of another one.
+        model: the encoder, unless `encoder` names the folder of another one. autocast: makes the context that it runs in.
 
     Raises:
         ValueError: a row without a label, or a domain without an example.
@@ -201,7 +203,9 @@ def instance_weights(
     encodings = []
     for start in range(0, len(rows), _ROWS):
         batch = rows.batch(range(start, min(start + _ROWS, len(rows)))).to(device)
-        encodings.append(mean_state(look(model, batch.by_name, Needs(layers=(-1,))).layers[-1], token_mask(batch)).cpu())
+        with autocast():
+            hidden = look(model, batch.by_name, Needs(layers=(-1,))).layers[-1]
+        encodings.append(mean_state(hidden, token_mask(batch)).cpu())
     model.train(was_training)
     found = weights_of_rows(torch.cat(encodings), label, domain, names, alpha=alpha, flavor=flavor)
     with files.written(file) as part:

@@ -148,7 +148,9 @@ class _Run:
         self.student = build_student(recipe, inputs.task, inputs.vocab_size, self.say)
         check_vocabulary(self.student, inputs)
         check_models(self.student, inputs)
-        setting = Setting(self.student, inputs.teachers, inputs.task, recipe, bar)
+        setting = Setting(
+            self.student, inputs.teachers, inputs.task, recipe, bar, autocast=accelerator.autocast, device=accelerator.device
+        )  # fmt: skip
         objectives = make_objectives([part.method for part in recipe.parts], setting)
         self.step = DistillStep(self.student, objectives, inputs.task).name_head()
         if inputs.task.through_head and self.step.head is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kdfast.models.view import Needs, View
@@ -30,7 +32,7 @@ class Setting(NamedTuple):
 
     recipe: the run's. phase: the part of it that the objective is of, where there is a recipe. bar: makes a progress bar for
     what `prepare` does (`kdfast.train.loop.Bar`), or None. earlier: the objectives of the phases before this one, whose
-    parameters it may share.
+    parameters it may share. autocast: makes the context that models run in. device: of the run.
     """
 
     student: nn.Module
@@ -40,6 +42,8 @@ class Setting(NamedTuple):
     bar: Any = None
     earlier: Sequence[Any] = ()
     phase: Any = None
+    autocast: Callable[[], Any] = contextlib.nullcontext
+    device: torch.device = torch.device("cpu")
 
 
 class Prepared(NamedTuple):

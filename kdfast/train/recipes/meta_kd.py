@@ -95,6 +95,7 @@ class MetaKD(Objective):
 
     def __init__(self, options: MetaKDOptions, setting: Setting) -> None:
         super().__init__(options, setting)
+        self._autocast = setting.autocast
         self._teacher_model = [one_teacher(setting, "meta_kd")]  # no submodule
         teacher, student = self._teacher_model[0], setting.student
         self.names = check_domains(setting.task, "meta_kd")
@@ -150,7 +151,7 @@ class MetaKD(Objective):
         if options.instance_weights:
             rows = instance_weights(
                 inputs, self.names, folder, model=self._teacher_model[0], encoder=options.encoder, alpha=options.alpha,
-                flavor=options.flavor,
+                flavor=options.flavor, autocast=self._autocast,
             )  # fmt: skip
             say(f"instance weights: mean {rows.weights.mean():.3f}, {rows.weights.min():.3f} to {rows.weights.max():.3f}")
         if options.domain is not None:

@@ -57,6 +57,7 @@ class MetaTeacher(Objective):
 
     def __init__(self, options: MetaTeacherOptions, setting: Setting) -> None:
         super().__init__(options, setting)
+        self._autocast = setting.autocast
         self.names = check_domains(setting.task, "meta_teacher")
         self._student = [setting.student]  # no submodule
         self.state: DomainState | None = None
@@ -79,7 +80,7 @@ class MetaTeacher(Objective):
             return None
         rows = instance_weights(
             inputs, self.names, folder, model=self._student[0], encoder=options.encoder, alpha=options.alpha,
-            flavor=options.flavor,
+            flavor=options.flavor, autocast=self._autocast,
         )  # fmt: skip
         say(f"instance weights: mean {rows.weights.mean():.3f}, {rows.weights.min():.3f} to {rows.weights.max():.3f}")
         return Prepared(train=rows)

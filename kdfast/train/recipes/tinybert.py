@@ -27,15 +27,18 @@ from kdfast.text.documents import Corpus
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.augment import Augment, augmented
 from kdfast.train.batch import Batch
-from kdfast.train.data import Source, Subset
+from kdfast.train.data import Source, Subset, lengths_of
 from kdfast.train.documents import Documents
 from kdfast.train.kd import distillation
 from kdfast.train.match import FLAVORS, TERMS, LayerMatch, one_teacher, shape_of, token_mask
 from kdfast.train.objective import Metric, Metrics, Objective, Prepared, Setting
+from kdfast.train.remember import heard, remembered
 from kdfast.train.schedule import Scheduled, scheduled
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.teachers import LiveTeacher
 
+#: Numbers of a teacher that are kept for a stage.
+_MOST = 1 << 28
 #: Rows of which copies are made for `check: true`.
 _TRIED = 64
 STAGES = ("all", "general", "intermediate", "prediction")
@@ -107,7 +110,7 @@ class TinyBERT(Objective):
     def __init__(self, options: TinyBERTOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         teacher = one_teacher(setting, "tinybert")
-        self._task, self._shape, self._bar = setting.task, shape_of(teacher, "teacher"), setting.bar
+        self._setting, self._shape, self._remembers = setting, shape_of(teacher, "teacher"), False
         self._checked = setting.recipe is not None and setting.recipe.check
         self.match: LayerMatch | None = None
         if options.terms:
@@ -119,7 +122,9 @@ class TinyBERT(Objective):
     def needs_of_student(self) -> Needs:
         return Needs() if self.match is None else self.match.needs(of_teacher=False)
 
-    def needs_of_teacher(self) -> Needs:
+    def needs_of_teacher(self) -> Needs | None:
+        if self._remembers:
+            return None
         return Needs() if self.match is None else self.match.needs(of_teacher=True)
 
     def hears_teachers(self) -> bool:
@@ -138,20 +143,37 @@ class TinyBERT(Objective):
             )  # fmt: skip
             rows = Documents.of(corpus, folder / "corpus")
         if options.augment is not None:
-            if not isinstance(self._task, ClassTask) or inputs.tokenizer is None:
+            if not isinstance(self._setting.task, ClassTask) or inputs.tokenizer is None:
                 raise ValueError("method.augment: expected a task whose rows are texts with classes; leave it out")
             embeddings = inputs.teachers[0].model.get_input_embeddings().weight
             # A check tries it on some rows.
             some = Subset(inputs.train, range(min(_TRIED, len(inputs.train)))) if self._checked else inputs.train
-            rows = augmented(some, inputs.tokenizer, options.augment, folder / "augmented", embeddings, say, self._bar)
+            rows = augmented(some, inputs.tokenizer, options.augment, folder / "augmented", embeddings, say, self._setting.bar)
             whole = len(inputs.train) * (1 + options.augment.copies) if self._checked else None
+        rows = inputs.train if rows is None else rows
+        if self._reads_often(rows):
+            self._remembers, setting = True, self._setting
+            rows = remembered(
+                rows, inputs.teachers[0], folder / "heard", setting.device, autocast=setting.autocast, bar=setting.bar
+            )  # fmt: skip
         return Prepared(rows, teachers, whole)
+
+    def _reads_often(self, rows: Source) -> bool:
+        """Whether the teacher's predictions are all that is seen of it, of each row more than once, and few enough to keep."""
+        recipe, phase = self._setting.recipe, self._setting.phase
+        if self.options.stage != "prediction" or self._checked or recipe is None or phase is None:
+            return False
+        if not (isinstance(self._setting.task, ClassTask) and hasattr(rows, "lengths")):
+            return False
+        read = phase.steps * recipe.batch_size * recipe.accumulation
+        size = int(lengths_of(rows).sum()) * len(self._setting.task.names)
+        return read > len(rows) and size < _MOST
 
     def _general_teacher(self, inputs: Any) -> nn.Module:
         folder = resolve_folder(self.options.teacher, "method.teacher")
         if inputs.tokenizer is not None:
             check_same_tokens(folder, load_tokenizer(inputs.tokenizer)[0], "method.teacher")
-        model = load_folder(folder, "method.teacher", kind=self._task.kind, dtype="auto", missing=[])
+        model = load_folder(folder, "method.teacher", kind=self._setting.task.kind, dtype="auto", missing=[])
         found = shape_of(model, "method.teacher")
         if found != self._shape:
             layers, width = self._shape
@@ -172,7 +194,8 @@ class TinyBERT(Objective):
         if self.options.predicts:
             classes = student.logits.shape[-1] if student.head is None else student.head.weight.shape[0]
             loss, found = distillation(
-                student, teachers, batch.labels, num_items, soft_mask=batch.soft_mask, temperature=now["temperature"],
+                student, heard(batch) or teachers, batch.labels, num_items, soft_mask=batch.soft_mask,
+                temperature=now["temperature"],
                 soft_weight=now["prediction_weight"] / (classes if self.options.flavor == "reference" else 1),
                 hard_weight=now["hard_weight"], scale_by_t2=False, workspace_mb=now["workspace_mb"],
             )  # fmt: skip
