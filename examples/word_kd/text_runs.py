@@ -250,9 +250,13 @@ def picture(file: Path, panels: int) -> Iterator[Sequence[Any]]:
 def label_perplexities(axes: Any, x: str, logarithmic: bool = False) -> None:
     """Validation perplexity over `x`, with numbers that are read at a glance."""
     axes.set(xlabel=x, ylabel="validation perplexity", yscale="log", xscale="log" if logarithmic else "linear")
-    for axis in (axes.yaxis, axes.xaxis) if logarithmic else (axes.yaxis,):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    if logarithmic:
+        ticker = need("matplotlib.ticker", extra="train", what="a picture")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.3, which="both")
     if axes.get_legend_handles_labels()[0]:  # nothing is finished yet
