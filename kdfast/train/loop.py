@@ -395,7 +395,6 @@ class _Run:
             self._align()
         device, world = self.accelerator.device, self.accelerator.num_processes
         rows = [None if isinstance(order, PackedOrder) else n for order, n in zip(self.orders, self.whole, strict=True)]
-        seconds = check(
-            self.recipe, lambda n: self._step(n, self._read(n).to(device), NoLog()), rows, world, device, self.say
-        )  # fmt: skip
+        take = lambda n: self._step(n, self._read(n).to(device), NoLog())  # noqa: E731
+        seconds = check(self.recipe, take, rows, world, device, self.say)
         return Result(self.folder, self.folder / "model", 2 * len(self.recipe.parts), seconds, None)
