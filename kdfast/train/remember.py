@@ -17,7 +17,7 @@ from kdfast import files
 from kdfast.models.view import View
 from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
 from kdfast.train.batch import Batch
-from kdfast.train.data import Source, digest_of, lengths_of
+from kdfast.train.data import Source, digest_of, lengths_of, sizes_of
 from kdfast.train.teachers.live import LiveTeacher
 
 #: Rows in one call, and rows that are sorted by length together.
@@ -45,6 +45,9 @@ class RememberedRows:
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return lengths_of(self._rows)
+
+    def sizes(self) -> list[np.ndarray]:
+        return sizes_of(self._rows)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         batch, ends = self._rows.batch(indices), self._ends
