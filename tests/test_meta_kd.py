@@ -64,7 +64,7 @@ def test_a_domain_without_an_example_is_named() -> None:
     ):
         weights_of_rows(e, y, d, ["books", "dvd"], alpha=0.5, flavor="paper")
     assert len(weights_of_rows(e, y, d, ["books", "dvd"], alpha=0.5, flavor="reference")) == 4
-    with pytest.raises(ValueError, match=r"data\.train: expected an example in every domain.*got none in 'kitchen'"):
+    with pytest.raises(ValueError, match=r"data\.train: expected an example in every domain.*got none in domain 'kitchen'"):
         weights_of_rows(e, y, d, ["books", "dvd", "kitchen"], alpha=0.5, flavor="reference")
 
 

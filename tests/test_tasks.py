@@ -165,7 +165,7 @@ def test_faults_in_a_table_are_said_in_one_line(tokenizer: Path, tmp_path: Path)
     fails("text\tlabel\na film\t0\tx\n", r"t\.tsv, line 2: expected 2 columns \(text, label\), got 3")
     fails("text\tlabel\na film\t0\n", r"data\.train: expected at least two different labels, got 0")
     named = {"name": "sequence_classification", "labels": ["no", "yes"]}
-    fails("text\tlabel\na film\tmaybe\n", r"data\.train: expected one of the labels no, yes, got 'maybe'", named)
+    fails("text\tlabel\na film\tmaybe\n", r"data\.train: expected one of the labels no, yes, got maybe; list all", named)
     fails("text\tlabel\n", r"data\.train: expected at least one row")
 
 
