@@ -188,7 +188,7 @@ def instance_weights(
     file, marker = folder / "weights.safetensors", folder / "weights.json"
     if marker.is_file() and files.read_json(marker) == files.json_value(about):
         return WeightedRows(rows, load_tensors(file)["weights"])
-    label, domain = _labels_of(rows)
+    label, domain = labels_of(rows)
     bare = int((label == IGNORE).sum())
     if bare:
         raise ValueError(f"data.train: expected a label in every row, which is weighed by its class, got {bare} without")
@@ -214,8 +214,11 @@ def instance_weights(
     return WeightedRows(rows, found)
 
 
-def _labels_of(rows: Source) -> tuple[Tensor, Tensor]:
-    """`[N]` each: labels and domains of all rows."""
-    batches = [rows.batch(range(start, min(start + _CHUNK, len(rows)))) for start in range(0, len(rows), _CHUNK)]
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    return torch.cat(labels), torch.cat([batch.extra["domain"] for batch in batches])
+def labels_of(rows: Source) -> tuple[Tensor, Tensor]:
+    """`[N]` each: labels (`IGNORE`: none) and domains of all rows."""
+    labels, domains = [], []
+    for start in range(0, len(rows), _CHUNK):
+        batch = rows.batch(range(start, min(start + _CHUNK, len(rows))))
+        domains.append(batch.extra["domain"])
+        labels.append(torch.full_like(domains[-1], IGNORE) if batch.labels is None else batch.labels)
+    return torch.cat(labels), torch.cat(domains)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,30 +37,27 @@ def evaluate(
     from kdfast.train.step import DistillStep, step_in
     from kdfast.train.tasks.causal_lm import CausalLM
 
-    # Each module's own, and none of what is made around a bare model, a teacher, whose dropout that would wake.
-    before = [(module, module.training) for module in model.modules()]
-    if step_in(model) is None:
-        task = task or CausalLM(None, CausalLM.Data())
-        model = DistillStep(model, None, task).name_head()
-    step = step_in(model)
-    assert step is not None
-    task = task or step.task
-    device = next(step.student.parameters()).device
-    n = min(limit, len(data)) if limit else len(data)
-    rank, world = share
-    model.eval()
-    scores: list[dict[str, Tensor]] = []
-    starts = list(range(0, n, batch_size))
-    # Every process takes part in every round: a sharded model gathers its weights together.
-    for turn in range(0, len(starts), world):
-        mine = turn + rank
-        start = starts[mine] if mine < len(starts) else starts[turn]
-        batch = data.batch(range(start, min(start + batch_size, n))).to(device)
-        found = model(batch, score=True)
-        if mine < len(starts):
-            scores.append({name: value.cpu() for name, value in found.items()})
-    for module, was_training in before:
-        module.training = was_training
+    with _modes_kept(model):
+        if step_in(model) is None:
+            task = task or CausalLM(None, CausalLM.Data())
+            model = DistillStep(model, None, task).name_head()
+        step = step_in(model)
+        assert step is not None
+        task = task or step.task
+        device = next(step.student.parameters()).device
+        n = min(limit, len(data)) if limit else len(data)
+        rank, world = share
+        model.eval()
+        scores: list[dict[str, Tensor]] = []
+        starts = list(range(0, n, batch_size))
+        # Every process takes part in every round: a sharded model gathers its weights together.
+        for turn in range(0, len(starts), world):
+            mine = turn + rank
+            start = starts[mine] if mine < len(starts) else starts[turn]
+            batch = data.batch(range(start, min(start + batch_size, n))).to(device)
+            found = model(batch, score=True)
+            if mine < len(starts):
+                scores.append({name: value.cpu() for name, value in found.items()})
     if world > 1:
         scores = _gathered(scores)
     return task.summary(scores)
@@ -68,17 +67,27 @@ def evaluate(
 def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size: int = 16) -> bool:
     """Writes what `model` says of each row (`ClassTask.said`), a line of JSON each, in their order; whether any has a label."""
     device, labelled = next(model.parameters()).device, False
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    with written(file) as part, open(part, "w", encoding="utf-8") as lines:
+    with _modes_kept(model), written(file) as part, open(part, "w", encoding="utf-8") as lines:
+        model.eval()
         for start in range(0, len(rows), batch_size):
             batch = rows.batch(range(start, min(start + batch_size, len(rows)))).to(device)
             labelled |= batch.labels is not None and bool((batch.labels != IGNORE).any())
             for i, line in enumerate(task.said(look(model, batch.by_name), batch), start):
                 lines.write(json.dumps({"row": i, **line}, ensure_ascii=False, allow_nan=False) + "\n")
-    for module, was_training in before:
-        module.training = was_training
     return labelled
+
+
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module is in training or not afterwards as before: its own mode, and none of what is made around a bare model within
+    the block, a teacher, whose dropout that would wake.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
 
 
 def _gathered(scores: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

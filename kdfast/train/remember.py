@@ -20,8 +20,8 @@ from kdfast.train.batch import Batch
 from kdfast.train.data import Source, digest_of, lengths_of, sizes_of
 from kdfast.train.teachers.live import LiveTeacher
 
-#: Rows in one call, and rows that are sorted by length together.
-_ROWS, _WINDOW = 64, 4096
+#: Rows in one call.
+_ROWS = 64
 _NAME = "teacher_logits"
 
 
@@ -80,10 +80,7 @@ def remembered(
         return RememberedRows(rows, load_tensors(file)["logits"])
     teacher.to(device)
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    order = np.concatenate([
-        start + np.argsort(part, kind="stable") for start, part in
-        ((start, lengths_of(rows)[start : start + _WINDOW]) for start in range(0, len(rows), _WINDOW))
-    ])  # fmt: skip
+    order = np.argsort(lengths_of(rows), kind="stable")
     with contextlib.nullcontext() if bar is None else bar("teacher", len(rows), "rows") as shown:
         for start in range(0, len(rows), _ROWS):
             some = order[start : start + _ROWS].tolist()

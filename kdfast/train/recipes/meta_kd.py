@@ -25,7 +25,7 @@ from kdfast.models.view import Needs, View
 from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.train.batch import Batch
 from kdfast.train.data import Subset
-from kdfast.train.domains import STATE_FILE, DomainState, check_domains, instance_weights, load_state
+from kdfast.train.domains import STATE_FILE, DomainState, check_domains, instance_weights, labels_of, load_state
 from kdfast.train.kd import distillation
 from kdfast.train.match import FLAVORS, TERMS, LayerMatch, leading, one_teacher, shape_of, token_mask
 from kdfast.train.objective import Metric, Metrics, Objective, Prepared, Setting
@@ -155,9 +155,7 @@ class MetaKD(Objective):
             )  # fmt: skip
             say(f"instance weights: mean {rows.weights.mean():.3f}, {rows.weights.min():.3f} to {rows.weights.max():.3f}")
         if options.domain is not None:
-            starts = range(0, len(rows), 1024)
-            of = [inputs.train.batch(range(i, min(i + 1024, len(rows)))).extra["domain"] for i in starts]
-            chosen = (torch.cat(of) == self.names.index(options.domain)).nonzero()[:, 0].tolist()
+            chosen = (labels_of(inputs.train)[1] == self.names.index(options.domain)).nonzero()[:, 0].tolist()
             if not chosen:
                 raise ValueError(f"method.domain: expected an example of {options.domain!r} to learn from, got none")
             rows = Subset(rows, chosen)
