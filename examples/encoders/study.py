@@ -50,11 +50,12 @@ class Run:
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with those of `changes`; a mapping with a name, and what is not in both, is replaced whole."""
+    """`values` with those of `changes`; what says all of something (a name, a student, shares) is replaced whole."""
+    whole = ("student", "domain_shares")
     out = copy.deepcopy(dict(values))
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = merged(out[key], value) if both and "name" not in value and key != "student" else copy.deepcopy(value)
+        out[key] = merged(out[key], value) if both and "name" not in value and key not in whole else copy.deepcopy(value)
     return out
 
 
