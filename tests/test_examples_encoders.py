@@ -19,13 +19,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(EXAMPLES / "encoders"))
-    for name in ("prepare", "study"):
+    for name in ("prepare", "runs", "study"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import prepare
     import study
 
     yield prepare, study
-    for name in ("prepare", "study"):
+    for name in ("prepare", "runs", "study"):
         sys.modules.pop(name, None)
 
 
@@ -91,6 +91,9 @@ def test_every_run_of_the_study_is_a_recipe_whose_needs_are_runs(scripts: Any) -
         for path in named:
             if path is not None and path.startswith("runs/"):
                 assert any(path == f"{study.recipe_of(needed, 2).out}/model" for needed in study.RUNS), (name, path)
+        # Shares are of domains that it reads.
+        for domain in getattr(recipe.data, "domain_shares", {}):
+            assert any(f"/{domain}/" in file for file in recipe.data.train), name
     steps = {name: study.recipe_of(f"sst2/{name}", 1).total_steps for name in ("tinybert", "tinybert-without-general", "alone")}
     assert len(set(steps.values())) == 1
 
@@ -104,7 +107,18 @@ def test_the_table_has_means_and_the_share_of_the_teacher(scripts: Any) -> None:
 
     known = {"sst2/teacher:1": row(0.9), "sst2/tinybert:1": row(0.88), "sst2/tinybert:2": row(0.86)}
     lines = study.table(known).splitlines()
-    assert "| sst2/tinybert | 2 | accuracy | 87.0 (86.0 - 88.0) | 87.0 (86.0 - 88.0) | 96.7% | 2.00 M | 1.00 M | 1.0 |" in lines
+    row_of = "| sst2/tinybert | 2 | accuracy | 87.00 ± 1.41 | 87.00 ± 1.41 | 96.67 ± 1.57 % | 2.00 M | 1.00 M | 1.0 |"
+    assert row_of in lines
+
+
+def test_the_picture_shows_what_is_done(scripts: Any, tmp_path: Path) -> None:
+    _, study = scripts
+    names = ("sst2/teacher", "sst2/tinybert", "sst2/half-alone", "reviews/electronics-2%-meta", "reviews/electronics-meta",
+             "reviews/electronics-100%-meta-unseen")  # fmt: skip
+    done = {f"{name}:{seed}": {"test": {"accuracy": 0.8 + seed / 100}} for name in names for seed in (1, 2)}
+    study.picture(done, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    study.picture({}, tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.name}")

@@ -11,9 +11,11 @@ from kdfast import linear_topk_targets, topk_targets
 from kdfast.cache import check_alignment
 from kdfast.models.load import check_ids, lacks, vocab_of
 from kdfast.models.view import View
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import Batch
+from kdfast.train.data import batches
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.language import LanguageTask
+from kdfast.train.teachers import teacher_keys
 
 if TYPE_CHECKING:
     from kdfast.train.inputs import Inputs
@@ -51,13 +53,11 @@ def check_heads(objectives: Iterable[Any], inputs: Inputs) -> None:
     """Raises where a method hears a teacher whose head its folder did not have."""
     if not any(objective.teacher != "none" and objective.hears_teachers() for objective in objectives):
         return
-    many = len(inputs.teachers) > 1
-    for i, teacher in enumerate(inputs.teachers):
+    for key, teacher in zip(teacher_keys(len(inputs.teachers)), inputs.teachers, strict=True):
         missing = getattr(teacher, "missing", ())
         if missing:
-            key = f"teachers[{i}].path" if many else "teacher.path"
             raise ValueError(
-                f"{key}: the folder {lacks(missing)}, which would be random; train it for task {inputs.task.kind} first"
+                f"{key}.path: the folder {lacks(missing)}, which would be random; train it for task {inputs.task.kind} first"
                 " (method: supervised)"
             )
 
@@ -72,17 +72,12 @@ def check_labelled(parts: Iterable[tuple[Any, Any]], inputs: Inputs) -> None:
         return
     for objective, rows in parts:
         hard = objective.teacher == "none" or getattr(objective.options, "hard_weight", 0) != 0
-        if hard and not any(_has_label(rows, start) for start in range(0, len(rows), _ROWS)):
+        if hard and not any(batch.labelled for batch in batches(rows, _ROWS)):
             remedy = "name their column in data.label" if hasattr(inputs.task.data, "label") else "add them"
             remedy += "" if objective.teacher == "none" else ", or set method.hard_weight: 0"
             raise ValueError(
                 f"data.train: expected labels, which the method learns from, got {len(rows)} rows without; {remedy}"
             )
-
-
-def _has_label(rows: Any, start: int) -> bool:
-    labels = rows.batch(range(start, min(start + _ROWS, len(rows)))).labels
-    return labels is not None and bool((labels != IGNORE).any())
 
 
 def check_vocabulary(student_model: nn.Module, inputs: Inputs) -> None:

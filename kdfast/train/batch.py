@@ -65,6 +65,11 @@ class Batch:
     def input_ids(self) -> Tensor:
         return self.by_name["input_ids"]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether any row has a label; looks at the values."""
+        return self.labels is not None and bool((self.labels != IGNORE).any())
+
     def count(self) -> int:
         """Rows that count: those a teacher is heard on, else those with a label, or all where no labels are known."""
         if self.soft_mask is not None:

@@ -28,6 +28,7 @@ from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Recipe, Teacher
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import ClassTask
+from kdfast.train.teachers import teacher_keys
 from kdfast.train.teachers.cached import CachedTeacher
 from kdfast.train.teachers.live import LiveTeacher
 
@@ -149,8 +150,8 @@ class TaughtRows:
 
     def __init__(self, rows: Source, caches: Sequence[CachedTeacher], task: ClassTask[Any]) -> None:
         self.rows, self.caches = rows, list(caches)
-        for i, cache in enumerate(self.caches):
-            key = "teacher.cache" if len(self.caches) == 1 else f"teachers[{i}].cache"
+        for teacher, cache in zip(teacher_keys(len(caches)), caches, strict=True):
+            key = f"{teacher}.cache"
             there = read_capture(cache.path)
             if "rows" not in there:
                 raise ValueError(

@@ -6,7 +6,7 @@ The order is a function of (seed, position) alone, so a resumed run needs no ite
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +37,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def batch(self, indices: Sequence[Any]) -> Batch: ...
+
+
+def batches(source: Source, size: int, limit: int = 0) -> Iterator[Batch]:
+    """All rows in their order, or the first `limit`, `size` at a time."""
+    n = min(limit, len(source)) if limit else len(source)
+    return (source.batch(range(start, min(start + size, n))) for start in range(0, n, size))
 
 
 class Sequences:

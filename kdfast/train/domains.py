@@ -24,7 +24,7 @@ from kdfast.models.view import Needs, look
 from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source, lengths_of
+from kdfast.train.data import Source, batches, lengths_of
 from kdfast.train.match import token_mask
 
 #: What a meta-teacher keeps beside its model.
@@ -201,8 +201,8 @@ def instance_weights(
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device
     encodings = []
-    for start in range(0, len(rows), _ROWS):
-        batch = rows.batch(range(start, min(start + _ROWS, len(rows)))).to(device)
+    for batch in batches(rows, _ROWS):
+        batch = batch.to(device)
         with autocast():
             hidden = look(model, batch.by_name, Needs(layers=(-1,))).layers[-1]
         encodings.append(mean_state(hidden, token_mask(batch)).cpu())
@@ -217,8 +217,7 @@ def instance_weights(
 def labels_of(rows: Source) -> tuple[Tensor, Tensor]:
     """`[N]` each: labels (`IGNORE`: none) and domains of all rows."""
     labels, domains = [], []
-    for start in range(0, len(rows), _CHUNK):
-        batch = rows.batch(range(start, min(start + _CHUNK, len(rows))))
+    for batch in batches(rows, _CHUNK):
         domains.append(batch.extra["domain"])
         labels.append(torch.full_like(domains[-1], IGNORE) if batch.labels is None else batch.labels)
     return torch.cat(labels), torch.cat(domains)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.files import written
 from kdfast.models.view import look
-from kdfast.train.batch import IGNORE
+from kdfast.train.data import Source, batches
 from kdfast.train.tasks.task import Evaluation
-
-if TYPE_CHECKING:
-    from kdfast.train.data import Source
 
 
 @torch.no_grad()
@@ -69,11 +67,12 @@ def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size
     device, labelled = next(model.parameters()).device, False
     with _modes_kept(model), written(file) as part, open(part, "w", encoding="utf-8") as lines:
         model.eval()
-        for start in range(0, len(rows), batch_size):
-            batch = rows.batch(range(start, min(start + batch_size, len(rows)))).to(device)
-            labelled |= batch.labels is not None and bool((batch.labels != IGNORE).any())
-            for i, line in enumerate(task.said(look(model, batch.by_name), batch), start):
-                lines.write(json.dumps({"row": i, **line}, ensure_ascii=False, allow_nan=False) + "\n")
+        number = itertools.count()
+        for batch in batches(rows, batch_size):
+            labelled |= batch.labelled
+            batch = batch.to(device)
+            for line in task.said(look(model, batch.by_name), batch):
+                lines.write(json.dumps({"row": next(number), **line}, ensure_ascii=False, allow_nan=False) + "\n")
     return labelled
 
 

@@ -26,7 +26,7 @@ from kdfast.models.view import look
 from kdfast.strict import plain
 from kdfast.train.alignment import check_vocabulary
 from kdfast.train.batch import IGNORE
-from kdfast.train.data import SEEDS, Source, digest_of
+from kdfast.train.data import SEEDS, Source, batches, digest_of
 from kdfast.train.evaluate import evaluate
 from kdfast.train.objective import Setting
 from kdfast.train.recipe import Model, Named, Phase, Recipe, Teacher
@@ -209,11 +209,10 @@ def agreement(models: Sequence[nn.Module], data: Source, batch_size: int = 16, l
     if len(models) < 2:
         return {}
     device = next(models[0].parameters()).device
-    n = min(limit, len(data)) if limit else len(data)
     pairs = list(itertools.combinations(range(len(models)), 2))
     same = apart = rows = 0.0
-    for start in range(0, n, batch_size):
-        batch = data.batch(range(start, min(start + batch_size, n))).to(device)
+    for batch in batches(data, batch_size, limit):
+        batch = batch.to(device)
         if batch.labels is None:
             return {}
         counted = batch.labels != IGNORE

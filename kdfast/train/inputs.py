@@ -17,13 +17,13 @@ from kdfast.strict import refuse_unused
 from kdfast.text.tokenizers import check_same_tokens, file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE
 from kdfast.train.class_cache import TaughtRows
-from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, digest_of, lengths_of
+from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, batches, digest_of, lengths_of
 from kdfast.train.recipe import Recipe
 from kdfast.train.tasks import task_class
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Task
-from kdfast.train.teachers import CachedTeacher, LiveTeacher, Teacher, open_teacher
+from kdfast.train.teachers import CachedTeacher, LiveTeacher, Teacher, open_teacher, teacher_keys
 
 #: What a language task's data options say of a cache; the others are for reading text.
 _OF_CACHES = ("validation_share", "pack", "group_by_length")
@@ -97,10 +97,11 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     task = task_class(recipe.task.name)(
         recipe.task.options, _kept_whole(recipe.data) if validation is not None else recipe.data
     )
+    folders = model_folders(recipe).values()
     if isinstance(task, ClassTask):
-        task.take_classes(map(read_config, _model_folders(recipe)))
+        task.take_classes(map(read_config, folders))
     if isinstance(task, LanguageTask):
-        task.take_ids([recipe.student.config, *map(read_config, _model_folders(recipe))])
+        task.take_ids([recipe.student.config, *map(read_config, folders)])
     cached = [spec for spec in recipe.all_teachers if spec.cache]
     cache_is_data = bool(cached) and task.cache_is_data
     _check_sources(recipe, train, cache_is_data)
@@ -122,11 +123,11 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         )
     if pack and not cached:
         raise ValueError("data.pack: expected a cached teacher; running text fills its sequences by itself, leave it out")
-    many = len(recipe.all_teachers) > 1
+    specs = recipe.all_teachers
     try:
         teachers = [
-            open_teacher(spec, f"teachers[{i}]" if many else "teacher", task.kind, identity, pack)
-            for i, spec in enumerate(recipe.all_teachers)
+            open_teacher(spec, key, task.kind, identity, pack)
+            for key, spec in zip(teacher_keys(len(specs)), specs, strict=True)
         ]
     except CacheMismatch as error:
         if recipe.tokenizer:
@@ -213,40 +214,32 @@ def _kept_whole(data: Any) -> Any:
     return replace(data, **{name: value for name, value in (("validation_share", 0.0), ("validation", ())) if name in names})
 
 
-def _model_folders(recipe: Recipe) -> list[Path]:
-    """The folders of the models that a recipe names: the student's, the one it is cut out of, the teachers'."""
-    cut = recipe.student.from_teacher
-    named = [
-        ("student.path", recipe.student.path),
-        ("student.from_teacher.path", cut.path if cut else None),
-        *(("teacher.path", t.path) for t in recipe.all_teachers),
-    ]
-    return [resolve_folder(path, key) for key, path in named if path]
+def model_folders(recipe: Recipe) -> dict[str, Path]:
+    """The folders of the models that a recipe names, by key: the student's, the one it is cut out of, the teachers'."""
+    cut, teachers = recipe.student.from_teacher, recipe.all_teachers
+    named = {"student.path": recipe.student.path, "student.from_teacher.path": cut.path if cut else None}
+    named |= {f"{key}.path": spec.path for key, spec in zip(teacher_keys(len(teachers)), teachers, strict=True)}
+    return {key: resolve_folder(path, key) for key, path in named.items() if path}
 
 
 def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:
     """Its folder, and those with this `tokenizer.json`: a file by itself may lack what the model's folder has beside it."""
     same = file_hash(tokenizer)
-    held = ((folder, folder / "tokenizer.json") for folder in _model_folders(recipe))
+    held = ((folder, folder / "tokenizer.json") for folder in model_folders(recipe).values())
     return (tokenizer.parent, *(folder for folder, file in held if file.is_file() and file_hash(file) == same))
 
 
 def _check_tokenizers(recipe: Recipe, tokenizer: Any, identity: str | None) -> None:
-    """Raises where the folder of the student or of a live teacher has a tokenizer with other tokens than the data's; a cache
-    knows its own."""
-    many = len(recipe.all_teachers) > 1
-    keys = [f"teachers[{i}].path" if many else "teacher.path" for i in range(len(recipe.all_teachers))]
-    for key, path in [("student.path", recipe.student.path), *zip(keys, [t.path for t in recipe.all_teachers], strict=True)]:
-        if not path:
-            continue
-        folder = resolve_folder(path, key)
+    """Raises where the folder of a model has a tokenizer with other tokens than the data's; a cache knows its own."""
+    for key, folder in model_folders(recipe).items():
         if (folder / "tokenizer.json").is_file() and file_hash(folder / "tokenizer.json") != identity:
             check_same_tokens(folder, tokenizer, key)
 
 
 def _own_tokenizer(recipe: Recipe) -> Path | None:
     """The tokenizer in the first model folder that has one."""
-    return next((f / "tokenizer.json" for f in _model_folders(recipe) if (f / "tokenizer.json").is_file()), None)
+    files = (folder / "tokenizer.json" for folder in model_folders(recipe).values())
+    return next((file for file in files if file.is_file()), None)
 
 
 def _cached(recipe: Recipe, caches: list[CachedTeacher]) -> tuple[Source, Source | None]:
@@ -302,12 +295,9 @@ def _check_validation(validation: Source, recipe: Recipe) -> None:
             "data.validation: expected at least one row, got none; raise data.validation_share, or set it to 0 and"
             " evaluate nothing"
         )
-    n = min(n, recipe.eval_sequences or n)
-    for start in range(0, n, recipe.batch_size):
-        labels = validation.batch(range(start, min(start + recipe.batch_size, n))).labels
-        if labels is not None and bool((labels != IGNORE).any()):
-            return
-    raise ValueError(f"data.validation: expected at least one labelled position in {n} rows, got none")
+    if not any(batch.labelled for batch in batches(validation, recipe.batch_size, recipe.eval_sequences)):
+        n = min(n, recipe.eval_sequences or n)
+        raise ValueError(f"data.validation: expected at least one labelled position in {n} rows, got none")
 
 
 def _check_labels(train: Source, vocab_size: int | None, task: Task[Any]) -> None:

@@ -30,12 +30,13 @@ from kdfast.models.settings import end_ids, end_like
 from kdfast.models.shrink import cast_weights, cut_out
 from kdfast.tensors import save_tensors, writing_tensors
 from kdfast.text.tokenizers import load_tokenizer
-from kdfast.train.inputs import Inputs, cut_from
+from kdfast.train.inputs import Inputs, cut_from, model_folders
 from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Lora, Model, Recipe
 from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Task
+from kdfast.train.teachers import teacher_keys
 
 #: What a tokenizer may be made of, beside `tokenizer.json`.
 _TOKENIZER_FILES = (
@@ -109,15 +110,11 @@ def _check_classes(recipe: Recipe, task: Task[Any]) -> None:
     """Raises where a model in a folder has a head for other classes than the task's, or has them in another order."""
     if not isinstance(task, ClassTask):
         return
-    many = len(recipe.all_teachers) > 1
-    named = [(f"teachers[{i}].path" if many else "teacher.path", t.path) for i, t in enumerate(recipe.all_teachers)]
-    named.append(("student.path", recipe.student.path))
-    if recipe.student.from_teacher is not None:
-        named.append(("student.from_teacher.path", cut_from(recipe)))
+    named = model_folders(recipe)
     if recipe.init_from and (Path(recipe.init_from) / "config.json").is_file():
-        named.append(("init_from", recipe.init_from))
-    for key, path in named:
-        if path and kind_of(folder := resolve_folder(path, key)) == task.kind:
+        named["init_from"] = Path(recipe.init_from)
+    for key, folder in named.items():
+        if kind_of(folder) == task.kind:
             task.check_config(read_config(folder), key)
 
 
@@ -125,8 +122,7 @@ def check_models(student: nn.Module, inputs: Inputs) -> None:
     """Raises where the student, or a live teacher, does not fit the data as far as the task can see."""
     # The random head of a teacher that has none is heard by nobody.
     live = [None if getattr(teacher, "missing", ()) else getattr(teacher, "model", None) for teacher in inputs.teachers]
-    keys = [f"teachers[{i}]" for i in range(len(live))] if len(live) > 1 else ["teacher"]
-    models = {"student": student, **dict(zip(keys, live, strict=False))}
+    models = {"student": student, **dict(zip(teacher_keys(len(live)), live, strict=True))}
     for key, model in models.items():
         if model is not None:
             inputs.task.check_model(model, inputs.train, key)

@@ -23,6 +23,7 @@ from kdfast.train.batch import Batch
 from kdfast.train.kd import distillation
 from kdfast.train.objective import Metrics, Objective, Setting
 from kdfast.train.schedule import Schedule, Scheduled, scheduled
+from kdfast.train.teachers import teacher_keys
 
 #: Parameters of divergences, and those that have them.
 _PARAMETERS = {
@@ -105,10 +106,9 @@ class WordKD(Objective):
     def _check_vocabularies(setting: Setting) -> None:
         live = [teacher.model for teacher in setting.teachers if teacher.info is None]
         own = vocabulary_in(setting.student, setting.task) if live else None
-        for i, model in enumerate(live):
+        for key, model in zip(teacher_keys(len(live)), live, strict=True):
             its = vocabulary_in(model, setting.task)
             if None not in (own, its) and own != its:
-                key = f"teachers[{i}]" if len(live) > 1 else "teacher"
                 raise ValueError(f"{key}: its vocabulary has {its} ids, the student's {own}; word_kd expects one vocabulary")
 
     def _check_cached(self, options: WordKDOptions) -> None:

@@ -21,7 +21,7 @@ from kdfast.text.documents import Corpus
 from kdfast.text.files import list_files, split_files
 from kdfast.text.spec import TextData
 from kdfast.train.batch import IGNORE, Batch, check_classes, token_positions
-from kdfast.train.data import SPLIT_SEED, Source, hold_out
+from kdfast.train.data import SPLIT_SEED, Source, batches, hold_out
 from kdfast.train.documents import Documents
 from kdfast.train.tasks.task import Evaluation, Splits, Task
 
@@ -116,7 +116,7 @@ class LanguageTask(Task[Data]):
         if held_out:
             validation = self._read(held_out, tokenizer, tokenizer_file, folder / "validation", "data.validation", text=True)
         elif train is not None and share and not data.validation:
-            among = _labelled(train) if self.data.unlabelled else None
+            among = [batch.labelled for batch in batches(train, 1)] if self.data.unlabelled else None
             if among is None or any(among):
                 train, validation = hold_out(train, share, among)
         return Splits(train, validation)
@@ -174,12 +174,6 @@ class LanguageTask(Task[Data]):
 
     def headline(self, evaluation: Evaluation) -> str:
         return f"perplexity {evaluation['ppl']:.2f}, top-1 {evaluation['top1']:.1%}"
-
-
-def _labelled(rows: Source) -> list[bool]:
-    """Of each row whether anything in it can be scored."""
-    found = (rows.batch([i]).labels for i in range(len(rows)))
-    return [labels is not None and bool((labels != IGNORE).any()) for labels in found]
 
 
 def _through_head(head: LinearHead, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

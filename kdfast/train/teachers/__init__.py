@@ -9,6 +9,11 @@ from kdfast.train.teachers.live import LiveTeacher
 Teacher = LiveTeacher | CachedTeacher
 
 
+def teacher_keys(n: int) -> list[str]:
+    """What a recipe calls its `n` teachers."""
+    return ["teacher"] if n == 1 else [f"teachers[{i}]" for i in range(n)]
+
+
 def open_teacher(spec: Spec, key: str, kind: str, tokenizer_hash: str | None, pack: int | None = None) -> Teacher:
     """What a recipe's `teacher:` names.
 
