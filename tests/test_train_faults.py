@@ -194,8 +194,11 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(tokenizer: Path, tmp_p
     assert distill(Recipe.build({**values, "steps": 4}), say=said.append).steps == 4
     assert any("finished 2 steps before; going on to 4" in line for line in said)
     assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been stopped
+    distill(Recipe.build({**values, "steps": 5}), say=said.append)
+    assert "steps: 4 when this run began, 5 now, and so its schedules from here on" in said
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"^steps: .* has done 4 of them"):
+    with pytest.raises(ValueError, match=r"^steps: .* has done 5 of them"):
         distill(Recipe.build({**values, "steps": 3}), say=quiet)
 
 

@@ -223,7 +223,7 @@ class _Run:
     def train(self, stop: threading.Event) -> Result:
         recipe, accelerator = self.recipe, self.accelerator
         if accelerator.is_main_process:
-            run_folder.begin(self.folder, recipe, self.inputs)
+            run_folder.begin(self.folder, recipe, self.inputs, self.say)
         accelerator.wait_for_everyone()
         log = MetricLog(recipe, self.folder, accelerator)
         start, seconds = 0, 0.0

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,14 +36,18 @@ _OF_TRAINING = frozenset({
 })  # fmt: skip
 
 
-def begin(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
-    """Writes `recipe.yaml` and `run.json`, and removes the checkpoint that a kill cut short.
+def begin(folder: Path, recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> None:
+    """Writes `recipe.yaml` and `run.json`, and removes the checkpoint that a kill cut short; `say` is told where a run
+    goes on over another number of steps than it began with.
 
     Raises:
         ValueError: the folder holds a run of another recipe or of other data, which this one must not continue.
     """
     if (folder / "run.json").is_file():
         _check_same(folder, recipe, inputs)
+        before, begun = Recipe.load(folder / "recipe.yaml").total_steps, any((folder / "checkpoints").glob("step-????????"))
+        if begun and before != recipe.total_steps and not (folder / "result.json").is_file():
+            say(f"steps: {before} when this run began, {recipe.total_steps} now, and so its schedules from here on")
     folder.mkdir(parents=True, exist_ok=True)
     for part in (folder / ".model.part", *(folder / "checkpoints").glob(".step-????????.part")):
         shutil.rmtree(part, ignore_errors=True)
