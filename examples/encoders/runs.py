@@ -58,31 +58,44 @@ def with_copies(stage: Mapping[str, Any]) -> dict[str, Any]:
     return {**stage, "method": {**stage["method"], "augment": {"copies": 5}}}
 
 
+def with_less(phases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """TinyBERT, and it without a term or a stage, in as many steps."""
+    general, intermediate, prediction = phases
+    together = general["steps"] + intermediate["steps"]
+
+    def without(**weights: float) -> dict[str, Any]:
+        return {"phases": [*({**stage, "method": stage["method"] | weights} for stage in phases[:2]), prediction]}
+
+    return {
+        "tinybert": {"phases": phases},
+        "tinybert-without-attention": without(attention_weight=0.0),
+        "tinybert-without-hidden": without(hidden_weight=0.0, embedding_weight=0.0),
+        "tinybert-without-general": {"phases": [{**intermediate, "steps": together}, prediction]},
+        "tinybert-prediction-only": {
+            "phases": None, "steps": together + prediction["steps"], "method": {"name": "word_kd", "temperature": 1.0}
+        },
+    }  # fmt: skip
+
+
 def sst2() -> dict[str, Run]:
     phases = stages()
     total = sum(phase["steps"] for phase in phases)
-
-    def without(**weights: float) -> dict[str, Any]:
-        changed = copy.deepcopy(phases)
-        for phase in changed[:2]:
-            phase["method"] |= weights
-        return {"phases": changed}
-
-    only, labelled = {"name": "word_kd", "temperature": 1.0}, {"data": {"train": ["data/sst2/train.tsv"]}}
+    labelled = {"data": {"train": ["data/sst2/train.tsv"]}}
     student = alone(SMALL, "runs/sst2/teacher/model")
     runs = {
-        "tinybert": {},
+        **with_less(phases),
         "tinybert-reference": {"phases": [{**p, "method": {**p["method"], "flavor": "reference"}} for p in phases]},
-        "tinybert-without-attention": without(attention_weight=0.0),
-        "tinybert-without-hidden": without(hidden_weight=0.0, embedding_weight=0.0),
-        # As many steps: those of the general stage go to the next.
-        "tinybert-without-general": {"phases": [{**phases[1], "steps": phases[0]["steps"] + phases[1]["steps"]}, phases[2]]},
         # Copies of the rows with other words in the place of sentences of reviews.
         "tinybert-augmented": {**labelled, "phases": [*phases[:2], with_copies(phases[2])]},
-        "tinybert-prediction-only": {"phases": None, "steps": total, "method": only},
         "alone": {"phases": None, "steps": total, **student, **labelled},
         "alone-longer": {"phases": None, "steps": 3 * total, **student, **labelled},
     }
+    # What the terms are worth in other circumstances, in fewer steps: from random weights, and without the reviews' sentences.
+    shorter = [{**phase, "steps": steps} for phase, steps in zip(phases, (300, 900, 600), strict=True)]
+    scratch = {"student": {"model_type": "bert", "config": {
+        "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}}}  # fmt: skip
+    for name, changes in with_less(shorter).items():
+        runs |= {f"scratch-{name}": {**changes, **scratch}, f"labelled-{name}": {**changes, **labelled}}
     test = "data/sst2/test.tsv"
     found = {f"sst2/{name}": Run("tinybert/recipe.yaml", changes, ("sst2/teacher",), test) for name, changes in runs.items()}
     found["sst2/teacher"] = Run("encoders/teacher.yaml", test=test, seeded=False)
@@ -152,6 +165,15 @@ def reviews() -> dict[str, Run]:
     found["reviews/electronics-without-corruption"] = student(
         "electronics", 1.0, "meta_teacher-without-corruption", transfer_weight=0.0
     )  # fmt: skip
+    # What was tried for both teachers: twice the steps, a higher temperature, other weights, a student nearer to its teacher.
+    tries: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "longer": ({"steps": 800}, {}), "t2": ({}, {"temperature": 2.0}), "prediction": ({}, {"prediction_weight": 3.0}),
+        "half": ({"student": {"from_teacher": {"layers": [1, 3, 5]}}}, {}),
+    }  # fmt: skip
+    for tried, (changes, method) in tries.items():
+        for of, options in (("meta", {}), ("multi", unweighed)):
+            run = student("electronics", 1.0, f"{of}_teacher", **options, **method)
+            found[f"reviews/electronics-{of}-{tried}"] = replace(run, changes={**run.changes, **changes})
     found["reviews/electronics-100%-multi-unseen"] = student("electronics", 1.0, "multi_teacher-unseen", **unweighed)
     for share in SHARES:
         name = f"reviews/electronics-{share:.0%}"

@@ -88,9 +88,8 @@ def table(known: Mapping[str, Any]) -> str:
             continue
         what = headline(rows[0]["test"])[0]
         held, test = ([row[part].get(what, float("nan")) for row in rows] for part in ("validation", "test"))
-        teacher = next(
-            (known[f"{needed}:1"] for needed in RUNS[name].needs if "teacher" in needed and f"{needed}:1" in known), None
-        )
+        its = next((needed for needed in RUNS[name].needs if "teacher" in needed), f"{name.split('/')[0]}/teacher")
+        teacher = known.get(f"{its}:1") if RUNS[name].seeded else None
         share = ""
         if teacher is not None and what in teacher["test"] and what != "ppl":
             share = f"{spread([score / teacher['test'][what] for score in test], what)} %"
