@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kdfast.cache import CacheInfo, CacheMismatch, CacheWriter
@@ -23,7 +22,7 @@ from kdfast.models.load import check_ids, device_named, read_config, resolve_fol
 from kdfast.ops.topk import topk_targets
 from kdfast.text.tokenizers import file_hash, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source, digest_of, lengths_of, sizes_of
+from kdfast.train.data import RowsOf, Source, digest_of
 from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Recipe, Teacher
 from kdfast.train.tasks import task_class
@@ -141,7 +140,7 @@ def _with_tokenizer(recipe: Recipe, teacher: Path | None) -> Path | None:
     return found[0] if found else None
 
 
-class TaughtRows:
+class TaughtRows(RowsOf):
     """The training rows, and what cached teachers said of each of them.
 
     Raises:
@@ -149,7 +148,8 @@ class TaughtRows:
     """
 
     def __init__(self, rows: Source, caches: Sequence[CachedTeacher], task: ClassTask[Any]) -> None:
-        self.rows, self.caches = rows, list(caches)
+        super().__init__(rows)
+        self.caches = list(caches)
         for teacher, cache in zip(teacher_keys(len(caches)), caches, strict=True):
             key = f"{teacher}.cache"
             there = read_capture(cache.path)
@@ -165,15 +165,6 @@ class TaughtRows:
                     f"{key}: expected a cache of these {len(rows)} training rows, got {len(cache)} of others; capture it with"
                     " the same task, data and tokenizer"
                 )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def lengths(self) -> np.ndarray:
-        return lengths_of(self.rows)
-
-    def sizes(self) -> list[np.ndarray]:
-        return sizes_of(self.rows)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         batch = self.rows.batch(indices)

@@ -96,6 +96,26 @@ class Subset:
         return digest_of(self)
 
 
+class RowsOf:
+    """The rows of another source; the `batch` of a subclass adds something to each."""
+
+    def __init__(self, rows: Source) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lengths(self) -> np.ndarray:
+        return lengths_of(self.rows)
+
+    def sizes(self) -> list[np.ndarray]:
+        return sizes_of(self.rows)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.rows)
+
+
 def digest_of(source: Source, whole: bool = False) -> str:
     """A hash of rows: their own, else of some of them, or of the `whole`, where some are the same when read twice."""
     if isinstance(source, Subset):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from kdfast.models.view import Needs, look
 from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
 from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
-from kdfast.train.data import Source, batches, lengths_of
+from kdfast.train.data import RowsOf, Source, batches
 from kdfast.train.match import token_mask
 
 #: What a meta-teacher keeps beside its model.
@@ -138,21 +137,15 @@ def weights_of_rows(
     return (alpha * mine + (1 - alpha) * others if flavor == "paper" else (mine + others) / 2).float()
 
 
-class WeightedRows:
+class WeightedRows(RowsOf):
     """Rows with a weight each: `batch.extra["row_weight"]`."""
 
     def __init__(self, rows: Source, weights: Tensor) -> None:
-        self._rows, self.weights = rows, weights
-        self.digest = getattr(rows, "digest", "")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def lengths(self) -> np.ndarray:
-        return lengths_of(self._rows)
+        super().__init__(rows)
+        self.weights = weights
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        batch = self._rows.batch(indices)
+        batch = self.rows.batch(indices)
         return dataclasses.replace(batch, extra={**batch.extra, "row_weight": self.weights[torch.as_tensor(list(indices))]})
 
 

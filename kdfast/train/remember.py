@@ -17,7 +17,7 @@ from kdfast import files
 from kdfast.models.view import View
 from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
 from kdfast.train.batch import Batch
-from kdfast.train.data import Source, digest_of, lengths_of, sizes_of
+from kdfast.train.data import RowsOf, Source, digest_of, lengths_of
 from kdfast.train.teachers.live import LiveTeacher
 
 #: Rows in one call.
@@ -25,7 +25,7 @@ _ROWS = 64
 _NAME = "teacher_logits"
 
 
-class RememberedRows:
+class RememberedRows(RowsOf):
     """Rows with a teacher's logits: `heard(batch)` is its view.
 
     Args:
@@ -33,24 +33,13 @@ class RememberedRows:
     """
 
     def __init__(self, rows: Source, logits: Tensor) -> None:
-        self._rows, self._logits = rows, logits
-        self.digest = digest_of(rows)
-        self._ends = None
+        super().__init__(rows)
+        self._logits, self._ends = logits, None
         if len(logits) != len(rows):
             self._ends = np.concatenate([[0], np.cumsum(lengths_of(rows))])
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        return lengths_of(self._rows)
-
-    def sizes(self) -> list[np.ndarray]:
-        return sizes_of(self._rows)
-
     def batch(self, indices: Sequence[int]) -> Batch:
-        batch, ends = self._rows.batch(indices), self._ends
+        batch, ends = self.rows.batch(indices), self._ends
         if ends is None:
             found = self._logits[torch.as_tensor(list(indices))]
         else:

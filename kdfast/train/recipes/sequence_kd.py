@@ -31,7 +31,7 @@ from kdfast.tensors import digest_of_tensors
 from kdfast.text import Example
 from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.batch import Batch
-from kdfast.train.data import Source
+from kdfast.train.data import RowsOf, Source
 from kdfast.train.decode import asked_in, decode
 from kdfast.train.documents import Documents
 from kdfast.train.kd import hard
@@ -257,25 +257,15 @@ def _example(asked: Any, ids: list[int], most: int | None) -> Example:
     return Example(whole, loss_mask=rows)
 
 
-class Hypotheses:
+class Hypotheses(RowsOf):
     """Rows with a weight each, where there are several of a source: `batch.extra["weight"]`, 1 on average."""
 
     def __init__(self, documents: Documents, weights: Tensor | None) -> None:
-        self._documents = documents
+        super().__init__(documents)
         self._weights = None if weights is None else weights / weights.mean()
-        self.digest = documents.digest
-
-    def __len__(self) -> int:
-        return len(self._documents)
-
-    def lengths(self) -> Any:
-        return self._documents.lengths()
-
-    def sizes(self) -> Any:
-        return self._documents.sizes()
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        batch = self._documents.batch(indices)
+        batch = self.rows.batch(indices)
         if self._weights is None:
             return batch
         return dataclasses.replace(batch, extra={"weight": self._weights[torch.as_tensor(list(indices))]})
