@@ -236,7 +236,7 @@ def test_adapters_train_alone_and_are_exported_merged(tokenizer: Path, tmp_path:
     assert torch.allclose(logits_in(adapted(IDS)), logits_in(merged(IDS)), atol=1e-5)
 
     constant = {**changes, "optimizer": {"lr": 0.05, "schedule": "constant"}}
-    straight = run(tokenizer, tmp_path / "straight", steps=4, **constant)
+    straight = run(tokenizer, tmp_path / "straight", steps=4, eval_every=1, keep_best=True, **constant)
     run(tokenizer, tmp_path / "resumed", steps=2, **constant)
     resumed = run(tokenizer, tmp_path / "resumed", steps=4, **constant)
     assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from kdfast.train import Recipe, distill
 from kdfast.train.data import Order
 from kdfast.train.inputs import open_inputs
-from kdfast.train.loop import Result
+from kdfast.train.result import Result
 
 THREADS = 1
 CONFIG = {**STUDENT, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import resource
@@ -18,7 +19,9 @@ import pytest
 import yaml
 from tiny_runs import LABELLED, Rows, make_tokenizer, quiet, recipe_values, untimed
 
-from kdfast.train import Batch, Recipe, distill
+from kdfast.models.load import load_folder
+from kdfast.train import Batch, Recipe, distill, evaluate
+from kdfast.train.inputs import open_inputs
 from kdfast.train.stop import stop_signals
 
 ENDLESS = """
@@ -47,6 +50,33 @@ class Noisy(nn.Module):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_the_best_model_is_kept_and_changes_nothing_else(tokenizer: Path, tmp_path: Path) -> None:
+    # So high a rate that it gets worse before the end.
+    values = recipe_values(tokenizer, tmp_path / "run", steps=6, eval_every=1, optimizer={"lr": 0.1, "schedule": "constant"})
+    distill(Recipe.build({**values, "keep_best": True}), say=quiet)
+    plain = distill(Recipe.build({**values, "out": str(tmp_path / "plain")}), say=quiet)
+    assert not (tmp_path / "plain" / "best").exists()
+    last = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    assert last == (plain.model / "model.safetensors").read_bytes()
+    recipe = Recipe.build(values)
+    validation = open_inputs(recipe, tmp_path / "data").validation
+    assert validation is not None
+
+    def best() -> dict[str, Any]:
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        found = min(summary["evaluations"], key=lambda row: row["nll"])
+        assert summary["best"] == found
+        model = load_folder(tmp_path / "run" / "best", "best")
+        assert evaluate(model, validation, batch_size=recipe.batch_size)["nll"] == pytest.approx(found["nll"], rel=1e-6)
+        return found
+
+    assert best()["step"] < 6
+    assert (tmp_path / "run" / "best" / "tokenizer.json").is_file()
+    # Gone on with, it is compared with what came before.
+    distill(Recipe.build({**values, "keep_best": True, "steps": 8}), say=quiet)
+    best()
 
 
 def test_a_run_killed_after_its_last_checkpoint_has_an_evaluation(tokenizer: Path, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from kdfast.train.tasks.task import Evaluation
 
 if TYPE_CHECKING:
     from kdfast.train.class_cache import capture_classes
-    from kdfast.train.loop import Result, distill
+    from kdfast.train.loop import distill
     from kdfast.train.recipe import Recipe
+    from kdfast.train.result import Result
 
 #: What a run needs, a model's scores alone do not.
 _NEEDS = ("accelerate", "rich", "safetensors", "tensorboard", "tokenizers", "transformers", "yaml")
-_RUNS = {"Recipe": "kdfast.train.recipe", "Result": "kdfast.train.loop", "distill": "kdfast.train.loop",
+_RUNS = {"Recipe": "kdfast.train.recipe", "Result": "kdfast.train.result", "distill": "kdfast.train.loop",
          "capture_classes": "kdfast.train.class_cache"}  # fmt: skip
 
 __all__ = [

@@ -148,8 +148,11 @@ def _load(path: Path, accelerator: Accelerator, module: nn.Module, optimizer: to
     return Resumed(state["step"], state["seconds"], state["rows"], same)
 
 
-def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, inputs: Inputs) -> None:
-    """Writes `folder/model`, the student to be loaded by anyone with its tokenizer, and what its method keeps beside it."""
+def export(target: Path, accelerator: Accelerator, module: nn.Module, student: nn.Module, inputs: Inputs) -> None:
+    """Writes the folder `target`, the student to be loaded by anyone with its tokenizer, and what its method keeps beside it.
+
+    Adapters are merged into the `student` itself: a run that goes on after it gives a copy.
+    """
     weights: dict[str, Any] = get_model_state_dict(module, options=_OPTIONS)
 
     def fill(part: Path) -> None:
@@ -160,7 +163,7 @@ def export(folder: Path, accelerator: Accelerator, module: nn.Module, student: n
                 name = f"objectives.{number}."
                 objective.export(part, {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
 
-    write_folder(folder / "model", accelerator, fill)
+    write_folder(target, accelerator, fill)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from kdfast.files import remove_orphans
+from kdfast.files import remove_orphans, write_json
 from kdfast.models.view import Needs, View
 from kdfast.train import checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
@@ -32,6 +33,7 @@ from kdfast.train.optimizer import lr_at, make_optimizer, set_options
 from kdfast.train.positions import check_positions
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.recipes import make_objectives
+from kdfast.train.result import Result
 from kdfast.train.shard import fully_sharded, synchronised
 from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
@@ -46,22 +48,6 @@ from kdfast.train.unused import leaves_out
 Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
 #: Options of a method that are logged with every step: they may follow a schedule.
 _CONSTANTS = ("temperature", "soft_weight", "hard_weight")
-
-
-class Result(NamedTuple):
-    """A finished run. `seconds` is time spent in training steps; `evaluation` is None without validation data.
-
-    `main_process` is False on every process of a distributed run but the first, which should keep quiet; `headline` is the
-    evaluation in a few words.
-    """
-
-    out: Path
-    model: Path
-    steps: int
-    seconds: float
-    evaluation: Evaluation | None
-    main_process: bool = True
-    headline: str = ""
 
 
 def distill(
@@ -238,7 +224,7 @@ class _Run:
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown, stop)
-        checkpoint.export(self.folder, accelerator, self.module, self.student, self.inputs)
+        checkpoint.export(self.folder / "model", accelerator, self.module, self.student, self.inputs)
         if accelerator.is_main_process:
             for objective in self.step.objectives:
                 objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
@@ -312,10 +298,23 @@ class _Run:
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
             )  # fmt: skip
         if log is not None:
+            self._keep_best(step, evaluation, log)
             log.evaluation(step, {f"validation_{k}": v for k, v in evaluation.items()})
         if step < self.recipe.total_steps:
             self.say(f"step {step}: validation {self.inputs.task.headline(evaluation)}")
         return evaluation
+
+    def _keep_best(self, step: int, evaluation: Evaluation, log: MetricLog) -> None:
+        """Before its line is logged: a run killed in between evaluates this step again, and comes here again."""
+        if not self.recipe.keep_best:
+            return
+        target, (name, sign) = self.folder / "best", self.inputs.task.chosen_by(evaluation)
+        if self.anybody(log.best(step, name, sign, evaluation[name]) or not target.is_dir()):
+            apart = copy.deepcopy(self.student) if hasattr(self.student, "merge_and_unload") else self.student
+            checkpoint.export(target, self.accelerator, self.module, apart, self.inputs)
+            if self.accelerator.is_main_process:
+                write_json(self.folder / "best.json", {"step": step, **evaluation})
+            self.say(f"{target}: the model after step {step}, the best so far")
 
     def _save(self, step: int, seconds: float) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)

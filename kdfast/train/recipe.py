@@ -197,10 +197,9 @@ class Recipe:
             another fits better.
         ahead: steps whose batches are read while the current one runs.
         log_every: steps between looks at the metrics; every step is logged.
-        eval_every: steps between evaluations on the validation data, 0 = at the end only.
-        eval_sequences: how many rows an evaluation reads, 0 = all.
-        save_every: steps between checkpoints, 0 = at the end only.
-        keep: how many checkpoints stay.
+        eval_every: steps between evaluations on the validation data, 0 = at the end only. eval_sequences: rows of it, 0 = all.
+        keep_best: keep the model of the best evaluation too, in `OUT/best`; by perplexity, accuracy, entity F1, BLEU.
+        save_every: steps between checkpoints, 0 = at the end only. keep: how many checkpoints stay.
         tracker: `tensorboard` or `none`; `metrics.jsonl` is always written.
         check: run two steps, print memory, alignment and time left, then stop.
     """
@@ -227,6 +226,7 @@ class Recipe:
     log_every: int = ranged(10, low=1)
     eval_every: int = ranged(0, low=0)
     eval_sequences: int = ranged(0, low=0)
+    keep_best: bool = False
     save_every: int = ranged(0, low=0)
     keep: int = ranged(2, low=1)
     tracker: str = one_of("tensorboard", "tensorboard", "none")

@@ -26,7 +26,7 @@ from kdfast.train.tasks.classes import ClassTask
 from kdfast.train.tasks.task import Evaluation
 
 #: Keys that change how a run is watched, not what it computes.
-_FREE = ("steps", "ahead", "alignment", "log_every", "eval_every", "save_every", "keep", "tracker", "check", "out")
+_FREE = ("steps", "ahead", "alignment", "log_every", "eval_every", "keep_best", "save_every", "keep", "tracker", "check", "out")
 #: Keys, wherever they stand, of files and folders: what is compared is where they lie, however it is spelled.
 _PLACES = ("path", "weights", "cache", "init_from", "tokenizer")
 #: Keys of a recipe's data that say what is trained on, or how, and nothing of the files that are scored.
@@ -49,7 +49,7 @@ def begin(folder: Path, recipe: Recipe, inputs: Inputs, say: Callable[[str], Non
         if begun and before != recipe.total_steps and not (folder / "result.json").is_file():
             say(f"steps: {before} when this run began, {recipe.total_steps} now, and so its schedules from here on")
     folder.mkdir(parents=True, exist_ok=True)
-    for part in (folder / ".model.part", *(folder / "checkpoints").glob(".step-????????.part")):
+    for part in (folder / ".model.part", folder / ".best.part", *(folder / "checkpoints").glob(".step-????????.part")):
         shutil.rmtree(part, ignore_errors=True)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     classes = {"classes": inputs.task.names} if isinstance(inputs.task, ClassTask) else {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdfast.extras import need
-from kdfast.files import read_lines, write_json, written
+from kdfast.files import read_json, read_lines, write_json, written
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.tasks.task import Evaluation
 
@@ -37,7 +37,7 @@ def write_summary(
 
     summary.json: method (of each phase where there are several, with `phase_steps`), task, teachers, seed, steps, seconds (of
     training steps), rows_per_step, parameters and trained_parameters of the student, last_step (its metrics), evaluation (the
-    last), evaluations (all of them, each with its step), and what the run was made with.
+    last), evaluations (all of them, each with its step), best (of recipe.keep_best), and what the run was made with.
 
     Args:
         about: versions, commit and machine.
@@ -58,7 +58,8 @@ def write_summary(
         "rows_per_step": recipe.batch_size * recipe.accumulation,
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "last_step": steps[-1] if steps else None, "evaluation": evaluation, "evaluations": evaluations, **about,
+        "last_step": steps[-1] if steps else None, "evaluation": evaluation, "evaluations": evaluations,
+        **({"best": read_json(folder / "best.json")} if recipe.keep_best and evaluations else {}), **about,
     })  # fmt: skip
     draw(steps, evaluations, folder / "curves.png", str(folder), recipe.parts)
 

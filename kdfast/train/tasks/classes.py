@@ -180,6 +180,9 @@ class ClassTask(Task[D]):
             for label, row in zip(labels, found, strict=True)
         ]  # fmt: skip
 
+    def chosen_by(self, evaluation: Evaluation) -> tuple[str, int]:
+        return "accuracy", 1
+
     def headline(self, evaluation: Evaluation) -> str:
         mcc = f", MCC {evaluation['mcc']:.3f}" if "mcc" in evaluation else ""
         return f"accuracy {evaluation['accuracy']:.1%}, macro-F1 {evaluation['macro_f1']:.3f}{mcc}"

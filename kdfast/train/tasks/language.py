@@ -172,6 +172,9 @@ class LanguageTask(Task[Data]):
         mean = nll / tokens
         return Evaluation(ppl=math.exp(min(mean, 700.0)), nll=mean, top1=hits / tokens, tokens=int(tokens))
 
+    def chosen_by(self, evaluation: Evaluation) -> tuple[str, int]:
+        return "nll", -1
+
     def headline(self, evaluation: Evaluation) -> str:
         return f"perplexity {evaluation['ppl']:.2f}, top-1 {evaluation['top1']:.1%}"
 

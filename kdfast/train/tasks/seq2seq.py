@@ -105,6 +105,10 @@ class Seq2Seq(LanguageTask):
             evaluation[name] = float(bleu.score)
         return evaluation
 
+    def chosen_by(self, evaluation: Evaluation) -> tuple[str, int]:
+        written = [name for name in map(_name, self.options.beams) if name in evaluation]
+        return (written[0], 1) if written else super().chosen_by(evaluation)
+
     def headline(self, evaluation: Evaluation) -> str:
         bleu = [
             f"{name.replace('_', ' ').replace('bleu', 'BLEU')} {evaluation[name]:.2f}"

@@ -92,6 +92,10 @@ class Task(Generic[D]):
         """What the sums of all batches come to."""
         raise NotImplementedError
 
+    def chosen_by(self, evaluation: Evaluation) -> tuple[str, int]:
+        """The score by which a model is better than another, and 1 where more of it is better, else -1."""
+        return next(iter(evaluation)), 1
+
     def headline(self, evaluation: Evaluation) -> str:
         """The evaluation in a few words."""
         return ", ".join(f"{name} {value:.4g}" for name, value in evaluation.items())

@@ -162,6 +162,9 @@ class TokenClassification(ClassTask[Data]):
         }
         return Evaluation(**entity, **whole)
 
+    def chosen_by(self, evaluation: Evaluation) -> tuple[str, int]:
+        return ("entity_f1" if "entity_f1" in evaluation else "accuracy"), 1
+
     def headline(self, evaluation: Evaluation) -> str:
         entity = f"entity F1 {evaluation['entity_f1']:.1%}, " if "entity_f1" in evaluation else ""
         return f"{entity}token accuracy {evaluation['accuracy']:.1%}"
