@@ -132,6 +132,7 @@ def cache(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"data": {"prompt_loss": True}}, r"^data\.prompt_loss: the cache"),
         ({"eval_every": 5}, r"^eval_every: without validation data \(data\.validation or .*\) expected none, got 5"),
         ({"eval_sequences": 5}, r"^eval_sequences: without validation data"),
+        ({"keep_best": True}, r"^keep_best: without validation data"),
         ({"method": {"name": "word_kd", "teacher_mix": "logits"}}, r"^method\.teacher_mix: of a cache expected probs"),
         (
             {"data": {"pack": 32, "group_by_length": True}},
