@@ -139,7 +139,7 @@ def cache(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"^data\.group_by_length: beside data\.pack, which leaves little padding, expected none, got True",
         ),
     ],
-    ids=["length", "glob", "prompt-loss", "eval-every", "eval-sequences", "mix", "group-and-pack"],
+    ids=["length", "glob", "prompt-loss", "eval-every", "eval-sequences", "keep-best", "mix", "group-and-pack"],
 )
 def test_refused_beside_a_cache(changes: dict[str, Any], message: str, tokenizer: Path, cache: Path, tmp_path: Path) -> None:
     values = recipe_values(tokenizer, tmp_path, method="word_kd", teacher={"cache": str(cache)}, data={})
