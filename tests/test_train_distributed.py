@@ -128,9 +128,12 @@ def test_the_parameters_of_an_objective_are_clipped(values: dict[str, Any], tmp_
 @pytest.mark.parametrize("shard", ["none", "fsdp"], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one(shard: str, values: dict[str, Any], one: Result, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    values = {**values, "shard": shard}
+    values = {**values, "shard": shard, "keep_best": True}
     launch(whole, values, SHAPES_IN=str(tmp_path))
     _equal_to_float_error(one.out, whole)
+    # Of one evaluation the last is the best.
+    assert (whole / "best/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert json.loads((whole / "best.json").read_text())["step"] == 4
     if shard == "fsdp":
         _is_sharded([json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)])
 
