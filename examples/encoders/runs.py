@@ -28,7 +28,7 @@ class Run:
     base: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    test: str = ""
+    test: tuple[str, ...] = ()
     seeded: bool = True
 
 
@@ -96,13 +96,13 @@ def sst2() -> dict[str, Run]:
         "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}}}  # fmt: skip
     for name, changes in with_less(shorter).items():
         runs |= {f"scratch-{name}": {**changes, **scratch}, f"labelled-{name}": {**changes, **labelled}}
-    test = "data/sst2/test.tsv"
+    test = ("data/sst2/test.tsv",)
     found = {f"sst2/{name}": Run("tinybert/recipe.yaml", changes, ("sst2/teacher",), test) for name, changes in runs.items()}
     found["sst2/teacher"] = Run("encoders/teacher.yaml", test=test, seeded=False)
     every_other = [0, 2, 4]
     half = {"layers": every_other, "path": "encoder"}
     masked_alone = alone({"from_teacher": {"layers": every_other}}, "runs/mlm/head/model")
-    task, corpus = "distilbert/task.yaml", "data/amazon/books/test.jsonl"
+    task, corpus = "distilbert/task.yaml", ("data/amazon/books/test.jsonl",)
     return {
         **found,
         "mlm/head": Run("distilbert/head.yaml", test=corpus, seeded=False),
@@ -138,13 +138,11 @@ def reviews() -> dict[str, Run]:
     general = [{"steps": 1500, "method": {"name": "tinybert", "stage": "general", "corpus": corpus}}]
     start = {"task": {"labels": ["negative", "positive"]}, "teacher": {"path": "encoder"}, "student": NARROW, "phases": general,
              "data": {"train": seen, "validation": files("books", part="validation")}}  # fmt: skip
-    # Of the domain that some of them never saw.
-    test = files("electronics", part="test")[0]
-    found = {
-        f"reviews/{name}": Run(teacher, changes, test=files(name.split("-")[1], part="test")[0] if "single" in name else test,
-                               seeded=False) for name, changes in teachers.items()
-    }  # fmt: skip
-    found["reviews/start"] = Run("tinybert/recipe.yaml", start, test=test, seeded=False)
+    found = {}
+    for name, changes in teachers.items():
+        known = [name.removeprefix("single_teacher-")] if "single" in name else DOMAINS
+        found[f"reviews/{name}"] = Run(teacher, changes, test=tuple(files(*known, part="test")), seeded=False)
+    found["reviews/start"] = Run("tinybert/recipe.yaml", start, test=tuple(files("electronics", part="test")), seeded=False)
 
     def student(domain: str, share: float, of: str, **method: Any) -> Run:
         data = {"validation": files(domain, part="validation"), "domain_shares": {domain: share}}
@@ -152,7 +150,7 @@ def reviews() -> dict[str, Run]:
             "method": {"name": "meta_kd", "domain": domain, "encoder": "encoder", **method},
             "teacher": {"path": f"runs/reviews/{of}/model"}, "data": data, "student": {"path": "runs/reviews/start/model"},
         }  # fmt: skip
-        return Run("meta_kd/recipe.yaml", changes, (f"reviews/{of}", "reviews/start"), files(domain, part="test")[0])
+        return Run("meta_kd/recipe.yaml", changes, (f"reviews/{of}", "reviews/start"), tuple(files(domain, part="test")))
 
     unweighed = {"instance_weights": False, "transfer_weight": 0.0}
     for domain in DOMAINS:
@@ -193,21 +191,21 @@ def _alone_of(run: Run, domain: str, share: float) -> Run:
 
 def pairs_and_tags() -> dict[str, Run]:
     """RTE and WNUT 2017: a teacher, TinyBERT's student, the same student alone."""
-    sets: dict[str, tuple[dict[str, Any], str]] = {
+    sets: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "rte": (
             {
                 "task": {"name": "sequence_classification", "labels": ["entailment", "not_entailment"]},
                 "data": {"train": "data/rte/train.tsv", "validation": "data/rte/validation.tsv", "text": "sentence1",
                          "text_pair": "sentence2", "max_length": 128},
             },
-            "data/rte/test.tsv",
+            ("data/rte/test.tsv",),
         ),
         "wnut17": (
             {
                 "task": {"name": "token_classification"},
                 "data": {"train": "data/wnut17/train.conll", "validation": "data/wnut17/validation.conll", "max_length": 64},
             },
-            "data/wnut17/test.conll",
+            ("data/wnut17/test.conll",),
         ),
     }  # fmt: skip
     *first, last = stages()

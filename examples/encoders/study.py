@@ -34,10 +34,10 @@ from kdfast.train.tasks.classes import ClassTask
 RESULTS = Path("results.json")
 
 
-def scores(model: Path, recipe: Recipe, file: str) -> dict[str, Any]:
-    """The task's scores of a model on the rows of `file`."""
+def scores(model: Path, recipe: Recipe, tests: Sequence[str]) -> dict[str, Any]:
+    """The task's scores of a model on the rows of the files `tests`."""
     cls = task_class(recipe.task.name)
-    task = cls(recipe.task.options, replace(recipe.data, train=(), validation=(file,)))
+    task = cls(recipe.task.options, replace(recipe.data, train=(), validation=tuple(tests)))
     if isinstance(task, ClassTask):
         task.take_classes([read_config(model)])
     tokenizer, home = load_tokenizer(model)
@@ -92,7 +92,9 @@ def table(known: Mapping[str, Any]) -> str:
         teacher = known.get(f"{its}:1") if RUNS[name].seeded else None
         share = ""
         if teacher is not None and what in teacher["test"] and what != "ppl":
-            share = f"{spread([score / teacher['test'][what] for score in test], what)} %"
+            domain = name.split("/")[1].split("-")[0]
+            whole = teacher["test"].get(f"{what}_{domain}", teacher["test"][what])
+            share = f"{spread([score / whole for score in test], what)} %"
         minutes = statistics.mean(row["seconds"] for row in rows) / 60
         lines.append(
             f"| {name} | {len(rows)} | {what} | {spread(held, what)} | {spread(test, what)} | {share} |"
