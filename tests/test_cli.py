@@ -215,7 +215,14 @@ def test_train_and_eval_print_json(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == of_model
     assert main(["eval", trained["out"], "--data", str(TEXT), "--sequence-length", "16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] < of_model["tokens"]
-    (tmp_path / "run" / "model").rename(tmp_path / "moved")
+    assert main(["eval", trained["out"], "--data", str(TEXT), "--best"]) == 2
+    assert "--best: expected a run with keep_best: true, got" in capsys.readouterr().err
+    assert main(["eval", trained["model"], "--data", str(TEXT), "--best"]) == 2
+    assert "--best: expected a run's folder, got" in capsys.readouterr().err
+    (tmp_path / "run" / "model").rename(tmp_path / "run" / "best")
+    assert main(["eval", trained["out"], "--data", str(TEXT), "--best", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == of_model
+    (tmp_path / "run" / "best").rename(tmp_path / "moved")
     assert main(["eval", trained["out"], "--data", str(TEXT)]) == 2
     assert "model: expected a run that is done, got" in capsys.readouterr().err
     (tmp_path / "moved").rename(tmp_path / "run" / "model")

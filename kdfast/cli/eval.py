@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
         " the model's configuration say.",
     )  # fmt: skip
     parser.add_argument("model", help="a run's folder, a folder with config.json and safetensors weights, or a hub name")
+    parser.add_argument("--best", action="store_true", help="of a run with keep_best: the model of its best evaluation")
     parser.add_argument(
         "--function", metavar="MODULE:FUNCTION", help="what makes a model that is no transformers model, as student.function of"
         " its recipe; the folder or file then holds its weights. Its module may lie in the current folder",
@@ -112,7 +113,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     from kdfast.train.tasks import task_class
     from kdfast.train.tasks.classes import ClassTask
 
-    run = trained(Path(args.model))
+    run = trained(Path(args.model), args.best)
     function = args.function or run.function
     arguments = override(run.arguments, args.arguments)
     if function and not (args.task or run.task):
@@ -175,4 +176,4 @@ def _with_flags(message: str) -> str:
 
     message = re.sub(r"\bdata\.(\w+)", flag, message)
     message = re.sub(r"\btask\.(\w+)(?:: (\[.*?\]))?", lambda m: f"--set task.{m[1]}" + (f'="{m[2]}"' if m[2] else ""), message)
-    return re.sub(r"^(tokenizer|task)(?=[: ])", r"--\1", message)
+    return re.sub(r"^(tokenizer|task|best)(?=[: ])", r"--\1", message)

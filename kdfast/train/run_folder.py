@@ -89,20 +89,25 @@ class Trained:
     classes: list[str] = field(default_factory=list)
 
 
-def trained(folder: Path) -> Trained:
-    """Of a run's folder; empty of any other folder, and of one that is a model's itself.
+def trained(folder: Path, best: bool = False) -> Trained:
+    """Of a run's folder; empty of any other folder, and of one that is a model's itself. `best`: with the model of the best
+    evaluation.
 
     Raises:
-        ValueError: the run has not come to its model.
+        ValueError: the run has not come to its model, or kept no best one.
     """
     if not (folder / "recipe.yaml").is_file() or (folder / "config.json").is_file():
+        if best:
+            raise ValueError(f"best: expected a run's folder, got {str(folder)!r}")
         return Trained()
-    if not (folder / "model").is_dir():
+    if best and not (folder / "best").is_dir():
+        raise ValueError(f"best: expected a run with keep_best: true, got {str(folder)!r}, which kept none")
+    if not best and not (folder / "model").is_dir():
         raise ValueError(f"model: expected a run that is done, got {str(folder)!r}, which has no model; run kdfast train again")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     student, task = recipe["student"], recipe["task"]
     return Trained(
-        str(folder / "model"),
+        str(folder / ("best" if best else "model")),
         student["function"],
         student["arguments"] if student["function"] else {},
         task if isinstance(task, dict) else {"name": task},
