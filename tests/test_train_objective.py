@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kdfast import kd_loss
 from kdfast.models.load import load_folder
-from kdfast.train import Recipe, distill
+from kdfast.train import Recipe, distill, evaluate
 from kdfast.train.data import LengthOrder, Order, PackedOrder, Source, Subset, lengths_of
 from kdfast.train.inputs import open_inputs
 from kdfast.train.metrics import MetricLog
@@ -53,6 +53,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         config = GPT2Config(vocab_size=300, n_embd=8 * i, n_layer=1, n_head=2, n_positions=32, initializer_range=0.5)
         GPT2LMHeadModel(config).save_pretrained(made[-1])
     return made
+
+
+def test_teachers_are_scored_beside_the_student(tokenizer: Path, folders: list[Path], tmp_path: Path) -> None:
+    teachers = [{"path": str(folder)} for folder in folders]
+    values = recipe_values(tokenizer, tmp_path / "run", method="word_kd", teachers=teachers, steps=2, alignment=False)
+    plain = distill(Recipe.build({**values, "out": str(tmp_path / "plain")}), say=quiet)
+    said: list[str] = []
+    scored = distill(Recipe.build({**values, "eval_teacher": True}), say=said.append)
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["teachers_evaluation"]
+    validation = open_inputs(Recipe.build(values), tmp_path / "data").validation
+    assert validation is not None
+    for i, folder in enumerate(folders):
+        want = evaluate(load_folder(folder, "teacher"), validation)
+        assert found[f"teachers[{i}]"] == pytest.approx(want)
+        assert f"teachers[{i}]: validation perplexity {want.ppl:.2f}, top-1 {want.top1:.1%}" in said
+    assert (scored.model / "model.safetensors").read_bytes() == (plain.model / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"^eval_teacher: without a live teacher expected none, got True"):
+        distill(Recipe.build({**values, "method": "supervised", "teachers": [], "eval_teacher": True}), say=quiet)
 
 
 def test_live_teachers_equal_kd_loss_with_teacher_weights(tokenizer: Path, folders: list[Path]) -> None:

@@ -155,7 +155,9 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
         _check_validation(validation, recipe)
     else:
         why = "without validation data (data.validation or data.validation_share) expected none"
-        refuse_unused(recipe, ("eval_every", "eval_sequences", "keep_best"), why)
+        refuse_unused(recipe, ("eval_every", "eval_sequences", "eval_teacher", "keep_best"), why)
+    if not any(isinstance(teacher, LiveTeacher) for teacher in teachers):
+        refuse_unused(recipe, ("eval_teacher",), "without a live teacher expected none")
     vocab_size = None if tokenizer is None else tokenizer.get_vocab_size()
     if vocab_size is None and cache_is_data:
         vocab_size = next(t.info.vocab_size for t in teachers if isinstance(t, CachedTeacher))

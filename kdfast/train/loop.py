@@ -38,10 +38,11 @@ from kdfast.train.shard import fully_sharded, synchronised
 from kdfast.train.step import DistillStep
 from kdfast.train.stop import Anybody, stop_signals
 from kdfast.train.students import build_student, check_models
-from kdfast.train.summary import phase_name, write_summary
+from kdfast.train.summary import step_note, write_summary
 from kdfast.train.tasks.language import LanguageTask
 from kdfast.train.tasks.task import Evaluation
 from kdfast.train.teachers import LiveTeacher, Teacher
+from kdfast.train.teachers.scores import score_teachers
 from kdfast.train.unused import leaves_out
 
 #: Makes a progress bar: `bar(description, total, unit)` is a context manager yielding an object with `.update(done)`.
@@ -220,6 +221,9 @@ class _Run:
         accelerator.init_trackers("tensorboard")
         if recipe.alignment and start < recipe.total_steps:
             self._align()
+        if recipe.eval_teacher:
+            with checkpoint.drawing_apart():
+                score_teachers(recipe, self.inputs, self.folder, accelerator, self.say)
         drawn = self.bar
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
         with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
@@ -261,7 +265,7 @@ class _Run:
                     row = log.flush()
                     check_finite(row, recipe.precision)
                     if shown is not None:
-                        shown.update(step, note=self._note(row))
+                        shown.update(step, note=step_note(recipe, self.step.phase, row))
                 # What was trained is kept before anything else may fail.
                 if saving:
                     self._save(step, log.seconds)
@@ -272,12 +276,6 @@ class _Run:
                 if stopping and not final:
                     raise KeyboardInterrupt(f"stopped after step {step}; run the same again to go on")
         return evaluation
-
-    def _note(self, row: dict[str, Any]) -> str:
-        """What stands beside the bar: the loss of the last step, and the phase where there are several."""
-        parts, number = self.recipe.parts, self.step.phase
-        phase = f"phase {number + 1} of {len(parts)} ({phase_name(parts[number])}), " if len(parts) > 1 else ""
-        return f"{phase}loss {row['loss']:.4g}"
 
     def _evaluates(self, step: int) -> bool:
         every = self.recipe.eval_every

@@ -190,17 +190,16 @@ class Recipe:
         tokenizer: a `tokenizer.json`, or a folder that holds one; null: the folder of the student, of the model it is cut out
             of, or the teacher's.
         steps: optimiser steps. batch_size: rows per process and micro-batch. accumulation: micro-batches per step.
-        seed: of weights, data order and dropout.
+        seed: of weights, data order and dropout. ahead: steps whose batches are read while the current one runs.
         precision: `fp32`, or autocast of the step, teachers too, to `bf16` or `fp16`.
         shard: `fsdp` shards student, objective and optimiser over the processes (FSDP2); `none` replicates them (DDP).
         alignment: compare the teacher's loss on the labels with that at other shifts before the first step, and stop when
             another fits better.
-        ahead: steps whose batches are read while the current one runs.
-        log_every: steps between looks at the metrics; every step is logged.
+        log_every: steps between looks at the metrics, each step's. tracker: `tensorboard` or `none`, beside `metrics.jsonl`.
         eval_every: steps between evaluations on the validation data, 0 = at the end only. eval_sequences: rows of it, 0 = all.
+        eval_teacher: score live teachers on the validation data too, before the first step.
         keep_best: keep the model of the best evaluation too, in `OUT/best`; by perplexity, accuracy, entity F1, BLEU.
         save_every: steps between checkpoints, 0 = at the end only. keep: how many checkpoints stay.
-        tracker: `tensorboard` or `none`; `metrics.jsonl` is always written.
         check: run two steps, print memory, alignment and time left, then stop.
     """
 
@@ -226,6 +225,7 @@ class Recipe:
     log_every: int = ranged(10, low=1)
     eval_every: int = ranged(0, low=0)
     eval_sequences: int = ranged(0, low=0)
+    eval_teacher: bool = False
     keep_best: bool = False
     save_every: int = ranged(0, low=0)
     keep: int = ranged(2, low=1)

@@ -15,6 +15,7 @@ from kdfast.extras import need
 from kdfast.files import read_json, read_lines, write_json, written
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.tasks.task import Evaluation
+from kdfast.train.teachers.scores import SCORES_FILE
 
 #: Settings and clocks of a step, which say nothing of how well it went.
 _UNDRAWN = (
@@ -22,6 +23,13 @@ _UNDRAWN = (
     "lse_squared",
 )  # fmt: skip
 _PREFIX = "validation_"
+
+
+def step_note(recipe: Recipe, number: int, row: dict[str, Any]) -> str:
+    """What stands beside the bar: the loss of the last step, and the phase where there are several."""
+    parts = recipe.parts
+    phase = f"phase {number + 1} of {len(parts)} ({phase_name(parts[number])}), " if len(parts) > 1 else ""
+    return f"{phase}loss {row['loss']:.4g}"
 
 
 def phase_name(phase: Phase) -> str:
@@ -37,7 +45,7 @@ def write_summary(
 
     summary.json: method (of each phase where there are several, with `phase_steps`), task, teachers, seed, steps, seconds (of
     training steps), rows_per_step, parameters and trained_parameters of the student, last_step (its metrics), evaluation (the
-    last), evaluations (all of them, each with its step), best (of recipe.keep_best), and what the run was made with.
+    last), evaluations (each with its step), best (keep_best), teachers_evaluation (eval_teacher), and what it was made with.
 
     Args:
         about: versions, commit and machine.
@@ -59,6 +67,7 @@ def write_summary(
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "last_step": steps[-1] if steps else None, "evaluation": evaluation, "evaluations": evaluations,
+        **({"teachers_evaluation": read_json(folder / SCORES_FILE)} if (folder / SCORES_FILE).is_file() else {}),
         **({"best": read_json(folder / "best.json")} if recipe.keep_best and evaluations else {}), **about,
     })  # fmt: skip
     draw(steps, evaluations, folder / "curves.png", str(folder), recipe.parts)
