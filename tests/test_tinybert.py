@@ -362,6 +362,11 @@ def test_faults_are_said_in_one_line_before_training(folders: dict[str, Path], t
         teacher={"path": str(other)},
         tokenizer=str(tokenizer),
     )
+    fails(
+        r"student\.from_teacher\.path: expected the data's tokenizer, got one with other tokens",
+        student={"from_teacher": {"layers": [1, 3], "path": str(other)}},
+        tokenizer=str(tokenizer),
+    )
     general = {"name": "tinybert", "stage": "general", "teacher": str(other)}
     fails(r"method\.teacher: expected the data's tokenizer", general)
     small = tmp_path / "small"

@@ -27,19 +27,9 @@ from kdfast.train.tasks.task import Evaluation
 
 #: Keys that change how a run is watched, not what it computes.
 _FREE = (
-    "steps",
-    "ahead",
-    "alignment",
-    "log_every",
-    "eval_every",
-    "eval_teacher",
-    "keep_best",
-    "save_every",
-    "keep",
-    "tracker",
-    "check",
-    "out",
-)
+    "steps", "ahead", "alignment", "log_every", "eval_every", "eval_teacher", "keep_best", "save_every", "keep", "tracker",
+    "check", "out",
+)  # fmt: skip
 #: Keys, wherever they stand, of files and folders: what is compared is where they lie, however it is spelled.
 _PLACES = ("path", "weights", "cache", "init_from", "tokenizer")
 #: Keys of a recipe's data that say what is trained on, or how, and nothing of the files that are scored.

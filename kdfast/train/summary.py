@@ -23,6 +23,8 @@ _UNDRAWN = (
     "lse_squared",
 )  # fmt: skip
 _PREFIX = "validation_"
+#: Files of a run's folder that its summary has too.
+_BESIDE = {"best": "best.json", "teachers_evaluation": SCORES_FILE}
 
 
 def step_note(recipe: Recipe, number: int, row: dict[str, Any]) -> str:
@@ -67,8 +69,7 @@ def write_summary(
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "last_step": steps[-1] if steps else None, "evaluation": evaluation, "evaluations": evaluations,
-        **({"teachers_evaluation": read_json(folder / SCORES_FILE)} if (folder / SCORES_FILE).is_file() else {}),
-        **({"best": read_json(folder / "best.json")} if recipe.keep_best and evaluations else {}), **about,
+        **{name: read_json(folder / file) for name, file in _BESIDE.items() if (folder / file).is_file()}, **about,
     })  # fmt: skip
     draw(steps, evaluations, folder / "curves.png", str(folder), recipe.parts)
 
