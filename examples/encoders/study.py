@@ -121,11 +121,14 @@ def picture(known: Mapping[str, Any], file: Path) -> None:
     shown = [name for name in RUNS if name.startswith("sst2/") and RUNS[name].seeded and accuracies(name)]
     for place, name in enumerate(shown):
         color = "C1" if "alone" in name or "half" in name else "C0"
-        students.plot([place] * len(accuracies(name)), accuracies(name), "o", color=color, markersize=4)
-    students.set_xticks(range(len(shown)), [name.removeprefix("sst2/") for name in shown], fontsize=8, rotation=40, ha="right")
+        students.plot(accuracies(name), [place] * len(accuracies(name)), "o", color=color, markersize=4)
+    students.set_yticks(range(len(shown)), [name.removeprefix("sst2/") for name in shown], fontsize=8)
+    students.invert_yaxis()
     for score in accuracies("sst2/teacher"):
-        students.axhline(score, color="C7", linewidth=1, label="the teacher")
-    students.set(ylabel="accuracy on the test sentences of SST-2, %")
+        students.axvline(score, color="C7", linewidth=1, label="the teacher")
+    for color, label in (("C0", "distilled"), ("C1", "not distilled")):
+        students.plot([], [], "o", color=color, markersize=4, label=label)
+    students.set(xlabel="accuracy on the test sentences of SST-2, %")
     ways = (("-meta", "meta-teacher of all domains"), ("-meta-unseen", "meta-teacher without electronics"), ("-alone", "alone"))
     for color, (way, label) in enumerate(ways):
         names = [f"reviews/electronics-{share:.0%}{way}" for share in SHARES]
