@@ -80,8 +80,10 @@ def test_data_sets_are_split_once_and_for_all(scripts: Any, tmp_path: Path) -> N
 
 def test_every_run_of_the_study_is_a_recipe_whose_needs_are_runs(scripts: Any) -> None:
     _, study = scripts
+    recipes = {name: study.recipe_of(name, 2) for name in study.RUNS}
+    models = {f"{recipe.out}/model" for recipe in recipes.values()}
     for name, run in study.RUNS.items():
-        recipe = study.recipe_of(name, 2)
+        recipe = recipes[name]
         assert recipe.seed == 2
         assert recipe.out == (f"runs/{name}/2" if run.seeded else f"runs/{name}")
         assert all(needed in study.RUNS for needed in run.needs)
@@ -90,11 +92,11 @@ def test_every_run_of_the_study_is_a_recipe_whose_needs_are_runs(scripts: Any) -
                  recipe.student.from_teacher.path if recipe.student.from_teacher else None]  # fmt: skip
         for path in named:
             if path is not None and path.startswith("runs/"):
-                assert any(path == f"{study.recipe_of(needed, 2).out}/model" for needed in study.RUNS), (name, path)
+                assert path in models, (name, path)
         # Shares are of domains that it reads.
         for domain in getattr(recipe.data, "domain_shares", {}):
             assert any(f"/{domain}/" in file for file in recipe.data.train), name
-    steps = {name: study.recipe_of(f"sst2/{name}", 1).total_steps for name in ("tinybert", "tinybert-without-general", "alone")}
+    steps = {name: recipes[f"sst2/{name}"].total_steps for name in ("tinybert", "tinybert-without-general", "alone")}
     assert len(set(steps.values())) == 1
 
 
