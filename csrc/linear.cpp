@@ -30,6 +30,7 @@ void bind_linear(py::module_& m) {
         py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("out_row"),
         py::arg("bias"), py::arg("add"), py::arg("threads"));
     m.def("pairs_of_bf16", &pairs_of_bf16, "Whether bfloat16 products run at twice the rate of float32.");
+    m.def("tiles_of_bf16", &tiles_of_bf16, "Whether bfloat16 products run on the processor's tile unit.");
 }
 
 }  // namespace kdfast

@@ -13,6 +13,9 @@
 #include <pthread.h>
 #include <unistd.h>
 #endif
+#if KDFAST_X86 && defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 namespace kdfast {
 namespace {
@@ -62,6 +65,23 @@ bool pairs_of_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     // Leaf 7, subleaf 1, EAX bit 5: AVX512_BF16, which older compilers have no name for.
     static const bool found = isa() == Isa::avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return found;
+#else
+    return false;
+#endif
+}
+
+bool tiles_of_bf16() {
+#if KDFAST_X86 && defined(__linux__)
+    static const bool found = [] {
+        const char* lowered = std::getenv("KDFAST_ISA");
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        // Leaf 7, EDX: AMX_BF16 and AMX_TILE. Linux lets a process have the tiles' state (component 18) once it asks for it.
+        constexpr unsigned kWanted = 1u << 22 | 1u << 24;
+        constexpr long kAsk = 0x1023, kTiles = 18;
+        return pairs_of_bf16() && !(lowered && !std::strcmp(lowered, "avx512")) && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+               (d & kWanted) == kWanted && syscall(SYS_arch_prctl, kAsk, kTiles) == 0;
+    }();
     return found;
 #else
     return false;

@@ -63,8 +63,9 @@ def test_threads_do_not_change_bits() -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_nan_and_inf_come_through() -> None:
-    a, b = torch.randn(20, 40), torch.randn(40, 50)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_come_through(dtype: torch.dtype) -> None:
+    a, b = torch.randn(20, 40).to(dtype), torch.randn(40, 50).to(dtype)
     a[3, 5], b[7, 11] = torch.nan, torch.inf
     out = matmul(a, b, torch.empty(20, 50))
     assert out.isnan().all(-1).nonzero().flatten().tolist() == [3]
@@ -72,7 +73,25 @@ def test_nan_and_inf_come_through() -> None:
     assert out[0].isfinite().sum() == 49
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("layouts", [("plain", "transposed"), ("transposed", "plain")])
+def test_large_bfloat16_product(layouts: tuple[str, str]) -> None:
+    """More than one block of rows, of columns and of depth, whose panels are packed anew or found from the block before."""
+    a, b = stored(4400, 70, torch.bfloat16, layouts[0]), stored(70, 1100, torch.bfloat16, layouts[1])
+    assert plain.error(matmul(a, b, torch.empty(4400, 1100)), a.double() @ b.double()) <= 2e-6
+    a, b = stored(40, 40000, torch.bfloat16, layouts[0]), stored(40000, 70, torch.bfloat16, layouts[1])
+    assert plain.error(matmul(a, b, torch.empty(40, 70)), a.double() @ b.double()) <= 1e-5
+
+
+def test_tile_unit_is_left_as_found() -> None:
+    """torch's products may use the unit too, and keep it set up between calls."""
+    a, b = torch.randn(64, 96).bfloat16(), torch.randn(96, 64).bfloat16()
+    alone = a @ b
+    for _ in range(3):
+        matmul(a, b, torch.empty(64, 64))
+        assert torch.equal(a @ b, alone)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_lower_instruction_sets(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "strided or 130x777 or nan"]
     if os.environ.get("KDFAST_ISA"):

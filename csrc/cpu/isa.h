@@ -12,7 +12,7 @@ namespace kdfast {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// Best instruction set of this processor; KDFAST_ISA=baseline|avx2 lowers it. Read once.
+// Best instruction set of this processor; KDFAST_ISA=baseline|avx2|avx512 lowers it. Read once.
 Isa isa();
 
 // `wanted`, or 1 after a fork: the parent's OpenMP threads do not exist in the child, and waiting for them would hang.

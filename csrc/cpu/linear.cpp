@@ -1,4 +1,5 @@
-// c = a b for large operands of any strides: packed into panels, float32 or pairs of bfloat16, register tiles over them.
+// c = a b for large operands of any strides: packed into panels, float32 or pairs of bfloat16, register tiles over them, or the
+// tiles of a unit of its own (amx.h).
 //
 // A block of a and one of b, some slices of kDepth units along k, are packed by all threads together; tasks of
 // kTaskRows x kTaskColumns then run over them: a panel of a stays in the first-level cache while the columns of b that a
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "amx.h"
 #include "gemm.h"
 #include "simd.h"
 
@@ -15,58 +17,7 @@ namespace kdfast {
 namespace KDFAST_ISA {
 namespace {
 
-constexpr int kRows = kTileRows, kColumns = 2 * W;
-constexpr int64_t kDepth = 512;  // units along k: 24 KiB of a panel of a
-constexpr int64_t kTaskRows = 8 * kRows, kTaskColumns = 8 * kColumns;
-constexpr int64_t kBlockRows = 16 * kTaskRows, kBlockColumns = 16 * kTaskColumns;
-
 constexpr int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
-
-// What a panel is made of: one float32, or two bfloat16 that follow each other along k.
-struct Single {
-    using Unit = float;
-    static constexpr int64_t kValues = 1;
-
-    template <int M, int N>
-    static void tile(const float* a, const float* b, float* c, int64_t c_row, int64_t units, bool add) {
-        register_tile<M, N>(a, 1, M, b, N * W, c, c_row, units, add);
-    }
-};
-
-#if defined(__AVX512F__)
-struct Pair {
-    using Unit = uint32_t;
-    static constexpr int64_t kValues = 2;
-
-    // Spelled in assembly so that the file needs no instruction set beyond AVX-512F; the caller has asked the processor.
-    static void dot(vec& sum, vec a, vec b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
-
-    template <int M, int N>
-    static void tile(const uint32_t* a, const uint32_t* b, float* c, int64_t c_row, int64_t units, bool add) {
-        vec sum[M][N];
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) sum[i][j] = add ? load(c + i * c_row + j * W) : vec{};
-        }
-        const float *left = reinterpret_cast<const float*>(a), *right = reinterpret_cast<const float*>(b);
-        for (int64_t p = 0; p < units; ++p) {
-            const vec b0 = load(right + p * N * W), b1 = load(right + p * N * W + (N - 1) * W);
-#pragma GCC unroll 16
-            for (int i = 0; i < M; ++i) {
-                const vec both = splat(left[p * M + i]);
-                dot(sum[i][0], both, b0);
-                if (N == 2) dot(sum[i][N - 1], both, b1);
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) store(c + i * c_row + j * W, sum[i][j]);
-        }
-    }
-};
-#endif
 
 inline void unit_of(const float* first, const float*, float& out) { out = *first; }
 template <typename T>
@@ -77,12 +28,11 @@ inline void unit_of(const bf16* first, const bf16* second, uint32_t& out) {
     out = first->bits | uint32_t(second ? second->bits : 0) << 16;
 }
 
-// Panel of `kLanes` rows (of a) or columns (of b): out[unit][lane]; lanes beyond `lanes` and a missing half are zero.
-template <typename U, int kLanes, typename T>
-void pack_panel(const T* from, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values, typename U::Unit* out) {
-    constexpr int64_t kStep = U::kValues;
+// Panel of `kLanes` rows (of a) or columns (of b), units of `kStep` values: out[unit][lane]; lanes beyond `lanes` and a missing half are zero.
+template <int kStep, int kLanes, typename T, typename Unit>
+void pack_panel(const T* from, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values, Unit* out) {
     const int64_t whole = values / kStep, units = up(values, kStep);
-    if (lanes < kLanes) std::fill_n(out, units * kLanes, typename U::Unit(0));
+    if (lanes < kLanes) std::fill_n(out, units * kLanes, Unit(0));
     if (lane_stride == 1 && lanes == kLanes) {
         for (int64_t p = 0; p < whole; ++p) {
             const T* at = from + p * kStep * k_stride;
@@ -114,36 +64,126 @@ void pack_panel(const T* from, int64_t lane_stride, int64_t k_stride, int64_t la
     }
 }
 
-template <typename U, int kLanes>
-void pack(const Operand& x, int64_t lane_stride, int64_t k_stride, int64_t lane, int64_t k, int64_t lanes, int64_t values,
-          typename U::Unit* out) {
-    const int64_t at = lane * lane_stride + k * k_stride;
-    if constexpr (U::kValues == 2) {
-        pack_panel<U, kLanes>(static_cast<const bf16*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
-    } else if (x.dtype == Dtype::float32) {
-        pack_panel<U, kLanes>(static_cast<const float*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
-    } else if (x.dtype == Dtype::bfloat16) {
-        pack_panel<U, kLanes>(static_cast<const bf16*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
-    } else {
-        pack_panel<U, kLanes>(static_cast<const f16*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
+// What panels are made of, and what multiplies them. A panel of a holds kRows rows, one of b kColumns columns, of k's values in
+// units of kValues, as many as pad to a multiple of kStep: tile() adds a product of two such panels to c, or writes it there.
+struct Plain {
+    static constexpr int64_t kRows = kTileRows, kColumns = 2 * W, kStep = 1;
+    static constexpr int64_t kDepth = 512;  // units along k: 24 KiB of a panel of a
+    static constexpr int64_t kTasks = 16;   // across a block
+
+    // What a thread has to hold while it multiplies.
+    struct Held {};
+};
+
+struct Single : Plain {
+    using Unit = float;
+    static constexpr int64_t kValues = 1;
+
+    static void tile(const float* a, const float* b, float* c, int64_t c_row, int64_t units, bool add) {
+        register_tile<kRows, 2>(a, 1, kRows, b, kColumns, c, c_row, units, add);
     }
-}
+    template <int kLanes, bool>
+    static void pack(const Operand& x, int64_t at, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values,
+                     float* out) {
+        if (x.dtype == Dtype::float32) {
+            pack_panel<1, kLanes>(static_cast<const float*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
+        } else if (x.dtype == Dtype::bfloat16) {
+            pack_panel<1, kLanes>(static_cast<const bf16*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
+        } else {
+            pack_panel<1, kLanes>(static_cast<const f16*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
+        }
+    }
+};
+
+#if defined(__AVX512F__)
+struct Pair : Plain {
+    using Unit = uint32_t;
+    static constexpr int64_t kValues = 2;
+
+    // Spelled in assembly so that the file needs no instruction set beyond AVX-512F; the caller has asked the processor.
+    static void dot(vec& sum, vec a, vec b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+
+    static void tile(const uint32_t* a, const uint32_t* b, float* c, int64_t c_row, int64_t units, bool add) {
+        vec sum[kRows][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) sum[i][j] = add ? load(c + i * c_row + j * W) : vec{};
+        }
+        const float *left = reinterpret_cast<const float*>(a), *right = reinterpret_cast<const float*>(b);
+        for (int64_t p = 0; p < units; ++p) {
+            const vec b0 = load(right + p * kColumns), b1 = load(right + p * kColumns + W);
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; ++i) {
+                const vec both = splat(left[p * kRows + i]);
+                dot(sum[i][0], both, b0);
+                dot(sum[i][1], both, b1);
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) store(c + i * c_row + j * W, sum[i][j]);
+        }
+    }
+    template <int kLanes, bool>
+    static void pack(const Operand& x, int64_t at, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values,
+                     uint32_t* out) {
+        pack_panel<2, kLanes>(static_cast<const bf16*>(x.data) + at, lane_stride, k_stride, lanes, values, out);
+    }
+};
+#endif
+
+#if KDFAST_AMX
+struct Tiled {
+    using Unit = uint32_t;
+    static constexpr int64_t kValues = 2, kRows = 32, kColumns = 32, kStep = 16;
+    static constexpr int64_t kDepth = 256;  // 32 KiB of a panel of a
+    static constexpr int64_t kTasks = 4;    // what is packed of b stays in the second-level cache
+
+    using Held = Tiles;
+
+    static void tile(const uint32_t* a, const uint32_t* b, float* c, int64_t c_row, int64_t units, bool add) {
+        tiles_32x32(a, b, c, c_row, units / kStep, add);
+    }
+    // Of each step a panel of a lies as [row][pair], one of b as [pair][column].
+    template <int kLanes, bool kOfA>
+    static void pack(const Operand& x, int64_t at, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values,
+                     uint32_t* out) {
+        const bf16* from = static_cast<const bf16*>(x.data) + at;
+        for (int64_t k = 0; k < values; k += 2 * kStep, out += kLanes * kStep) {
+            for (int64_t lane = 0; lane < kLanes; lane += 16) {
+                pack_16x16(from + lane * lane_stride + k * k_stride, lane_stride, k_stride,
+                           std::clamp<int64_t>(lanes - lane, 0, 16), values - k, kOfA, out + lane * (kOfA ? 16 : 1),
+                           kOfA ? 16 : kLanes);
+            }
+        }
+    }
+};
+#endif
 
 // A tile that c has no room for goes through a buffer.
 template <typename U>
 void edge_tile(const typename U::Unit* a, const typename U::Unit* b, float* c, int64_t c_row, int64_t units, bool add,
                int64_t rows, int64_t columns) {
-    alignas(64) float room[kRows * kColumns];
-    U::template tile<kRows, 2>(a, b, room, kColumns, units, false);
+    alignas(64) float room[U::kRows * U::kColumns];
+    U::tile(a, b, room, U::kColumns, units, false);
     for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) c[i * c_row + j] = (add ? c[i * c_row + j] : 0.0f) + room[i * kColumns + j];
+        for (int64_t j = 0; j < columns; ++j) c[i * c_row + j] = (add ? c[i * c_row + j] : 0.0f) + room[i * U::kColumns + j];
     }
+}
+
+template <typename U>
+constexpr int64_t units(int64_t values) {
+    return up(values, U::kValues * U::kStep) * U::kStep;
 }
 
 // Blocks of a and b whose product is added to one block of c, packed in slices of `depth` units along k.
 template <typename U>
 struct Block {
     using Unit = typename U::Unit;
+    static constexpr int64_t kRows = U::kRows, kColumns = U::kColumns;
+    static constexpr int64_t kTaskRows = 8 * kRows, kTaskColumns = 8 * kColumns;
 
     const MatmulArgs& args;
     int64_t row, column, k, rows, columns, values, depth;
@@ -151,24 +191,25 @@ struct Block {
 
     int64_t slices() const { return up(values, depth * U::kValues); }
     int64_t values_of(int64_t slice) const { return std::min(depth * U::kValues, values - slice * depth * U::kValues); }
-    int64_t units_of(int64_t slice) const { return up(values_of(slice), U::kValues); }
+    int64_t units_of(int64_t slice) const { return units<U>(values_of(slice)); }
     Unit* a_of(int64_t slice) const { return a + slice * depth * up(rows, kRows) * kRows; }
     Unit* b_of(int64_t slice) const { return b + slice * depth * up(columns, kColumns) * kColumns; }
 
-    void pack_both() const {
-        const int64_t of_a = up(rows, kRows), of_b = up(columns, kColumns);
+    // Both, or what is not there from the block before.
+    void pack(bool with_a, bool with_b) const {
+        const int64_t of_a = with_a ? up(rows, kRows) : 0, of_b = with_b ? up(columns, kColumns) : 0;
 #pragma omp for schedule(dynamic, 4)
         for (int64_t panel = 0; panel < slices() * (of_a + of_b); ++panel) {
             const int64_t slice = panel / (of_a + of_b), at = panel % (of_a + of_b);
             const int64_t from = k + slice * depth * U::kValues, n = values_of(slice), units = units_of(slice);
             if (at < of_a) {
                 const int64_t lane = at * kRows;
-                pack<U, kRows>(args.a, args.a.row, args.a.column, row + lane, from, std::min<int64_t>(kRows, rows - lane), n,
-                               a_of(slice) + lane * units);
+                U::template pack<kRows, true>(args.a, (row + lane) * args.a.row + from * args.a.column, args.a.row, args.a.column,
+                                              std::min(kRows, rows - lane), n, a_of(slice) + lane * units);
             } else {
                 const int64_t lane = (at - of_a) * kColumns;
-                pack<U, kColumns>(args.b, args.b.column, args.b.row, column + lane, from,
-                                  std::min<int64_t>(kColumns, columns - lane), n, b_of(slice) + lane * units);
+                U::template pack<kColumns, false>(args.b, from * args.b.row + (column + lane) * args.b.column, args.b.column,
+                                                  args.b.row, std::min(kColumns, columns - lane), n, b_of(slice) + lane * units);
             }
         }
     }
@@ -191,12 +232,12 @@ struct Block {
             for (int64_t j = j_begin; j < j_end; j += kColumns) {
                 const Unit *left = a_of(slice) + i * units, *right = b_of(slice) + j * units;
                 float* c = args.c + (row + i) * args.c_row + column + j;
-                const int64_t height = std::min<int64_t>(kRows, i_end - i), width = std::min<int64_t>(kColumns, j_end - j);
+                const int64_t height = std::min(kRows, i_end - i), width = std::min(kColumns, j_end - j);
                 if (first && args.bias) {
                     for (int64_t r = 0; r < height; ++r) std::copy_n(args.bias + column + j, width, c + r * args.c_row);
                 }
                 if (height == kRows && width == kColumns) {
-                    U::template tile<kRows, 2>(left, right, c, args.c_row, units, add);
+                    U::tile(left, right, c, args.c_row, units, add);
                 } else {
                     edge_tile<U>(left, right, c, args.c_row, units, add, height, width);
                 }
@@ -208,7 +249,9 @@ struct Block {
 template <typename U>
 void product(const MatmulArgs& args) {
     using Unit = typename U::Unit;
-    const int64_t depth = std::min(kDepth, up(args.k, U::kValues));
+    constexpr int64_t kRows = U::kRows, kColumns = U::kColumns, kTaskRows = Block<U>::kTaskRows;
+    constexpr int64_t kBlockRows = 16 * kTaskRows, kBlockColumns = U::kTasks * Block<U>::kTaskColumns;
+    const int64_t depth = std::min(U::kDepth, units<U>(args.k));
     // Where c has few columns its blocks get more rows, and where it is small as a whole several slices of k: the threads
     // then wait for each other less often.
     const int64_t b_lanes = up(std::min(args.n, kBlockColumns), kColumns) * kColumns;
@@ -218,14 +261,18 @@ void product(const MatmulArgs& args) {
     const int64_t stride = std::min(most, up(args.k, depth * U::kValues)) * depth;
     const std::unique_ptr<Unit[]> a(new Unit[size_t(a_lanes * stride)]), b(new Unit[size_t(b_lanes * stride)]);
 #pragma omp parallel num_threads(args.threads)
-    for (int64_t column = 0; column < args.n; column += kBlockColumns) {
-        for (int64_t row = 0; row < args.m; row += block_rows) {
-            for (int64_t k = 0; k < args.k; k += stride * U::kValues) {
-                const int64_t rows = std::min(block_rows, args.m - row), columns = std::min(kBlockColumns, args.n - column);
-                const int64_t values = std::min(stride * U::kValues, args.k - k);
-                const Block<U> block{args, row, column, k, rows, columns, values, depth, a.get(), b.get()};
-                block.pack_both();
-                block.multiply();
+    {
+        [[maybe_unused]] const typename U::Held held;
+        for (int64_t column = 0; column < args.n; column += kBlockColumns) {
+            for (int64_t row = 0; row < args.m; row += block_rows) {
+                for (int64_t k = 0; k < args.k; k += stride * U::kValues) {
+                    const int64_t rows = std::min(block_rows, args.m - row), columns = std::min(kBlockColumns, args.n - column);
+                    const int64_t values = std::min(stride * U::kValues, args.k - k);
+                    const Block<U> block{args, row, column, k, rows, columns, values, depth, a.get(), b.get()};
+                    const bool whole = values == args.k;
+                    block.pack(!whole || rows < args.m || column == 0, !whole || row == 0);
+                    block.multiply();
+                }
             }
         }
     }
@@ -234,8 +281,12 @@ void product(const MatmulArgs& args) {
 }  // namespace
 
 void matmul(const MatmulArgs& args) {
+    [[maybe_unused]] const bool halves = args.a.dtype == Dtype::bfloat16 && args.b.dtype == Dtype::bfloat16;
+#if KDFAST_AMX
+    if (halves && tiles_of_bf16()) return product<Tiled>(args);
+#endif
 #if defined(__AVX512F__)
-    if (args.a.dtype == Dtype::bfloat16 && args.b.dtype == Dtype::bfloat16 && pairs_of_bf16()) return product<Pair>(args);
+    if (halves && pairs_of_bf16()) return product<Pair>(args);
 #endif
     product<Single>(args);
 }

@@ -2,7 +2,7 @@
 
 operands        result     by
 float32         float32    torch (MKL); ours on AVX-512 processors that are not Intel's, where MKL stays at half rate
-bfloat16        float32    ours: torch has no such product. AVX512_BF16 multiplies pairs, at twice the rate of float32
+bfloat16        float32    ours, torch has none: on AMX tiles, or AVX512_BF16 on pairs, at twice the rate of float32
 float16, mixed  float32    ours, widened while packing; torch's float16 products run at 1-20 GFLOP/s
 bfloat16        bfloat16   torch (oneDNN), also with AMX; not here
 """
