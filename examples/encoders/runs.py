@@ -208,12 +208,15 @@ def pairs_and_tags() -> dict[str, Run]:
             ("data/wnut17/test.conll",),
         ),
     }  # fmt: skip
-    *first, last = stages()
-    # No sentences without a label that are like these; copies of the few rows in their place.
-    phases = [*first, {**with_copies(last), "steps": 800}]
-    steps = sum(phase["steps"] for phase in phases)
+    general, intermediate, prediction = stages()
+    # Of each stage; a row of RTE is several times as long.
+    lengths = {"rte": (300, 600, 400), "wnut17": (300, 1500, 800)}
     found: dict[str, Run] = {}
     for name, (changes, test) in sets.items():
+        # No sentences without a label that are like these; copies of the few rows in their place.
+        parts = zip((general, intermediate, with_copies(prediction)), lengths[name], strict=True)
+        phases = [{**phase, "steps": n} for phase, n in parts]
+        steps = sum(lengths[name])
         teacher = f"{name}/teacher"
         student = {**changes, "phases": phases, "teacher": {"path": f"runs/{teacher}/model"}}
         found[teacher] = Run("encoders/teacher.yaml", changes, test=test, seeded=False)
