@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_runs import LABELLED, Rows, make_tokenizer, quiet, recipe_values, untimed
 
 from kdfast.models.load import load_folder
 from kdfast.train import Batch, Recipe, distill, evaluate
+from kdfast.train.best import beats
 from kdfast.train.inputs import open_inputs
 from kdfast.train.stop import stop_signals
+from kdfast.train.tasks.classes import class_scores, class_summary
 
 ENDLESS = """
 from torch import nn
@@ -77,6 +81,44 @@ def test_the_best_model_is_kept_and_changes_nothing_else(tokenizer: Path, tmp_pa
     # Gone on with, it is compared with what came before.
     distill(Recipe.build({**values, "keep_best": True, "steps": 8}), say=quiet)
     best()
+
+
+def test_the_best_is_of_what_was_kept(tokenizer: Path, tmp_path: Path) -> None:
+    """Evaluations whose models were not kept do not count, whoever was better."""
+    out = tmp_path / "run"
+    values = recipe_values(tokenizer, out, steps=3, eval_every=1, optimizer={"lr": 0.1, "schedule": "constant"})
+    distill(Recipe.build(values), say=quiet)
+    said: list[str] = []
+    distill(Recipe.build({**values, "keep_best": True}), say=said.append)
+    assert said[-1] == f"{out / 'best'}: none kept; keep_best takes the evaluations of steps that are still to come"
+    # Not marked as done, its last evaluation is made again, and its model kept.
+    (out / "result.json").unlink()
+    distill(Recipe.build({**values, "keep_best": True}), say=quiet)
+    assert json.loads((out / "best.json").read_text())["step"] == 3
+    distill(Recipe.build({**values, "keep_best": True, "steps": 6}), say=said.append)
+    summary = json.loads((out / "summary.json").read_text())
+    later = [row for row in summary["evaluations"] if row["step"] >= 3]
+    assert summary["best"] == min(later, key=lambda row: row["nll"])
+    assert said[-1].startswith(f"{out / 'best'}: the model after step {summary['best']['step']}, validation perplexity ")
+
+
+def test_a_best_model_of_a_later_step_is_forgotten(tokenizer: Path, tmp_path: Path) -> None:
+    values = {**recipe_values(tokenizer, tmp_path / "run", steps=4, save_every=2, eval_every=4), "keep_best": True}
+    distill(Recipe.build(values), say=quiet)
+    # As if it had been killed before its last checkpoint.
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    said: list[str] = []
+    distill(Recipe.build({**values, "steps": 3}), say=said.append)
+    assert f"{tmp_path / 'run' / 'best'}: was of step 4, which a run of 3 does not have; removed" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best"]["step"] == 3
+
+
+def test_a_diverged_model_is_never_the_best(tmp_path: Path) -> None:
+    assert not beats(tmp_path, {"accuracy": 0.9, "nll": math.nan}, "accuracy", 1)
+    assert beats(tmp_path, {"accuracy": 0.1, "nll": 3.0}, "accuracy", 1)
+    right = torch.zeros(4, dtype=torch.long)
+    assert class_summary([class_scores(torch.full((4, 3), math.nan), right)])["accuracy"] == 0
 
 
 def test_a_run_killed_after_its_last_checkpoint_has_an_evaluation(tokenizer: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def evaluate(
         step = step_in(model)
         assert step is not None
         task = task or step.task
-        device = next(step.student.parameters()).device
+        device = _device_of(step.student)
         n = min(limit, len(data)) if limit else len(data)
         rank, world = share
         model.eval()
@@ -64,7 +64,7 @@ def evaluate(
 @torch.no_grad()
 def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size: int = 16) -> bool:
     """Writes what `model` says of each row (`ClassTask.said`), a line of JSON each, in their order; whether any has a label."""
-    device, labelled = next(model.parameters()).device, False
+    device, labelled = _device_of(model), False
     with _modes_kept(model), written(file) as part, open(part, "w", encoding="utf-8") as lines:
         model.eval()
         number = itertools.count()
@@ -74,6 +74,11 @@ def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size
             for line in task.said(look(model, batch.by_name), batch):
                 lines.write(json.dumps({"row": next(number), **line}, ensure_ascii=False, allow_nan=False) + "\n")
     return labelled
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters lie; a rule, which has none, stays on the CPU."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager

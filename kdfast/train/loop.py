@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kdfast.files import remove_orphans, write_json
 from kdfast.models.view import Needs, View
-from kdfast.train import checkpoint, run_folder
+from kdfast.train import best, checkpoint, run_folder
 from kdfast.train.ahead import Ahead, Read
 from kdfast.train.alignment import align, check_heads, check_labelled, check_vocabulary
 from kdfast.train.batch import Batch
@@ -110,6 +110,8 @@ def _distill(
         say(f"{folder}: finished {done['steps']} steps before; going on to {recipe.total_steps}")
     if done is not None and done["steps"] >= recipe.total_steps:
         say(f"{folder}: finished before; nothing to do")
+        if recipe.keep_best:
+            say(best.described(folder, inputs.task))
         evaluation = None if done["evaluation"] is None else Evaluation(**done["evaluation"])
         headline = "" if evaluation is None else inputs.task.headline(evaluation)
         main = accelerator.is_main_process
@@ -224,11 +226,12 @@ class _Run:
         if recipe.eval_teacher:
             with checkpoint.drawing_apart():
                 score_teachers(recipe, self.inputs, self.folder, accelerator, self.say)
-        drawn = self.bar
         title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
-        with drawn(title, recipe.total_steps, "steps") if drawn else contextlib.nullcontext() as shown:
+        with self.bar(title, recipe.total_steps, "steps") if self.bar else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown, stop)
         checkpoint.export(self.folder / "model", accelerator, self.module, self.student, self.inputs)
+        if recipe.keep_best:
+            self.say(best.described(self.folder, self.inputs.task))
         if accelerator.is_main_process:
             for objective in self.step.objectives:
                 objective.conclude(self.student.eval(), self.say)  # type: ignore[operator]
@@ -295,24 +298,24 @@ class _Run:
                 self.module, self.inputs.validation, batch_size=self.recipe.batch_size, limit=self.recipe.eval_sequences,
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
             )  # fmt: skip
+        better = self._keep_best(step, evaluation)
         if log is not None:
-            self._keep_best(step, evaluation, log)
             log.evaluation(step, {f"validation_{k}": v for k, v in evaluation.items()})
         if step < self.recipe.total_steps:
-            self.say(f"step {step}: validation {self.inputs.task.headline(evaluation)}")
+            self.say(f"step {step}: validation {self.inputs.task.headline(evaluation)}{', the best so far' if better else ''}")
         return evaluation
 
-    def _keep_best(self, step: int, evaluation: Evaluation, log: MetricLog) -> None:
+    def _keep_best(self, step: int, evaluation: Evaluation) -> bool:
         """Before its line is logged: a run killed in between evaluates this step again, and comes here again."""
-        if not self.recipe.keep_best:
-            return
-        target, (name, sign) = self.folder / "best", self.inputs.task.chosen_by(evaluation)
-        if self.anybody(log.best(step, name, sign, evaluation[name]) or not target.is_dir()):
+        name, sign = self.inputs.task.chosen_by(evaluation)
+        main = self.accelerator.is_main_process
+        better = self.recipe.keep_best and self.anybody(main and best.beats(self.folder, evaluation, name, sign))
+        if better:
             apart = copy.deepcopy(self.student) if hasattr(self.student, "merge_and_unload") else self.student
-            checkpoint.export(target, self.accelerator, self.module, apart, self.inputs)
-            if self.accelerator.is_main_process:
-                write_json(self.folder / "best.json", {"step": step, **evaluation})
-            self.say(f"{target}: the model after step {step}, the best so far")
+            checkpoint.export(self.folder / best.FOLDER, self.accelerator, self.module, apart, self.inputs)
+            if main:
+                write_json(self.folder / best.FILE, {"step": step, **evaluation})
+        return better
 
     def _save(self, step: int, seconds: float) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)

@@ -102,14 +102,6 @@ class MetricLog:
         rows = files.read_lines(self.file)
         return any(row["step"] == step and "loss" not in row for row in rows)
 
-    def best(self, step: int, name: str, sign: int, value: float) -> bool:
-        """Whether a score, times `sign`, is more than at all steps before; the main process knows."""
-        if not self.accelerator.is_main_process:
-            return False
-        rows = [row for row in files.read_lines(self.file) if row["step"] < step and "loss" not in row]
-        before = [sign * row[f"validation_{name}"] for row in rows if row.get(f"validation_{name}") is not None]
-        return math.isfinite(value) and all(sign * value > other for other in before)
-
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """One evaluation's numbers, as a line of their own."""
         self._write([{"step": step, "seconds": round(self.seconds, 4), **values}])

@@ -19,6 +19,7 @@ import yaml
 
 import kdfast
 from kdfast.files import read_json, write_json, write_text
+from kdfast.train.best import forget_beyond
 from kdfast.train.data import digest_of
 from kdfast.train.inputs import Inputs
 from kdfast.train.recipe import Recipe
@@ -51,6 +52,8 @@ def begin(folder: Path, recipe: Recipe, inputs: Inputs, say: Callable[[str], Non
         before, begun = Recipe.load(folder / "recipe.yaml").total_steps, any((folder / "checkpoints").glob("step-????????"))
         if begun and before != recipe.total_steps and not (folder / "result.json").is_file():
             say(f"steps: {before} when this run began, {recipe.total_steps} now, and so its schedules from here on")
+        if forgotten := forget_beyond(folder, recipe.total_steps):
+            say(forgotten)
     folder.mkdir(parents=True, exist_ok=True)
     for part in (folder / ".model.part", folder / ".best.part", *(folder / "checkpoints").glob(".step-????????.part")):
         shutil.rmtree(part, ignore_errors=True)

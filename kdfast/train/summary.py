@@ -13,6 +13,7 @@ from torch import nn
 
 from kdfast.extras import need
 from kdfast.files import read_json, read_lines, write_json, written
+from kdfast.train import best
 from kdfast.train.recipe import Phase, Recipe
 from kdfast.train.tasks.task import Evaluation
 from kdfast.train.teachers.scores import SCORES_FILE
@@ -24,7 +25,7 @@ _UNDRAWN = (
 )  # fmt: skip
 _PREFIX = "validation_"
 #: Files of a run's folder that its summary has too.
-_BESIDE = {"best": "best.json", "teachers_evaluation": SCORES_FILE}
+_BESIDE = {"best": best.FILE, "teachers_evaluation": SCORES_FILE}
 
 
 def step_note(recipe: Recipe, number: int, row: dict[str, Any]) -> str:

@@ -237,7 +237,9 @@ def class_scores(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
     counted = labels != IGNORE
     logits, labels = logits[counted].float(), labels[counted]
     nll = F.cross_entropy(logits, labels, reduction="sum")
-    pairs = torch.bincount(labels * classes + logits.argmax(-1), minlength=classes * classes)
+    # Of NaN the first is the largest to argmax: a model that has diverged says nothing, and is wrong.
+    said = torch.where(logits.isnan().any(-1), (labels + 1) % classes, logits.argmax(-1))
+    pairs = torch.bincount(labels * classes + said, minlength=classes * classes)
     return {"confusion": pairs.reshape(classes, classes).double(), "nll": nll.double()}
 
 

@@ -30,7 +30,10 @@ def score_teachers(recipe: Recipe, inputs: Inputs, folder: Path, accelerator: Ac
         return
     found: dict[str, Any] = {}
     for key, teacher in zip(teacher_keys(len(inputs.teachers)), inputs.teachers, strict=True):
-        if not isinstance(teacher, LiveTeacher) or teacher.missing:
+        if not isinstance(teacher, LiveTeacher):
+            continue
+        if teacher.missing:
+            say(f"{key}: its folder has no head for this task, it is not scored")
             continue
         with accelerator.autocast():
             found[key] = evaluate(
