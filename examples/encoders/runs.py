@@ -103,13 +103,31 @@ def sst2() -> dict[str, Run]:
     half = {"layers": every_other, "path": "encoder"}
     masked_alone = alone({"from_teacher": {"layers": every_other}}, "runs/mlm/head/model")
     task, corpus = "distilbert/task.yaml", ("data/amazon/books/test.jsonl",)
+    # The fine-tuned teacher is heard once more, on the task (section 4 of the paper), on sentences without a label too.
+    heard = {
+        "method": {"name": "distilbert", "temperature": 2.0}, "teacher": {"path": "runs/sst2/teacher/model"}, "steps": 1200,
+        "data": {"train": ["data/sst2/train.tsv", "data/amazon/sentences.tsv"]},
+    }  # fmt: skip
+    # What was tried: a teacher that was trained on masked words as a whole.
+    tuned = {"student": {"path": "runs/mlm/head/model", "freeze": []}, "optimizer": {"lr": 5.0e-4}}
     return {
         **found,
         "mlm/head": Run("distilbert/head.yaml", test=corpus, seeded=False),
         "mlm/distilbert": Run("distilbert/recipe.yaml", needs=("mlm/head",), test=corpus),
+        "mlm/tuned": Run("distilbert/head.yaml", tuned, ("mlm/head",), corpus, seeded=False),
+        "mlm/distilbert-tuned": Run(
+            "distilbert/recipe.yaml", {"teacher": {"path": "runs/mlm/tuned/model"}}, ("mlm/tuned",), corpus
+        ),
         # Masked words alone, from the same start.
         "mlm/alone": Run("distilbert/recipe.yaml", masked_alone, ("mlm/head",), corpus),
         "sst2/distilbert": Run(task, {"student": {"path": "runs/mlm/distilbert/{seed}/model"}}, ("mlm/distilbert",), test),
+        "sst2/distilbert-tuned": Run(
+            task, {"student": {"path": "runs/mlm/distilbert-tuned/{seed}/model"}}, ("mlm/distilbert-tuned",), test
+        ),
+        "sst2/distilbert-heard": Run(
+            task, {**heard, "student": {"path": "runs/mlm/distilbert/{seed}/model"}}, ("mlm/distilbert", "sst2/teacher"), test
+        ),
+        "sst2/half-heard": Run(task, {**heard, "student": {"from_teacher": half}}, ("sst2/teacher",), test),
         "sst2/half-mlm": Run(task, {"student": {"path": "runs/mlm/alone/{seed}/model"}}, ("mlm/alone",), test),
         "sst2/half-alone": Run(task, {"student": {"from_teacher": half}}, test=test),
         "sst2/half-alone-longer": Run(task, {"student": {"from_teacher": half}, "steps": 3 * 582}, test=test),
