@@ -16,7 +16,14 @@ from torch.nn import functional as F
 pytest.importorskip("transformers")
 
 from task_rows import BERT, run, sentence, tokenizer_file, values, write_table  # noqa: F401
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 from kdfast.train import Batch
 from kdfast.train.batch import IGNORE
@@ -79,6 +86,26 @@ def test_the_masked_model_equals_its_definition(restricted: bool) -> None:
         return (5 * 4 * kl + 2 * ce + cosine) / 2
 
     same(step, live, batch, 8, want)  # one of two batches of an optimiser step with 8 masked tokens
+
+
+def test_an_encoder_decoder_is_heard_on_what_it_writes() -> None:
+    """Where its decoder's tokens are: not where those are that its encoder reads."""
+    torch.manual_seed(0)
+    tiny = {"vocab_size": 40, "d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 16,
+            "init_std": 0.4, "pad_token_id": 1}  # fmt: skip
+    student, teacher = (BartForConditionalGeneration(BartConfig(**tiny)).eval() for _ in range(2))
+    task, live = task_class("seq2seq")(None, task_class("seq2seq").Data()), LiveTeacher(teacher)
+    options = DistilBERTOptions(cosine_weight=0.0, hard_weight=0.0)
+    step = DistillStep(student, DistilBERT(options, Setting(student, [live], task)), task).name_head()
+    read, written = (torch.arange(n) < torch.tensor(lengths)[:, None] for n, lengths in ((7, [7, 3]), (4, [2, 4])))
+    inputs = {"input_ids": torch.randint(2, 40, (2, 7)), "attention_mask": read.long(),
+              "decoder_input_ids": torch.randint(2, 40, (2, 4)), "decoder_attention_mask": written.long()}  # fmt: skip
+    batch = Batch(inputs, torch.full((2, 4), 5))
+    loss, _ = step(batch, [live(batch, step.objective.needs_of_teacher())], 8)  # type: ignore[arg-type]
+    log_q, log_p = ((m(**batch.by_name).logits[written] / 2).log_softmax(-1) for m in (student, teacher))
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    assert loss.item() == pytest.approx(5 * 4 * kl.item(), rel=1e-4)
 
 
 def test_classes_equal_their_definition_with_rows_of_the_teacher_only() -> None:

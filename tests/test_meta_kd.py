@@ -302,6 +302,16 @@ def test_faults_are_said_in_one_line_before_training(encoder: Path, tmp_path: Pa
         {"name": "meta_teacher"},
         data=one,
     )
+    few = tmp_path / "few"
+    for changes, match in (
+        ({"vocab_size": 8}, r"method\.encoder: its vocabulary has 8 ids, expected at least the tokenizer's \d+"),
+        (
+            {"vocab_size": size, "max_position_embeddings": 3},
+            r"at most the 3 positions of the method\.encoder;",
+        ),
+    ):
+        BertModel(BertConfig(**{**BERT, **changes})).save_pretrained(few)
+        fails(match, {"name": "meta_teacher", "encoder": str(few)})
     bare = tmp_path / "bare.jsonl"
     bare.write_text(json.dumps({"text": "the film", "domain": "books"}) + "\n")
     more = {"data": {"train": [*map(str, files.values()), str(bare)]}}

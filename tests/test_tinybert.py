@@ -17,7 +17,7 @@ from torch.nn import functional as F
 pytest.importorskip("transformers")
 
 from task_rows import BERT, run, sentence, tokenizer_file, values, write_table  # noqa: F401
-from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from kdfast.models.view import View, look
 from kdfast.train import Batch, Recipe
@@ -297,8 +297,10 @@ def test_copies_with_other_words(by: str, folders: dict[str, Path], tokenizer: P
     text = {"train": str(folders["text"]), "glob": "*.jsonl", "validation_share": 0.0}
     encoder = {"path": str(folders["encoder"])}
     masked = run(values(tokenizer, tmp_path / "mlm", text, "masked_lm", student=encoder, steps=2)).model
-    options = Augment(copies=3, share=0.5, candidates=4, by=by, path=str(masked) if by == "masked_lm" else None)
+    # Models of one tokenizer may be padded to sizes of their own.
     table = AutoModel.from_pretrained(folders["encoder"]).get_input_embeddings().weight
+    table = torch.cat([table, table.new_zeros(6, table.shape[1])])
+    options = Augment(copies=3, share=0.5, candidates=4, by=by, path=str(masked) if by == "masked_lm" else None)
     found = augmented(rows, tokenizer, options, tmp_path / "augmented", table, lambda line: None)
     assert len(rows) < len(found) <= 4 * len(rows)
     begins, _ = word_tokens(words, words.get_vocab_size())
@@ -318,7 +320,7 @@ def test_copies_with_other_words(by: str, folders: dict[str, Path], tokenizer: P
         if by == "embeddings":
             unit = F.normalize(table.detach(), dim=-1)
             for was, now in zip(row[other], copy[other], strict=True):
-                likeness = (unit @ unit[was]).masked_fill(~begins, -2.0)
+                likeness = (unit @ unit[was])[: len(begins)].masked_fill(~begins, -2.0)
                 likeness[was] = -2.0
                 assert int(now) in likeness.topk(4).indices.tolist()
     assert changed > len(found) - len(rows)
@@ -375,6 +377,17 @@ def test_faults_are_said_in_one_line_before_training(folders: dict[str, Path], t
     fails(
         r"method\.teacher: expected 4 layers 16 wide like the run's teacher, got 1 layers 16 wide",
         {**general, "teacher": str(small)},
+    )
+    few = tmp_path / "few"
+    BertModel(BertConfig(vocab_size=8, **{**BERT, "num_hidden_layers": 4})).save_pretrained(few)
+    fails(r"method\.teacher: its vocabulary has 8 ids, expected at least the tokenizer's \d+", {**general, "teacher": str(few)})
+    masked = {"name": "tinybert", "augment": {"by": "masked_lm", "path": str(few)}}
+    BertForMaskedLM(BertConfig(vocab_size=8, **BERT)).save_pretrained(few)
+    fails(r"method\.augment\.path: its vocabulary has 8 ids, expected at least the tokenizer's \d+", masked)
+    BertForMaskedLM(BertConfig(vocab_size=64, **{**BERT, "max_position_embeddings": 4})).save_pretrained(few)
+    fails(
+        r"at most the 4 positions of the method\.augment\.path; lower data\.max_length",
+        masked,
     )
     two = [{"path": str(folders["teacher"])}] * 2
     fails(r"teachers: method tinybert expects one teacher, got 2", teacher=None, teachers=two)

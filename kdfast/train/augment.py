@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from kdfast import files
 from kdfast.models.heads import call, find_head, logits_in
-from kdfast.models.load import load_folder, resolve_folder, weights_hash
+from kdfast.models.load import resolve_folder, weights_hash
 from kdfast.models.view import look
 from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
-from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
+from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import SEEDS, Source, lengths_of
+from kdfast.train.positions import check_positions
+from kdfast.train.readers import load_reader
 
 #: Rows that are kept together: what a killed stage does again.
 _WINDOW = 256
@@ -143,9 +145,14 @@ class _Stage:
     def __init__(self, rows: Source, tokenizer: Tokenizer, options: Augment, embeddings: Tensor) -> None:
         self._rows, self._options = rows, options
         self._begins, self._continues = word_tokens(tokenizer, embeddings.shape[0])
+        words = int(self._begins.sum())
+        if words < 2:
+            raise ValueError(
+                f"method.augment: expected a tokenizer with two words of one token or more, got {words}; leave it out"
+            )
         self._model: nn.Module | None = None
         if options.by == "masked_lm":
-            self._model, self._mask_id = _masked_lm(options, tokenizer)
+            self._model, self._mask_id = _masked_lm(options, tokenizer, rows)
             example = torch.full((1, 2), self._mask_id, device=next(self._model.parameters()).device)
             self._head = find_head(self._model, {"input_ids": example})
         else:
@@ -221,19 +228,22 @@ class _Stage:
 
     def _best(self, scores: Tensor, own: Tensor, k: int) -> Tensor:
         """The k best words that are not the word itself."""
-        scores = scores[:, : len(self._begins)].masked_fill(~self._begins, -torch.inf)
+        # Either may be padded beyond the tokenizer's ids.
+        scores = scores[:, : len(self._begins)]
+        scores = scores.masked_fill(~self._begins[: scores.shape[1]], -torch.inf)
         return scores.scatter(1, own[:, None], -torch.inf).topk(k, -1).indices
 
 
-def _masked_lm(options: Augment, tokenizer: Tokenizer) -> tuple[nn.Module, int]:
+def _masked_lm(options: Augment, tokenizer: Tokenizer, rows: Source) -> tuple[nn.Module, int]:
     key = "method.augment.path"
     folder = resolve_folder(options.path or "", key)
-    check_same_tokens(folder, tokenizer, key)
     mask_id = tokenizer.token_to_id(options.mask_token)
     if mask_id is None:
         raise ValueError(f"method.augment.mask_token: expected a token of the tokenizer, got {options.mask_token!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_folder(folder, key, kind="masked_lm", dtype="auto").eval().to(device), mask_id
+    model = load_reader(folder, key, tokenizer, "masked_lm", head=True)
+    check_positions([(key, model)], rows)
+    return model.eval().to(device), mask_id
 
 
 def word_tokens(tokenizer: Tokenizer, size: int) -> tuple[Tensor, Tensor]:

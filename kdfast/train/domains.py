@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdfast import files
-from kdfast.models.load import load_folder, resolve_folder, weights_hash
+from kdfast.models.load import resolve_folder, weights_hash
 from kdfast.models.view import Needs, look
 from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
-from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import RowsOf, Source, batches
 from kdfast.train.match import token_mask
+from kdfast.train.positions import check_positions
+from kdfast.train.readers import load_reader
 
 #: What a meta-teacher keeps beside its model.
 STATE_FILE = "domains.safetensors"
@@ -187,9 +188,8 @@ def instance_weights(
         raise ValueError(f"data.train: expected a label in every row, which is weighed by its class, got {bare} without")
     check_examples(label, domain, names, flavor, inputs.task.names)
     if home is not None:
-        if inputs.tokenizer is not None:
-            check_same_tokens(home, load_tokenizer(inputs.tokenizer)[0], "method.encoder")
-        model = load_folder(home, "method.encoder", kind=inputs.task.kind, dtype="auto", missing=[])
+        model = load_reader(home, "method.encoder", inputs.tokenizer, inputs.task.kind)
+        check_positions([("method.encoder", model)], rows, inputs.task)
     was_training = model.training
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = next(model.parameters()).device

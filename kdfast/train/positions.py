@@ -9,17 +9,18 @@ from torch import nn
 
 from kdfast.models.positions import positions_of
 from kdfast.train.data import Source, sizes_of
+from kdfast.train.documents import Documents
 from kdfast.train.tasks.task import Task
 
 
 def check_positions(
-    models: Iterable[tuple[str, nn.Module | None]], rows: Source | None, task: Task[Any], captured: bool = False
+    models: Iterable[tuple[str, nn.Module | None]], rows: Source | None, task: Task[Any] | None = None, captured: bool = False
 ) -> None:
     """Raises where a row is longer than a model has positions.
 
     Args:
         models: with what the recipe calls them. rows: training or validation data.
-        task: of the data, and whether they were captured, for the remedy.
+        task: of the data (None: texts with classes), and whether they were captured, for the remedy.
     """
     longest = max((int(size.max()) for size in ([] if rows is None else sizes_of(rows)) if len(size)), default=0)
     for name, model in models:
@@ -27,12 +28,15 @@ def check_positions(
         if most is not None and most < longest:
             raise ValueError(
                 f"data: a row has {longest} tokens, expected at most the {most} positions of the {name};"
-                f" {_shorter(task, captured)}, or take a model with more"
+                f" {_shorter(task, isinstance(rows, Documents), captured)}, or take a model with more"
             )
 
 
-def _shorter(task: Task[Any], captured: bool) -> str:
+def _shorter(task: Task[Any] | None, documents: bool, captured: bool) -> str:
     """What makes rows shorter."""
-    if captured and task.cache_is_data:
+    if task is not None and captured and task.cache_is_data:
         return "capture shorter documents"
-    return f"lower data.{'sequence_length' if hasattr(task.data, 'sequence_length') else 'max_length'}"
+    if task is not None and hasattr(task.data, "sequence_length"):
+        return "lower data.sequence_length"
+    # Documents are a corpus beside the task's own rows.
+    return "lower method.corpus.sequence_length" if documents else "lower data.max_length"

@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kdfast import hidden_cosine
 from kdfast.models.load import vocab_of
 from kdfast.models.view import Needs, View
 from kdfast.strict import ranged
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, token_positions
 from kdfast.train.kd import distillation, hard
 from kdfast.train.match import one_teacher, shape_of, token_mask
 from kdfast.train.objective import Metric, Metrics, Objective, Setting
@@ -82,11 +81,10 @@ class DistilBERT(Objective):
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         now, share = self.now, batch.share(num_items)
         workspace = now["workspace_mb"]
-        tokens = token_mask(batch)
         terms: list[Tensor] = []
         metrics: Metrics = {}
         if self.options.soft_weight != 0:
-            heard = self._heard(batch, tokens)
+            heard = self._heard(batch)
             rows = batch.count() if heard is None else heard.sum()
             soft, metrics = distillation(
                 student, teachers, None, rows, token_weight=None if heard is None else heard.float(),
@@ -102,15 +100,15 @@ class DistilBERT(Objective):
             terms.append(share * labelled)
             metrics = {**metrics, **found}
         if self.options.cosine_weight != 0:
-            cosine = hidden_cosine(student.layers[-1], teachers[0].layers[-1], mask=tokens)
+            cosine = hidden_cosine(student.layers[-1], teachers[0].layers[-1], mask=token_mask(batch))
             terms.append(now["cosine_weight"] * share * cosine)
             metrics["cosine"] = Metric(cosine.detach() * share, share)
         return sum(terms[1:], terms[0]), metrics
 
-    def _heard(self, batch: Batch, tokens: Tensor | None) -> Tensor | None:
+    def _heard(self, batch: Batch) -> Tensor | None:
         """Rows of the soft term; None: all."""
         if self._through_tokens:
-            return torch.ones_like(batch.input_ids, dtype=torch.bool) if tokens is None else tokens
+            return token_positions(batch)  # a decoder's where there is one: what is said, not what is read
         if batch.soft_mask is not None:
             return batch.soft_mask
         return None if batch.labels is None else batch.labels != IGNORE

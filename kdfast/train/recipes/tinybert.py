@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdfast.models.load import load_folder, resolve_folder
+from kdfast.models.load import resolve_folder
 from kdfast.models.view import Needs, View
 from kdfast.strict import one_of, ranged, refuse_unused
 from kdfast.text import TextData
 from kdfast.text.documents import Corpus
-from kdfast.text.tokenizers import check_same_tokens, load_tokenizer
+from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.augment import Augment, augmented
 from kdfast.train.batch import Batch
 from kdfast.train.data import Source, Subset, lengths_of
@@ -32,6 +32,7 @@ from kdfast.train.documents import Documents
 from kdfast.train.kd import distillation
 from kdfast.train.match import FLAVORS, TERMS, LayerMatch, one_teacher, shape_of, token_mask
 from kdfast.train.objective import Metric, Metrics, Objective, Prepared, Setting
+from kdfast.train.readers import load_reader
 from kdfast.train.remember import heard, remembered
 from kdfast.train.schedule import Scheduled, scheduled
 from kdfast.train.tasks.classes import ClassTask
@@ -171,9 +172,7 @@ class TinyBERT(Objective):
 
     def _general_teacher(self, inputs: Any) -> nn.Module:
         folder = resolve_folder(self.options.teacher, "method.teacher")
-        if inputs.tokenizer is not None:
-            check_same_tokens(folder, load_tokenizer(inputs.tokenizer)[0], "method.teacher")
-        model = load_folder(folder, "method.teacher", kind=self._setting.task.kind, dtype="auto", missing=[])
+        model = load_reader(folder, "method.teacher", inputs.tokenizer, self._setting.task.kind)
         found = shape_of(model, "method.teacher")
         if found != self._shape:
             layers, width = self._shape
