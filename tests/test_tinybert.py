@@ -17,7 +17,15 @@ from torch.nn import functional as F
 pytest.importorskip("transformers")
 
 from task_rows import BERT, run, sentence, tokenizer_file, values, write_table  # noqa: F401
-from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+)
 
 from kdfast.models.view import View, look
 from kdfast.train import Batch, Recipe
@@ -391,6 +399,16 @@ def test_faults_are_said_in_one_line_before_training(folders: dict[str, Path], t
     )
     two = [{"path": str(folders["teacher"])}] * 2
     fails(r"teachers: method tinybert expects one teacher, got 2", teacher=None, teachers=two)
+
+
+def test_attention_that_cannot_be_seen_is_refused() -> None:
+    config = DebertaV2Config(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, relative_attention=True
+    )
+    student, teacher = DebertaV2Model(config), DebertaV2Model(config)
+    with pytest.raises(ValueError, match=r"^student: DebertaV2Model does not .*; set method\.attention_weight: 0$"):
+        LayerMatch(student, teacher)
+    assert LayerMatch(student, teacher, terms=("embedding", "hidden")).layer_map == (1, 2)
 
 
 def test_options_that_do_not_go_together() -> None:

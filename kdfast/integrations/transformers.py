@@ -127,7 +127,8 @@ def _register(implementation: str) -> str:
     return name
 
 
-def _check_model(model: nn.Module) -> None:
+def check_capturable(model: nn.Module) -> None:
+    """Raises ValueError where a model's queries and keys cannot be captured."""
     try:
         from transformers import PreTrainedModel
         from transformers.masking_utils import AttentionMaskInterface  # noqa: F401  (the newest part that is needed)
@@ -194,7 +195,7 @@ def capture_attention(
     wrong = [kind for kind in kinds if kind not in ("self", "cross")]
     if wrong:
         raise ValueError(f"kinds: expected self, cross or both, got {wrong[0]!r}")
-    _check_model(model)
+    check_capturable(model)
     if any(id(module) in _watched for module in model.modules()):
         raise ValueError("model: expected one that is not being captured, got one inside its own capture_attention block")
     configs = _configs(model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import attention_mse, hidden_mse
+from kdfast.integrations.transformers import check_capturable
 from kdfast.models.view import Needs, View
 from kdfast.train.batch import Batch
 
@@ -61,6 +62,9 @@ class LayerMatch(nn.Module):
             raise ValueError(f"{key}.layer_weights: expected numbers >= 0, some of them above, got {given}")
         self.layer_weights = tuple(layer_weights) or (1.0,) * depth
         self.terms = tuple(term for term in TERMS if term in terms)
+        if "attention" in self.terms:
+            for name, model in (("student", student), ("teacher", teacher)):
+                _check_attention(model, name, key)
         self.reference = flavor == "reference"
         self.widths = width, their_width
         projected = [term for term in ("embedding", "hidden") if term in self.terms]
@@ -148,6 +152,13 @@ class LayerMatch(nn.Module):
             return attention_mse(s.query, s.key, t.query, t.key, **options)
         heads = attention_mse(s.query, s.key, t.query, t.key, reduction="none", **options)
         return (row_weight * heads.mean(1)).sum()
+
+
+def _check_attention(model: nn.Module, name: str, key: str) -> None:
+    try:
+        check_capturable(model)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('model: ')}; set {key}.attention_weight: 0") from None
 
 
 def leading(width: int, their_width: int) -> nn.Linear:
