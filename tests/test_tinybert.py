@@ -250,6 +250,13 @@ def test_two_stages_are_phases_that_share_projections_and_resume_exactly(folders
     assert names == [f"module.objectives.0.match.projections.{term}.weight" for term in ("embedding", "hidden")]
     student = AutoModel.from_pretrained(whole.model)
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (2, 8)
+    text = folders["text"] / "a.jsonl"
+    before = text.read_text()
+    text.write_text(before + json.dumps({"text": sentence(50)[0]}) + "\n")
+    longer = [*made["phases"][:2], {**made["phases"][2], "steps": 97}]
+    with pytest.raises(ValueError, match=r"^out: .* holds a run that differs in the corpus of a phase; set another out"):
+        run({**made, "phases": longer})
+    text.write_text(before)
     for last in (3, 5):
         out = tmp_path / str(last)
         shutil.copytree(whole.out, out)

@@ -25,6 +25,7 @@ from kdfast.train.alignment import align, check_heads, check_labelled, check_voc
 from kdfast.train.batch import Batch
 from kdfast.train.check import NoLog, check
 from kdfast.train.data import SEEDS, Order, PackedOrder, Source
+from kdfast.train.documents import Documents
 from kdfast.train.evaluate import evaluate
 from kdfast.train.inputs import Inputs, open_inputs
 from kdfast.train.metrics import MetricLog, check_finite
@@ -113,9 +114,7 @@ def _distill(
         if recipe.keep_best:
             say(best.described(folder, inputs.task))
         evaluation = None if done["evaluation"] is None else Evaluation(**done["evaluation"])
-        headline = "" if evaluation is None else inputs.task.headline(evaluation)
-        main = accelerator.is_main_process
-        return Result(folder, folder / "model", done["steps"], done["seconds"], evaluation, main, headline)
+        return Result.of(folder, inputs.task, done["steps"], done["seconds"], evaluation, accelerator.is_main_process)
     run = _Run(recipe, inputs, kept, accelerator, say, bar if accelerator.is_main_process else None)
     if recipe.check:
         return run.check()
@@ -212,7 +211,8 @@ class _Run:
     def train(self, stop: threading.Event) -> Result:
         recipe, accelerator = self.recipe, self.accelerator
         if accelerator.is_main_process:
-            run_folder.begin(self.folder, recipe, self.inputs, self.say)
+            corpora = [rows.digest for rows in self.rows if isinstance(rows, Documents) and rows is not self.inputs.train]
+            run_folder.begin(self.folder, recipe, self.inputs, corpora, self.say)
         accelerator.wait_for_everyone()
         log = MetricLog(recipe, self.folder, accelerator)
         start, seconds = 0, 0.0
@@ -226,7 +226,7 @@ class _Run:
         if recipe.eval_teacher:
             with checkpoint.drawing_apart():
                 score_teachers(recipe, self.inputs, self.folder, accelerator, self.say)
-        title = f"{recipe.method.name if not recipe.phases else 'train'} {self.folder.name}"
+        title = f"{'train' if recipe.phases else recipe.method.name} {self.folder.name}"
         with self.bar(title, recipe.total_steps, "steps") if self.bar else contextlib.nullcontext() as shown:
             evaluation = self._steps(start, log, shown, stop)
         checkpoint.export(self.folder / "model", accelerator, self.module, self.student, self.inputs)
@@ -238,9 +238,8 @@ class _Run:
             write_summary(self.folder, recipe, self.student, log.seconds, evaluation, run_folder.environment())
             run_folder.finish(self.folder, recipe.total_steps, log.seconds, evaluation)
         accelerator.end_training()
-        model = self.folder / "model"
-        headline = "" if evaluation is None else self.inputs.task.headline(evaluation)
-        return Result(self.folder, model, recipe.total_steps, log.seconds, evaluation, accelerator.is_main_process, headline)
+        main, task = accelerator.is_main_process, self.inputs.task
+        return Result.of(self.folder, task, recipe.total_steps, log.seconds, evaluation, main)
 
     def _resume(self, last: Path) -> tuple[int, float]:
         found = checkpoint.load(last, self.accelerator, self.module, getattr(self.optimizer, "optimizer", self.optimizer))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from kdfast.train.tasks.task import Evaluation
+from kdfast.train.tasks.task import Evaluation, Task
 
 
 class Result(NamedTuple):
@@ -22,3 +22,9 @@ class Result(NamedTuple):
     evaluation: Evaluation | None
     main_process: bool = True
     headline: str = ""
+
+    @classmethod
+    def of(cls, folder: Path, task: Task[Any], steps: int, seconds: float, evaluation: Evaluation | None, main: bool) -> Result:
+        """The result of the run in `folder`; `main`: on its first process."""
+        headline = "" if evaluation is None else task.headline(evaluation)
+        return cls(folder, folder / "model", steps, seconds, evaluation, main, headline)

@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -40,15 +40,17 @@ _OF_TRAINING = frozenset({
 })  # fmt: skip
 
 
-def begin(folder: Path, recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> None:
+def begin(folder: Path, recipe: Recipe, inputs: Inputs, corpora: Sequence[str], say: Callable[[str], None]) -> None:
     """Writes `recipe.yaml` and `run.json`, and removes the checkpoint that a kill cut short; `say` is told where a run
-    goes on over another number of steps than it began with.
+    goes on over another number of steps than it began with. `corpora`: digests of what phases read beside the training data.
 
     Raises:
         ValueError: the folder holds a run of another recipe or of other data, which this one must not continue.
     """
     if (folder / "run.json").is_file():
         _check_same(folder, recipe, inputs)
+        if read_json(folder / "run.json").get("corpora", list(corpora)) != list(corpora):
+            raise ValueError(_differs(folder, "the corpus of a phase"))
         before, begun = Recipe.load(folder / "recipe.yaml").total_steps, any((folder / "checkpoints").glob("step-????????"))
         if begun and before != recipe.total_steps and not (folder / "result.json").is_file():
             say(f"steps: {before} when this run began, {recipe.total_steps} now, and so its schedules from here on")
@@ -59,7 +61,9 @@ def begin(folder: Path, recipe: Recipe, inputs: Inputs, say: Callable[[str], Non
         shutil.rmtree(part, ignore_errors=True)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     classes = {"classes": inputs.task.names} if isinstance(inputs.task, ClassTask) else {}
-    write_json(folder / "run.json", {"seed": recipe.seed, **classes, **_hashes(inputs), **environment()})
+    write_json(
+        folder / "run.json", {"seed": recipe.seed, **classes, "corpora": list(corpora), **_hashes(inputs), **environment()}
+    )
 
 
 def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | None) -> None:
@@ -164,9 +168,11 @@ def _check_same(folder: Path, recipe: Recipe, inputs: Inputs) -> None:
         # What was chosen by name says why its options differ.
         differs.sort(key=lambda key: not key.endswith((".name", ".path", ".function", ".model_type")))
         more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
-        raise ValueError(
-            f"out: {folder} holds a run that differs in {', '.join(differs[:4])}{more}; set another out, or remove the folder"
-        )
+        raise ValueError(_differs(folder, ", ".join(differs[:4]) + more))
+
+
+def _differs(folder: Path, what: str) -> str:
+    return f"out: {folder} holds a run that differs in {what}; set another out, or remove the folder"
 
 
 def _same_place(paths: tuple[Any, Any], outs: tuple[str, str]) -> bool:
