@@ -27,9 +27,10 @@ from transformers import (
 
 from kdfast.cli import main
 from kdfast.models.shrink import cut_out
-from kdfast.train import Recipe, distill
+from kdfast.train import Recipe, capture_classes, distill
 from kdfast.train.domains import check_examples
 from kdfast.train.objective import Setting
+from kdfast.train.recipe import Teacher
 from kdfast.train.recipes.tinybert import TinyBERT, TinyBERTOptions
 from kdfast.train.summary import draw
 from kdfast.train.tasks.token_classification import entities
@@ -105,6 +106,40 @@ def test_labels_that_the_model_calls_otherwise(tokenizer: Path, tmp_path: Path, 
     assert json.loads(capsys.readouterr().out)["accuracy"] == made.evaluation["accuracy"]
     with pytest.raises(ValueError, match=r"task\.names: expected one for each of the 2 labels, got 1"):
         Recipe.build(values(tokenizer, tmp_path / "run", data, {**task, "names": ["NEGATIVE"]}))
+
+
+def test_a_teacher_without_names_of_classes_is_told_how_it_is_taken(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """By its letters a label may be the other class: then each of its words is wrong, and nothing else would say so."""
+    teacher = classifier(tmp_path / "teacher", tokenizer)
+    file = table(tmp_path / "train.tsv")
+    numbers = table(tmp_path / "numbers.tsv", lambda i, name: int(name == "pos"))
+
+    def said(file: str, task: Any) -> list[str]:
+        made = values(tokenizer, tmp_path / "run", {"train": file, "validation": file}, task)
+        changes = {"teacher": {"path": str(teacher)}, "method": "tinybert", "check": True}
+        lines: list[str] = []
+        distill(Recipe.build({**made, **changes}), say=lines.append)
+        return [line for line in lines if "names no classes" in line]
+
+    line = (
+        "{}: names no classes, so the labels are taken as sorted: class 0 is neg, class 1 is pos; if it was trained otherwise,"
+        " {} says so"
+    )
+    assert said(file, TASK) == [line.format("teacher.path", "task.labels: [pos, neg]")]
+    assert said(file, {"name": TASK, "labels": ["pos", "neg"]}) == said(numbers, TASK) == []
+    found = []
+    for more in ([], ["--set", "task.labels=[pos, neg]"]):
+        assert main(["eval", str(teacher), "--data", file, "--json", *more]) == 0
+        captured = capsys.readouterr()
+        found.append(json.loads(captured.out)["accuracy"])
+        assert (line.format("model", '--set task.labels="[pos, neg]"') in captured.err) is not bool(more)
+    assert found[0] == pytest.approx(1 - found[1])
+    lines: list[str] = []
+    recipe = Recipe.build(values(tokenizer, tmp_path / "run", {"train": file}, TASK))
+    capture_classes(recipe, Teacher(path=str(teacher)), tmp_path / "cache", say=lines.append)
+    assert lines == [line.format("teacher", "task.labels: [pos, neg]")]
 
 
 def test_what_stands_for_no_label_is_no_class(tokenizer: Path, tmp_path: Path) -> None:

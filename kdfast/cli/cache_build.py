@@ -142,7 +142,7 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
     with bar("capture", None, "rows") as shown:
         info = capture_classes(
             Recipe.load(args.recipe), Teacher(**named, dtype=args.dtype), args.out, temperatures=args.temperatures,
-            batch_size=args.batch_size, device=args.device, progress=shown.update,
+            batch_size=args.batch_size, device=args.device, progress=shown.update, say=_say,
         )  # fmt: skip
     return {"path": args.out, **info.as_json()}
 

@@ -157,7 +157,8 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
             check_ids(model, tokenizer.get_vocab_size(), "model")
         check_positions([("model", model)], rows, task)
         model = model.to(device)
-        for note in task.notes:
+        unnamed = task.order_notes(["model"]) if isinstance(task, ClassTask) else []
+        for note in [*task.notes, *unnamed]:
             print(_with_flags(note), file=sys.stderr)
         if args.predictions:
             rows = rows if not args.limit else Subset(rows, range(min(args.limit, len(rows))))

@@ -45,6 +45,7 @@ def capture_classes(
     batch_size: int = 32,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> CacheInfo:
     """Runs a live teacher over the training rows of `recipe`, whose task has classes, and keeps its distributions. Equals
 
@@ -56,7 +57,7 @@ def capture_classes(
     Args:
         recipe: its task, data and tokenizer count. teacher: a path or a function.
         temperatures: which a student may learn at; 1 among them. batch_size: rows in one call.
-        progress: called with the rows done and their number.
+        progress: called with the rows done and their number. say: takes each line about the rows and their classes.
 
     Raises:
         ValueError: the task has no classes, or the teacher others.
@@ -93,6 +94,8 @@ def capture_classes(
         if tokenizer is not None:
             check_ids(model.model, tokenizer.get_vocab_size(), "teacher")
         check_positions([("teacher", model.model)], rows, task)
+        for note in [*task.notes, *task.order_notes(["teacher"])]:
+            say(note)
         classes = len(task.names)
         with CacheWriter(
             path, vocab_size=classes, k=classes, teacher=_identity(teacher) if folder is None else weights_hash(folder),

@@ -11,6 +11,7 @@ import torch
 
 from kdfast.cache.capture_file import read_capture
 from kdfast.cache.format import CacheMismatch
+from kdfast.files import read_json
 from kdfast.models.load import read_config, resolve_folder
 from kdfast.models.settings import end_ids
 from kdfast.strict import refuse_unused
@@ -164,6 +165,8 @@ def open_inputs(recipe: Recipe, folder: Path, train: Source | None = None, valid
     if pack:
         refuse_unused(recipe.data, ("group_by_length",), "beside data.pack, which leaves little padding, expected none", "data")
     _check_labels(train, vocab_size, task)
+    if isinstance(task, ClassTask):
+        task.notes += task.order_notes(_without_names(task, recipe, teachers))
     if isinstance(task, LanguageTask):
         task.take_start(train)
     homes = () if tokenizer_file is None else _homes(recipe, tokenizer_file)
@@ -222,6 +225,19 @@ def model_folders(recipe: Recipe) -> dict[str, Path]:
     named = {"student.path": recipe.student.path, "student.from_teacher.path": cut.path if cut else None}
     named |= {f"{key}.path": spec.path for key, spec in zip(teacher_keys(len(teachers)), teachers, strict=True)}
     return {key: resolve_folder(path, key) for key, path in named.items() if path}
+
+
+def _without_names(task: ClassTask[Any], recipe: Recipe, teachers: Sequence[Teacher]) -> list[str]:
+    """Keys of the live teachers with a trained head that do not say which class is which. A function's model has no config, but
+    where its weights are a run's, that run wrote down its classes."""
+    keys = []
+    for key, spec, teacher in zip(teacher_keys(len(teachers)), recipe.all_teachers, teachers, strict=True):
+        run = Path(spec.weights).parent / "run.json" if spec.weights else None
+        if run is not None and run.is_file() and read_json(run).get("classes") == task.names:
+            continue
+        if isinstance(teacher, LiveTeacher) and not teacher.missing:
+            keys.append(f"{key}.function" if spec.function else f"{key}.path")
+    return keys
 
 
 def _homes(recipe: Recipe, tokenizer: Path) -> tuple[Path, ...]:

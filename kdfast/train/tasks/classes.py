@@ -61,6 +61,8 @@ class ClassTask(Task[D]):
         self.pad_id: int | None = None
         #: Whether rows that are no training data have to have labels.
         self.scored = True
+        #: Whether `names` are what the data have, sorted: nobody has said their order.
+        self.guessed = False
 
     def take_classes(self, configs: Iterable[Mapping[str, Any]]) -> None:
         """Where the recipe lists no classes, those of the first of these models whose config names them: a file may lack some,
@@ -78,7 +80,7 @@ class ClassTask(Task[D]):
         none = {str(label) for label in self.options.no_label}
         found = [None if name in none else name for name in found]
         if not self.names:
-            self.names = sorted_names({name for name in found if name is not None})
+            self.names, self.guessed = sorted_names({name for name in found if name is not None}), True
         labels = [str(label) for label in self.options.labels] if self.options.names else self.names
         ids = {name: i for i, name in enumerate(labels)}
         unknown = sorted_names({name for name in found if name is not None} - set(ids))
@@ -103,6 +105,19 @@ class ClassTask(Task[D]):
             )
         more = ", ".join([*labels, *unknown])
         return f"list all, task.labels: [{more}], or what means none, task.no_label: [{', '.join(unknown)}]"
+
+    def order_notes(self, keys: Sequence[str]) -> list[str]:
+        """What a person is told where `keys` are models that have learned the classes and have no names for them: labels other
+        than the numbers of the classes are sorted, and a model that was trained the other way round would be wrong each time.
+        """
+        if not keys or not self.guessed or self.names == [str(i) for i in range(len(self.names))]:
+            return []
+        taken = _some([f"class {i} is {name}" for i, name in enumerate(self.names)])
+        other = f": [{', '.join(reversed(self.names))}]" if len(self.names) == 2 else ""
+        return [
+            f"{', '.join(keys)}: names no classes, so the labels are taken as sorted: {taken}; if it was trained otherwise,"
+            f" task.labels{other} says so"
+        ]
 
     def splits(self, train: Labelled | None, validation: Source | None) -> Splits:
         """The same, with a seeded share of the training rows held out where there are no validation rows; those without a
