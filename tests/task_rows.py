@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 pytest.importorskip("transformers")
+
+from transformers import BertConfig, BertForSequenceClassification
 
 from kdfast.train import Recipe, capture_classes, distill
 from kdfast.train.tasks import task_class
@@ -71,6 +75,24 @@ def write_table(file: Path, header: bool, rows: int = 40, pair: bool = False, un
         lines.append(f"{text}{middle}\t{'' if i < unlabelled else label}")
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+def classifier(folder: Path, tokenizer: Path, **config: Any) -> Path:
+    torch.manual_seed(0)
+    size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    BertForSequenceClassification(BertConfig(vocab_size=size, **{**BERT, **config})).save_pretrained(folder)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    return folder
+
+
+def named(*names: str) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def table(file: Path, label: Any = lambda i, name: name, rows: int = 24, head: str = "text\tlabel") -> str:
+    lines = [f"{sentence(i)[0]}\t{label(i, sentence(i)[1])}" for i in range(rows)]
+    file.write_text("\n".join([head, *lines]) + "\n")
+    return str(file)
 
 
 WORDS = [("who", "O"), ("plays", "O"), ("in", "O"), ("new", "B-loc"), ("york", "I-loc"), ("and", "O"), ("paris", "B-loc")]

@@ -151,6 +151,8 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
             model = from_function(function, arguments, "--function" if args.function else "student.function")
             load_weights(model, folder, "model")
         else:
+            if isinstance(task, ClassTask):
+                task.check_folder(folder, "model", heard=True)
             model = load_folder(folder, "model", kind=task.kind, dtype=args.dtype)
         task.check_model(model, rows, "model")
         if tokenizer is not None:

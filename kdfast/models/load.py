@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,12 @@ def vocab_of(model: nn.Module) -> int | None:
 
 def kind_of(folder: Path) -> str:
     """Kind of the model in a folder, by the architecture its config names; `causal_lm` where that says nothing."""
-    names = read_config(folder).get("architectures") or [""]
+    return kind_in(read_config(folder))
+
+
+def kind_in(config: Mapping[str, Any]) -> str:
+    """The same of what a config says."""
+    names = config.get("architectures") or [""]
     tables: dict[str, Any] = {
         "masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,

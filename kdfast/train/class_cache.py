@@ -82,7 +82,7 @@ def capture_classes(
         if rows is None or not len(rows):
             raise ValueError("data.train: expected training rows, got none")
         if folder is not None:
-            task.check_config(read_config(folder), "teacher")
+            task.check_folder(folder, "teacher", heard=True)
         described = {"task": recipe.task.name, "labels": task.names, "rows": digest_of(rows), "batch_size": batch_size}
         path = Path(out)
         there = read_capture(path)  # nothing where a kill came before it was written, and before the first record

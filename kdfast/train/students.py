@@ -18,11 +18,9 @@ from kdfast.models.load import (
     check_fields,
     from_config,
     from_function,
-    kind_of,
     lacks,
     load_folder,
     quiet,
-    read_config,
     resolve_folder,
     tied,
 )
@@ -107,15 +105,15 @@ def _plain(spec: Model, recipe: Recipe, task: Task[Any], vocab_size: int | None,
 
 
 def _check_classes(recipe: Recipe, task: Task[Any]) -> None:
-    """Raises where a model in a folder has a head for other classes than the task's, or has them in another order."""
+    """Raises where a model in a folder has a head for other classes than the task's, or has them in another order, or a teacher
+    another task's head."""
     if not isinstance(task, ClassTask):
         return
     named = model_folders(recipe)
     if recipe.init_from and (Path(recipe.init_from) / "config.json").is_file():
         named["init_from"] = Path(recipe.init_from)
     for key, folder in named.items():
-        if kind_of(folder) == task.kind:
-            task.check_config(read_config(folder), key)
+        task.check_folder(folder, key, heard=key.startswith("teacher"))
 
 
 def check_models(student: nn.Module, inputs: Inputs) -> None:

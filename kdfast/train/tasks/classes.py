@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdfast.models.heads import call, logits_in
+from kdfast.models.load import kind_in, read_config
 from kdfast.models.view import View
 from kdfast.strict import refuse_unused
 from kdfast.train.batch import IGNORE, Batch, check_classes
 from kdfast.train.data import Source, hold_out
 from kdfast.train.tasks.task import Evaluation, Splits, Task
+
+#: Kinds of model whose head has a logit for each class: in a folder all of them may be called `classifier`.
+_HEADED = ("sequence_classification", "token_classification", "image_classification")
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,11 @@ class ClassTask(Task[D]):
 
     def take_classes(self, configs: Iterable[Mapping[str, Any]]) -> None:
         """Where the recipe lists no classes, those of the first of these models whose config names them: a file may lack some,
-        and then its first would not be the model's first.
+        and then its first would not be the model's first. Classes of another task's head are none of the data's.
         """
+        own = [config for config in configs if kind_in(config) not in _HEADED or kind_in(config) == self.kind]
         if not self.names:
-            self.names = next((names for config in configs if (names := classes_of(config))), [])
+            self.names = next((names for config in own if (names := classes_of(config))), [])
 
     def ids_of(self, found: Iterable[str | None], key: str) -> Tensor:
         """Ids of labels by name, `IGNORE` for None. The first data that are asked about say what labels there are.
@@ -134,6 +140,23 @@ class ClassTask(Task[D]):
     def model_fields(self, vocab_size: int | None) -> dict[str, Any]:
         fields = {"id2label": dict(enumerate(self.names)), "label2id": {name: i for i, name in enumerate(self.names)}}
         return {"vocab_size": vocab_size, "pad_token_id": self.pad_id, **(fields if self.names else {})}
+
+    def check_folder(self, folder: Path, key: str, heard: bool) -> None:
+        """Raises where the head of the model in a folder is for other classes than the task's, or has them in another order; of
+        a model that is `heard` as it is also where it is another task's head, which loads as if it were this one's.
+        """
+        config = read_config(folder)
+        kind = kind_in(config)
+        if kind == self.kind:
+            self.check_config(config, key)
+        elif heard and kind in _HEADED:
+            names, count = classes_of(config), len(config.get("id2label") or (0, 1))
+            wanted = f" of the {len(self.names)} classes {_some(self.names)}" if self.names else ""
+            its = f" ({_some(names)})" if names else ""
+            raise ValueError(
+                f"{key}: expected a model for {self.kind}{wanted}, got a {config['architectures'][0]} of {count} classes{its};"
+                " train one for this task first (method: supervised, student: {path: ENCODER})"
+            )
 
     def check_config(self, config: Mapping[str, Any], key: str) -> None:
         """Raises where the config of a model says other classes, the same in another order, or another number of them."""
