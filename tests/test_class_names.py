@@ -52,6 +52,13 @@ def test_a_teacher_with_another_tasks_head_is_refused(names: tuple[str, ...], to
         )
         with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
             run(values(tokenizer, tmp_path / "run", tags, "token_classification", **taught))
+    # A student may begin as one, where its head has the size.
+    begun = {"student": {"path": str(classifier(tmp_path / "four", tokenizer, num_labels=4))}}
+    line = (
+        r"^student\.path: .*four does not load as a model for token_classification: it is a BertForSequenceClassification of 4"
+    )
+    with pytest.raises(ValueError, match=line + " classes, expected 3 or no head; take the encoder it was trained from$"):
+        run(values(tokenizer, tmp_path / "run", tags, "token_classification", **begun))
     tagger = tmp_path / "tagger"
     BertForTokenClassification(BertForSequenceClassification.from_pretrained(model).config).save_pretrained(tagger)
     texts = {"train": table(tmp_path / "train.tsv"), "validation_share": 0.0}

@@ -126,9 +126,10 @@ def load_folder(
                     output_loading_info=True, **config,
                 )  # fmt: skip
         except (ValueError, OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{key}: {folder} does not load as a model for {kind}: {' '.join(str(error).split())[:300]}"
-            ) from None
+            reason = " ".join(str(error).split())[:300]
+            if "ignore_mismatched_sizes" in reason:  # which points at a report that is not shown here
+                reason = _other_sizes(folder, kind, config)
+            raise ValueError(f"{key}: {folder} does not load as a model for {kind}: {reason}") from None
     lacking = sorted(found["missing_keys"])
     if missing is None and lacking:
         raise ValueError(
@@ -137,6 +138,17 @@ def load_folder(
     if missing is not None:
         missing += lacking
     return model
+
+
+def _other_sizes(folder: Path, kind: str, config: Mapping[str, Any]) -> str:
+    """Why weights do not have the sizes of the model, and the remedy."""
+    its = read_config(folder)
+    if "id2label" not in config or kind_in(its) == kind:
+        return "its weights have other sizes than config.json says; take both from one model"
+    return (
+        f"it is a {(its.get('architectures') or ['model'])[0]} of {len(its.get('id2label') or (0, 1))} classes, expected"
+        f" {len(config['id2label'])} or no head; take the encoder it was trained from"
+    )
 
 
 def check_fields(path: str | Path, fields: dict[str, Any], key: str) -> None:
