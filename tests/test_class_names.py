@@ -140,6 +140,32 @@ def test_a_teacher_without_names_of_classes_is_told_how_it_is_taken(
     assert lines == [line.format("teacher", "task.labels: [pos, neg]")]
 
 
+def test_labels_that_a_trained_model_has_no_class_for(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """To list them beside its own would be refused next: it has no logit for them. What is said instead is taken."""
+    numbers = table(tmp_path / "train.tsv", lambda i, name: int(name == "pos"))
+    words = table(tmp_path / "words.tsv")
+    three = table(tmp_path / "three.tsv", lambda i, name: "-" if i % 5 == 0 else int(name == "pos"))
+    task = {"name": TASK, "labels": [0, 1]}
+    made = values(tokenizer, tmp_path / "run", {"train": numbers, "validation": numbers}, task, steps=2)
+    accuracy = run(made).evaluation["accuracy"]
+    capsys.readouterr()
+    renamed = ["--set", "task.labels=[neg, pos]", "--set", "task.names=[0, 1]"]
+    mapped = '--set task.labels="[neg, pos]", --set task.names="[0, 1]"\n'
+    others = 'in --set task.labels what the data call each of --set task.names="[0, 1]"\n'
+    for file, said, more, rows in ((words, mapped, renamed, 24), (three, others, ["--set", "task.no_label=[-]"], 19)):
+        assert main(["eval", str(tmp_path / "run"), "--data", file]) == 2
+        assert capsys.readouterr().err.endswith(said)
+        assert main(["eval", str(tmp_path / "run"), "--data", file, "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["rows"] == rows
+        assert file == three or found["accuracy"] == accuracy
+    begun = {"student": {"path": str(tmp_path / "run/model")}}
+    with pytest.raises(ValueError, match=r"^data\.train: .* got -; the model has learned no others: name files with these, or"):
+        run(values(tokenizer, tmp_path / "next", {"train": three, "validation_share": 0.0}, TASK, **begun))
+
+
 def test_eval_of_classes_without_names(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The kind of a classifier's folder is known, and a file that lacks a class is not read as if it had all of them."""
     model = classifier(tmp_path / "three", tokenizer, num_labels=3)

@@ -46,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--separator", metavar="TOKEN", help="after each text")
     parser.add_argument("--end", metavar="TOKEN", help="after each completion")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of the task's data, as under data: in a"
-        " recipe, or task.KEY of the task (kdfast train --keys seq2seq)",
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other key of the task's data, as under"
+        " data: in a recipe, or task.KEY of the task (kdfast train --keys seq2seq)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time (default %(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="read so many sequences at most (default: all)")
@@ -139,6 +139,7 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     if isinstance(task, ClassTask):
         task.names = task.names or run.classes
         task.take_classes([] if function else [read_config(folder)])
+        task.learned = True
         task.scored = not args.predictions
     elif args.predictions:
         raise ValueError(f"--predictions: expected a task with classes, got {chosen.name}; leave it out")

@@ -68,12 +68,15 @@ class ClassTask(Task[D]):
         self.scored = True
         #: Whether `names` are what the data have, sorted: nobody has said their order.
         self.guessed = False
+        #: Whether a model has learned the classes: it has no logit for another one.
+        self.learned = False
 
     def take_classes(self, configs: Iterable[Mapping[str, Any]]) -> None:
         """Where the recipe lists no classes, those of the first of these models whose config names them: a file may lack some,
         and then its first would not be the model's first. Classes of another task's head are none of the data's.
         """
         own = [config for config in configs if kind_in(config) not in _HEADED or kind_in(config) == self.kind]
+        self.learned = any(kind_in(config) == self.kind for config in own)
         if not self.names:
             self.names = next((names for config in own if (names := classes_of(config))), [])
 
@@ -103,14 +106,20 @@ class ClassTask(Task[D]):
 
     def _remedy(self, labels: Sequence[str], unknown: Sequence[str]) -> str:
         """What to write where the data have labels that the classes known have not."""
-        if len(unknown) == len(labels) and not self.options.labels:
+        none = f"what means none, task.no_label: [{', '.join(unknown)}]"
+        if not self.learned:
+            return f"list all, task.labels: [{', '.join([*labels, *unknown])}], or {none}"
+        names = ", ".join(self.names)
+        if len(unknown) == len(labels) and not self.guessed:
             pairs = ", ".join(f"{name} for {label}" for label, name in zip(labels, unknown, strict=True))
             return (
                 f"if they are the same, say which is which, such as {pairs}: task.labels: [{', '.join(unknown)}], task.names:"
-                f" [{', '.join(labels)}]"
+                f" [{names}]"
             )
-        more = ", ".join([*labels, *unknown])
-        return f"list all, task.labels: [{more}], or what means none, task.no_label: [{', '.join(unknown)}]"
+        return (
+            f"the model has learned no others: name files with these, or {none}, or in task.labels what the data call each of"
+            f" task.names: [{names}]"
+        )
 
     def order_notes(self, keys: Sequence[str]) -> list[str]:
         """What a person is told where `keys` are models that have learned the classes and have no names for them: labels other
