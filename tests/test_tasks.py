@@ -110,6 +110,10 @@ def test_a_pair_is_marked_cut_and_padded(tokenizer: Path, tmp_path: Path) -> Non
     file = write_table(tmp_path / "pairs.tsv", True, pair=True)
     data = {"train": str(file), "text_pair": "other", "max_length": 14, "validation_share": 0.0}
     task, splits = opened(tokenizer, "sequence_classification", data)
+    whole = Tokenizer.from_file(str(tokenizer))
+    longer = sum(len(whole.encode(sentence(i)[0], sentence(i + 2)[0]).ids) > 14 for i in range(40))
+    assert 0 < longer < 40
+    assert task.notes == [f"data.train: {longer} of 40 rows are longer than data.max_length 14 and are cut"]
     batch = splits.train.batch([0, 3, 8])
     ids, types, mask = (batch.by_name[name] for name in ("input_ids", "token_type_ids", "attention_mask"))
     assert ids.shape[1] == 14

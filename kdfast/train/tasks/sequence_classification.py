@@ -124,7 +124,7 @@ class SequenceClassification(ClassTask[Data]):
         rows = table_rows(spec, required, optional, data.columns, key)
         if data.domain_shares and training:
             rows = _shared(rows, data)
-        empty, columns = 0, dict[str, None]()
+        empty, cut, columns = 0, 0, dict[str, None]()
         ids: list[Tensor] = []
         types: list[Tensor] = []
         labels: list[str | None] = []
@@ -137,6 +137,7 @@ class SequenceClassification(ClassTask[Data]):
                 if not encoding.ids:  # without special tokens a text may have none
                     empty += 1
                     continue
+                cut += bool(encoding.overflowing)  # what the cut left over
                 ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
                 types.append(torch.tensor(encoding.type_ids, dtype=torch.uint8))
                 labels.append(_label(row, data.label))
@@ -146,6 +147,8 @@ class SequenceClassification(ClassTask[Data]):
             raise ValueError(f"{key}: expected at least one row with a token, got none")
         if empty:
             self.notes.append(f"{key}: {empty} rows have no token and are left out")
+        if cut:
+            self.notes.append(f"{key}: {cut} of {len(ids)} rows are longer than data.max_length {data.max_length} and are cut")
         # A model may be trained without labels, by its teacher; nothing is scored without.
         if data.label not in columns and (data.label != "label" if training else self.scored):
             raise ValueError(
