@@ -290,6 +290,23 @@ def test_parquet_files_are_rows(tmp_path: Path) -> None:
         list(Corpus(TextData(paths=(str(tmp_path / "bad.parquet"),)), tokenizer, tmp_path))
 
 
+@pytest.mark.parametrize("task", ["causal", "masked"])
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_a_table_is_no_running_text(tmp_path: Path, task: str, suffix: str) -> None:
+    """Its header, separators and labels would be learned, in a folder too."""
+    tokenizer = make(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / f"train.{suffix}").write_text("text\tlabel\ngood\t1\n" * 20)
+    (tmp_path / "corpus" / "plain.txt").write_text(TEXT)
+    for paths in (f"corpus/train.{suffix}", "corpus"):
+        data = TextData(paths=(str(tmp_path / paths),), glob="*")
+        with pytest.raises(
+            ValueError, match=rf"^data\.paths: expected running text or rows, got the table .*train\.{suffix}; write"
+        ):
+            Corpus(data, tokenizer, tmp_path, task=task)
+    assert list(Corpus(TextData(paths=(str(tmp_path / "corpus"),)), tokenizer, tmp_path, task=task))
+
+
 def test_masks_depend_on_seed_and_place_and_leave_special_tokens(tmp_path: Path) -> None:
     tokenizer = make(tmp_path, "<s> $A </s>")
     data = rows(tmp_path, *({"text": "for x in range"} for _ in range(20)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from kdfast.text.chat import Chat, Written, learned
 from kdfast.text.example import IGNORE, Example
 from kdfast.text.packing import long_text, packed, token_ids
-from kdfast.text.rows import Row, open_source
+from kdfast.text.rows import TABLES, Row, open_source
 from kdfast.text.spec import Naming, TextData, python_name
 from kdfast.text.specials import Specials, around, read_json, special_tokens, surrounded
 from kdfast.text.tokenizers import without_post_processor
@@ -95,6 +95,12 @@ class Corpus:
             raise ValueError(
                 f"{name('paths')}: expected .jsonl files for an encoder-decoder, got {self._source.texts[0]}; set"
                 f" {name('glob')} '**/*.jsonl'"
+            )
+        table = next((file for file in self._source.texts if file.suffix in TABLES), None)
+        if table is not None:  # whose header, separators and other columns would be learned as text
+            raise ValueError(
+                f"{name('paths')}: expected running text or rows, got the table {table}; write its texts as rows of .jsonl,"
+                ' {"text": ...}'
             )
         self._plain = without_post_processor(tokenizer)
         self.specials = self._special_tokens()

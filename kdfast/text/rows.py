@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from kdfast.text.files import list_files
 from kdfast.text.spec import Naming, TextData, python_name
 
-#: Files that hold rows; any other is running text.
+#: Files that hold rows; any other is running text, but for tables, which have rows for tasks with classes alone.
 ROWS = (".jsonl", ".parquet")
+TABLES = (".tsv", ".csv")
 
 
 class Row(NamedTuple):

@@ -19,7 +19,7 @@ from kdfast.models.view import View
 from kdfast.strict import ranged, refuse_unused
 from kdfast.tensors import digest_of_tensors
 from kdfast.text.files import share_of
-from kdfast.text.rows import Row, delimited_rows, open_source
+from kdfast.text.rows import TABLES, Row, delimited_rows, open_source
 from kdfast.text.spec import TextData
 from kdfast.text.specials import padding_id
 from kdfast.train.batch import IGNORE, Batch
@@ -232,7 +232,7 @@ def table_rows(
         spec, (*required, *optional), lambda option: key if option in ("paths", "dataset") else f"data.{option}"
     )
     for file in source.texts:
-        if file.suffix not in (".tsv", ".csv"):
+        if file.suffix not in TABLES:
             raise ValueError(f"{key}: expected .tsv, .csv, .jsonl or .parquet files, got {str(file)!r}; set data.glob")
         for i, row in enumerate(delimited_rows(file, key, columns)):
             if columns and i == 0 and any(name == value for name, value in row.values.items()):
