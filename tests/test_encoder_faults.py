@@ -99,6 +99,9 @@ def test_predictions_and_scores_of_domains(tokenizer: Path, tmp_path: Path, caps
     assert found["accuracy"] == sum(right) / 20
     for name, of in (("a", [i for i in range(20) if i % 3]), ("b", range(0, 20, 3))):
         assert found[f"accuracy_{name}"] == pytest.approx(sum(right[i] for i in of) / len(of))
+    assert main([word for word in words if word != "--json"]) == 0
+    each = ", ".join(f"{name} {found[f'accuracy_{name}']:.1%}" for name in "ab")
+    assert capsys.readouterr().out.startswith(f"accuracy {found['accuracy']:.1%} ({each}), macro-F1 ")
     assert all(row["said"] == max(row["probabilities"], key=row["probabilities"].get) for row in said)
     (tmp_path / "bare.jsonl").write_text('{"text": "the film was good"}\n')
     words[3] = str(tmp_path / "bare.jsonl")

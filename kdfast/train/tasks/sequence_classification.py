@@ -180,6 +180,12 @@ class SequenceClassification(ClassTask[Data]):
         each = {f"accuracy_{name}": right[i] / rows[i] for i, name in enumerate(self.domains) if rows[i]}
         return Evaluation(**whole, **(each if len(each) > 1 else {}))
 
+    def headline(self, evaluation: Evaluation) -> str:
+        whole, names = super().headline(evaluation), [name for name in self.domains if f"accuracy_{name}" in evaluation]
+        each = ", ".join(f"{name} {evaluation[f'accuracy_{name}']:.1%}" for name in names)
+        accuracy, comma, rest = whole.partition(",")
+        return f"{accuracy} ({each}){comma}{rest}" if each else whole
+
 
 class Texts:
     """Tokens of rows with a class each, and perhaps a domain; a row without a class is marked for the teacher only."""
