@@ -215,6 +215,9 @@ def test_train_and_eval_print_json(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == of_model
     assert main(["eval", trained["out"], "--data", str(TEXT), "--sequence-length", "16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] < of_model["tokens"]
+    for folder in (trained["out"], trained["model"]):  # what is held out of the training data has no files
+        assert main(["eval", folder]) == 2
+        assert "--data: expected files or folders, got none; " in capsys.readouterr().err
     assert main(["eval", trained["out"], "--data", str(TEXT), "--best"]) == 2
     assert "--best: expected a run with keep_best: true, got" in capsys.readouterr().err
     assert main(["eval", trained["model"], "--data", str(TEXT), "--best"]) == 2

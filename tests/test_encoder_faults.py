@@ -213,7 +213,9 @@ def test_entities_are_the_same_at_every_length(length: int, tokenizer: Path, tmp
     assert sum(len(entities(row)) for row in found) == 2
 
 
-def test_tags_are_written_beside_those_of_the_file(tokenizer: Path, tmp_path: Path) -> None:
+def test_tags_are_written_beside_those_of_the_file(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     (tmp_path / "t.conll").write_text("in O\nparis B-loc\n\nthe O\nfilm O\n\n" * 8)
     data = {"train": str(tmp_path / "t.conll"), "validation": str(tmp_path / "t.conll")}
     made = run(values(tokenizer, tmp_path / "run", data, "token_classification"))
@@ -222,6 +224,14 @@ def test_tags_are_written_beside_those_of_the_file(tokenizer: Path, tmp_path: Pa
     rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     assert rows[0] == {"row": 0, "tags": ["O", "B-loc"], "said": ["O", "B-loc"]}
+    # The run's own validation files where none are named.
+    capsys.readouterr()
+    assert main(["eval", str(made.out), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == made.evaluation
+    assert f"--data: {data['validation']}, as the run's recipe says\n" in captured.err
+    assert main(["eval", str(made.model)]) == 2
+    assert "--data: expected files or folders, got none; only a run whose recipe" in capsys.readouterr().err
 
 
 # What a person sees

@@ -26,7 +26,7 @@ COMMANDS = {
     "train": "train a student (or a teacher) from a recipe",
     "bench": "measure kdfast against its peers on this machine",
     "plan": "cache size, time, memory and bandwidth of a distillation, before it is run",
-    "eval": "perplexity and top-1 accuracy of a model on text files",
+    "eval": "a model's scores on files: perplexity of text, accuracy of classes, of tags, of images, BLEU",
 }
 INTERRUPTED = 130
 

@@ -31,7 +31,12 @@ def add_parser(subparsers: Any) -> None:
         " its recipe; the folder or file then holds its weights. Its module may lie in the current folder",
     )  # fmt: skip
     parser.add_argument("--arguments", nargs="+", default=[], metavar="KEY=VALUE", help="of --function")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILES", help="files or folders")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILES",
+        help="files or folders (default: of a run's folder what its recipe is validated on)",
+    )
     parser.add_argument("--glob", help="which files of a folder (default: those that the task reads, of text **/*.txt)")
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to leave out")
     parser.add_argument(
@@ -130,7 +135,14 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
     chosen = named({"name": name, **override(run.task if same else {}, own)}, "task")
     cls = task_class(chosen.name)
     given = {name: value for name in _OWN[1:] if (value := getattr(args, name))}
-    data = build(cls.Data, override({**(run.data if same else {}), **given, "validation": args.data}, rest), "data")
+    files = args.data or (run.validation if same else [])
+    if not files:
+        raise ValueError(
+            "--data: expected files or folders, got none; only a run whose recipe names validation files does without"
+        )
+    if not args.data:
+        print(f"--data: {' '.join(files)}, as the run's recipe says", file=sys.stderr)
+    data = build(cls.Data, override({**(run.data if same else {}), **given, "validation": files}, rest), "data")
     # What the model's folder has, was written beside the weights: the recipe's may have moved.
     read = args.tokenizer or (folder if (folder / "tokenizer.json").is_file() else run.tokenizer or folder)
     tokenizer, file = load_tokenizer(read) if cls.needs_tokenizer else (None, None)

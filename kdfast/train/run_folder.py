@@ -97,6 +97,7 @@ class Trained:
     data: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     classes: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
 
 
 def trained(folder: Path, best: bool = False) -> Trained:
@@ -124,6 +125,7 @@ def trained(folder: Path, best: bool = False) -> Trained:
         {key: value for key, value in recipe["data"].items() if key not in _OF_TRAINING},
         recipe["tokenizer"],
         read_json(folder / "run.json").get("classes", []) if (folder / "run.json").is_file() else [],
+        recipe["data"].get("validation") or [],
     )
 
 
