@@ -105,7 +105,10 @@ def override(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
         try:
             node[_place(node, last, key) if isinstance(node, list) else last] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"{key}: expected a YAML value, got {text!r} ({error.__class__.__name__})") from None
+            raise ValueError(
+                f"{key}: expected a YAML value, got {text!r} ({error.__class__.__name__}); put the whole override in quotes"
+                " where it has spaces"
+            ) from None
     return values
 
 

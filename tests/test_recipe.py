@@ -106,6 +106,10 @@ def test_overrides_win_and_are_checked(tmp_path: Path) -> None:
         _load(tmp_path, text, "steps")
     with pytest.raises(ValueError, match=r"^steps\.x: steps holds int 5"):
         _load(tmp_path, text, "steps.x=1")
+    # As a shell gives `student.from_teacher={path: encoder}` to a command.
+    line = r"^student\.from_teacher: expected a YAML value, got '\{path:' .*; put the whole override in quotes where it has"
+    with pytest.raises(ValueError, match=line):
+        _load(tmp_path, text, "student.from_teacher={path:", "encoder}")
 
 
 def test_what_is_no_yaml_mapping(tmp_path: Path) -> None:
