@@ -120,7 +120,7 @@ def picture(known: Mapping[str, Any], file: Path) -> None:
 
     shown = [name for name in RUNS if name.startswith("sst2/") and RUNS[name].seeded and accuracies(name)]
     for place, name in enumerate(shown):
-        color = "C1" if "alone" in name or "half" in name else "C0"
+        color = "C1" if "alone" in name or "mlm" in name else "C0"
         students.plot(accuracies(name), [place] * len(accuracies(name)), "o", color=color, markersize=4)
     students.set_yticks(range(len(shown)), [name.removeprefix("sst2/") for name in shown], fontsize=8)
     students.invert_yaxis()
