@@ -2,10 +2,12 @@
 
 python prepare.py DATA [FOLDER]      DATA, or KDFAST_DATA, holds the folders sst2, rte, wnut17 and amazon_reviews
 
-sst2/{train,dev}.tsv               sentence, tab, 0 or 1 (Stanford Sentiment Treebank)
-rte/{train,dev}.tsv                index, sentence1, sentence2, label with a header line (GLUE)
-wnut17/{train,dev}.conll           word, tab, BIO tag; a blank line after a sentence (WNUT 2017 shared task)
-amazon_reviews/DOMAIN.{negative,positive}.review      Multi-Domain Sentiment Dataset (Blitzer et al. 2007), pseudo-XML
+sst2/{train,dev}.tsv               sentence, tab, 0 or 1 (Stanford Sentiment Treebank, https://nlp.stanford.edu/sentiment)
+rte/{train,dev}.tsv                index, sentence1, sentence2, label with a header line (https://gluebenchmark.com/tasks)
+wnut17/{train,dev}.conll           word, tab, BIO tag; a blank line after a sentence (shared task of
+                                   https://noisy-text.github.io/2017/emerging-rare-entities.html)
+amazon_reviews/DOMAIN.{negative,positive}.review      Multi-Domain Sentiment Dataset (Blitzer et al. 2007), pseudo-XML,
+                                   https://www.cs.jhu.edu/~mdredze/datasets/sentiment
 MNLI by genre, which the paper of Meta-KD also uses, needs no preparation: its jsonl files are read as they are
 (`data: {text: sentence1, text_pair: sentence2, label: gold_label, domain: genre}`).
 
