@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,29 @@ def test_ranks_take_turns_and_the_last_one_merges(world: Path, tmp_path: Path, m
         assert_equal(one, CacheReader(out))
         assert not list(out.glob("part-*"))
         assert "turns" not in read_capture(out)
+
+
+def test_a_rank_that_is_done_reads_its_part_before_the_last_one_removes_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_build = importlib.import_module("kdfast.cache.build")
+    out, read = tmp_path / "two", cache_build.read_manifest
+    options: dict[str, Any] = {"k": 8, "batch_size": 4, "window": 2, "device": "cpu", "temperatures": (1.0, 2.0), "world": 2}
+    arguments = world / "teacher", TextData(paths=(str(world / "rows.jsonl"),), sequence_length=100), out
+    last = threading.Thread(target=build, args=arguments, kwargs={**options, "rank": 1})
+
+    def meanwhile(folder: Path) -> Any:
+        if folder.name.startswith("part-00000") and last.ident is None:
+            last.start()
+            last.join(10)  # the other one needs less to be done, and then waits for this one
+        return read(folder)
+
+    monkeypatch.setattr(cache_build, "read_manifest", meanwhile)
+    first = build(*arguments, **options, rank=0)
+    last.join()
+    assert first.path.name == "part-00000-of-00002"
+    assert not first.path.exists()
+    assert_equal(small(world, tmp_path / "one"), CacheReader(out))
 
 
 def test_ranks_that_stop_at_a_limit_leave_no_gap(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

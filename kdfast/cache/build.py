@@ -9,7 +9,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -369,21 +369,26 @@ def _inputs(example: Example, device: str) -> dict[str, torch.Tensor]:
 
 
 def _finished(whole: Path, path: Path, world: int) -> Built:
-    """What is there after this process is done; the last of several merges."""
-    merged = world > 1 and _merge_if_last(whole, world)
-    found = whole if merged else path
-    return Built(found, CacheInfo.of(*read_manifest(found)), read_capture(found), merged=merged)
+    """What is there after this process is done; the last of several merges.
+
+    They look one at a time, each after it is done, so that the last finds all parts finished. It removes them once they are
+    merged: whoever was not the last has read its own before the next may look.
+    """
+    with _alone(whole) if world > 1 else contextlib.nullcontext():
+        parts = [part_path(whole, rank, world) for rank in range(world)] if world > 1 else []
+        merged = world > 1 and all((part / MANIFEST).is_file() and not is_unfinished(part) for part in parts)
+        if merged:
+            merge(whole)
+        found = path if path.is_dir() else whole  # merged by this process, or just before by another
+        return Built(found, CacheInfo.of(*read_manifest(found)), read_capture(found), merged=merged)
 
 
-def _merge_if_last(whole: Path, world: int) -> bool:
-    # Each rank looks after it is done and one at a time, so the one that looks last finds all parts finished.
-    lock = os.open(whole, os.O_RDONLY)
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        parts = [part_path(whole, rank, world) for rank in range(world)]
-        if not all((part / MANIFEST).is_file() and not is_unfinished(part) for part in parts):
-            return False
-        merge(whole)
-        return True
+        yield
     finally:
         os.close(lock)
