@@ -74,8 +74,10 @@ inline void transpose(__m512i* x) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {  // columns i, i + 4, i + 8, i + 12
-        const __m512i even_low = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-        const __m512i even = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88), odd = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+        const __m512i even_low = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+        const __m512i odd_low = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+        const __m512i even = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
         y[i] = _mm512_shuffle_i32x4(even_low, even, 0x88);
         y[i + 4] = _mm512_shuffle_i32x4(odd_low, odd, 0x88);
         y[i + 8] = _mm512_shuffle_i32x4(even_low, even, 0xdd);

@@ -28,7 +28,8 @@ inline void unit_of(const bf16* first, const bf16* second, uint32_t& out) {
     out = first->bits | uint32_t(second ? second->bits : 0) << 16;
 }
 
-// Panel of `kLanes` rows (of a) or columns (of b), units of `kStep` values: out[unit][lane]; lanes beyond `lanes` and a missing half are zero.
+// Panel of `kLanes` rows (of a) or columns (of b), units of `kStep` values: out[unit][lane]; lanes beyond `lanes` and a missing
+// half are zero.
 template <int kStep, int kLanes, typename T, typename Unit>
 void pack_panel(const T* from, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values, Unit* out) {
     const int64_t whole = values / kStep, units = up(values, kStep);

@@ -375,7 +375,7 @@ def _finished(whole: Path, path: Path, world: int) -> Built:
     merged: whoever was not the last has read its own before the next may look.
     """
     with _alone(whole) if world > 1 else contextlib.nullcontext():
-        parts = [part_path(whole, rank, world) for rank in range(world)] if world > 1 else []
+        parts = [part_path(whole, rank, world) for rank in range(world)]
         merged = world > 1 and all((part / MANIFEST).is_file() and not is_unfinished(part) for part in parts)
         if merged:
             merge(whole)

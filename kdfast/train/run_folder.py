@@ -19,6 +19,7 @@ import yaml
 
 import kdfast
 from kdfast.files import read_json, write_json, write_text
+from kdfast.train.best import FOLDER as BEST
 from kdfast.train.best import forget_beyond
 from kdfast.train.data import digest_of
 from kdfast.train.inputs import Inputs
@@ -57,7 +58,7 @@ def begin(folder: Path, recipe: Recipe, inputs: Inputs, corpora: Sequence[str], 
         if forgotten := forget_beyond(folder, recipe.total_steps):
             say(forgotten)
     folder.mkdir(parents=True, exist_ok=True)
-    for part in (folder / ".model.part", folder / ".best.part", *(folder / "checkpoints").glob(".step-????????.part")):
+    for part in (folder / ".model.part", folder / f".{BEST}.part", *(folder / "checkpoints").glob(".step-????????.part")):
         shutil.rmtree(part, ignore_errors=True)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     classes = {"classes": inputs.task.names} if isinstance(inputs.task, ClassTask) else {}
@@ -111,14 +112,14 @@ def trained(folder: Path, best: bool = False) -> Trained:
         if best:
             raise ValueError(f"best: expected a run's folder, got {str(folder)!r}")
         return Trained()
-    if best and not (folder / "best").is_dir():
+    if best and not (folder / BEST).is_dir():
         raise ValueError(f"best: expected a run with keep_best: true, got {str(folder)!r}, which kept none")
     if not best and not (folder / "model").is_dir():
         raise ValueError(f"model: expected a run that is done, got {str(folder)!r}, which has no model; run kdfast train again")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     student, task = recipe["student"], recipe["task"]
     return Trained(
-        str(folder / ("best" if best else "model")),
+        str(folder / (BEST if best else "model")),
         student["function"],
         student["arguments"] if student["function"] else {},
         task if isinstance(task, dict) else {"name": task},
