@@ -108,22 +108,29 @@ def sst2() -> dict[str, Run]:
         "method": {"name": "distilbert", "temperature": 2.0}, "teacher": {"path": "runs/sst2/teacher/model"}, "steps": 1200,
         "data": {"train": ["data/sst2/train.tsv", "data/amazon/sentences.tsv"]},
     }  # fmt: skip
-    # What was tried: a teacher that was trained on masked words as a whole.
+    # What was tried: a teacher that was trained on masked words as a whole; a lower rate; above all the direction of the states;
+    # T = 1; a third of the text; twice the steps.
     tuned = {"student": {"path": "runs/mlm/head/model", "freeze": []}, "optimizer": {"lr": 5.0e-4}}
+    tries: dict[str, dict[str, Any]] = {
+        "tuned": {"teacher": {"path": "runs/mlm/tuned/model"}},
+        "low-rate": {"optimizer": {"lr": 1.0e-4}},
+        "cosine": {"method": {"name": "distilbert", "soft_weight": 1.0, "hard_weight": 1.0, "cosine_weight": 10.0}},
+        "t1": {"method": {"name": "distilbert", "temperature": 1.0}},
+        "third": {"data": {"glob": "books/train.jsonl"}},
+        "longer": {"steps": 1200},
+    }
+    for tried, changes in tries.items():
+        masked = f"mlm/distilbert-{tried}"
+        found[masked] = Run("distilbert/recipe.yaml", changes, ("mlm/tuned" if tried == "tuned" else "mlm/head",), corpus)
+        found[f"sst2/distilbert-{tried}"] = Run(task, {"student": {"path": f"runs/{masked}/{{seed}}/model"}}, (masked,), test)
     return {
         **found,
         "mlm/head": Run("distilbert/head.yaml", test=corpus, seeded=False),
         "mlm/distilbert": Run("distilbert/recipe.yaml", needs=("mlm/head",), test=corpus),
         "mlm/tuned": Run("distilbert/head.yaml", tuned, ("mlm/head",), corpus, seeded=False),
-        "mlm/distilbert-tuned": Run(
-            "distilbert/recipe.yaml", {"teacher": {"path": "runs/mlm/tuned/model"}}, ("mlm/tuned",), corpus
-        ),
         # Masked words alone, from the same start.
         "mlm/alone": Run("distilbert/recipe.yaml", masked_alone, ("mlm/head",), corpus),
         "sst2/distilbert": Run(task, {"student": {"path": "runs/mlm/distilbert/{seed}/model"}}, ("mlm/distilbert",), test),
-        "sst2/distilbert-tuned": Run(
-            task, {"student": {"path": "runs/mlm/distilbert-tuned/{seed}/model"}}, ("mlm/distilbert-tuned",), test
-        ),
         "sst2/distilbert-heard": Run(
             task, {**heard, "student": {"path": "runs/mlm/distilbert/{seed}/model"}}, ("mlm/distilbert", "sst2/teacher"), test
         ),
