@@ -108,7 +108,7 @@ def sst2() -> dict[str, Run]:
         "method": {"name": "distilbert", "temperature": 2.0}, "teacher": {"path": "runs/sst2/teacher/model"}, "steps": 1200,
         "data": {"train": ["data/sst2/train.tsv", "data/amazon/sentences.tsv"]},
     }  # fmt: skip
-    # What was tried: a teacher that was trained on masked words as a whole; a lower rate; above all the direction of the states;
+    # What was tried: a teacher that was trained on masked words as a whole; a lower rate; mostly the direction of states;
     # T = 1; a third of the text; twice the steps.
     tuned = {"student": {"path": "runs/mlm/head/model", "freeze": []}, "optimizer": {"lr": 5.0e-4}}
     tries: dict[str, dict[str, Any]] = {
