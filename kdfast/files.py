@@ -53,6 +53,11 @@ def json_text(values: Any, indent: int | None = None) -> str:
     return json.dumps(json_value(values), indent=indent, allow_nan=False)
 
 
+def json_line(values: Any) -> str:
+    """`json_text(values)` with letters of every script as they are, and a line end: a line of what people read too."""
+    return json.dumps(json_value(values), ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """`Path(path).write_text(text, encoding="utf-8")`, found whole or not at all; missing folders are made."""
     with written(path) as part:

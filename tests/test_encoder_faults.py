@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from task_rows import BERT, classifier, named, opened, run, sentence, table, tokenizer_file, values  # noqa: F401
 from transformers import (
     AlbertConfig,
@@ -232,6 +233,13 @@ def test_tags_are_written_beside_those_of_the_file(
     assert f"--data: {data['validation']}, as the run's recipe says\n" in captured.err
     assert main(["eval", str(made.model)]) == 2
     assert "--data: expected files or folders, got none; only a run whose recipe" in capsys.readouterr().err
+    # A model of NaN says no tag, and is right nowhere.
+    weights = load_file(made.model / "model.safetensors")
+    save_file(weights | {"classifier.bias": weights["classifier.bias"] * math.nan}, made.model / "model.safetensors")
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["accuracy"], found["entity_f1"], found["nll"]) == (0, 0, None)
+    assert json.loads((tmp_path / "said.jsonl").read_text().splitlines()[0])["said"] == [None, None]
 
 
 # What a person sees

@@ -23,6 +23,7 @@ from tiny_runs import LABELLED, Rows, make_tokenizer, quiet, recipe_values, unti
 
 from kdfast.models.load import load_folder
 from kdfast.train import Batch, Recipe, distill, evaluate
+from kdfast.train.batch import likeliest
 from kdfast.train.best import beats
 from kdfast.train.inputs import open_inputs
 from kdfast.train.stop import stop_signals
@@ -119,6 +120,9 @@ def test_a_diverged_model_is_never_the_best(tmp_path: Path) -> None:
     assert beats(tmp_path, {"accuracy": 0.1, "nll": 3.0}, "accuracy", 1)
     right = torch.zeros(4, dtype=torch.long)
     assert class_summary([class_scores(torch.full((4, 3), math.nan), right)])["accuracy"] == 0
+    # Of a row of NaN argmax says 0: the first class, tag or token.
+    logits = torch.tensor([[2.0, 1.0], [math.nan, 1.0], [0.0, math.nan], [-math.inf, 0.0]])
+    assert likeliest(logits).tolist() == [0, -1, -1, 1]
 
 
 def test_a_run_killed_after_its_last_checkpoint_has_an_evaluation(tokenizer: Path, tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ def check_classes(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels: expected numbers from 0 to {classes - 1}, or {IGNORE} for none, got {int(outside[0])}")
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """`logits.argmax(-1)`, and -1 where one is NaN: a model that has diverged says nothing, and argmax takes its NaN."""
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Inputs of both models, labels, and what a method or a task wants beside them.

@@ -11,7 +11,6 @@ depends on, and what it took.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -133,7 +132,7 @@ def decode(
                 if silent := count - len({line["row"] for line in found}):
                     say(f"{silent} of {count} sources are empty or leave no room for what follows, and are left out")
                 for line in sorted(found, key=lambda line: (line["row"], line["rank"])):
-                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+                    file.write(files.json_line(line))
             files.write_json(about, {"of": described, "seconds": seconds})
             part.unlink(missing_ok=True)
         if stop.is_set():

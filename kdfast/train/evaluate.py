@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.files import written
+from kdfast.files import json_line, written
 from kdfast.models.view import look
 from kdfast.train.data import Source, batches
 from kdfast.train.tasks.task import Evaluation
@@ -72,7 +71,7 @@ def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size
             labelled |= batch.labelled
             batch = batch.to(device)
             for line in task.said(look(model, batch.by_name), batch):
-                lines.write(json.dumps({"row": next(number), **line}, ensure_ascii=False, allow_nan=False) + "\n")
+                lines.write(json_line({"row": next(number), **line}))
     return labelled
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ class SequenceKD(WordKD):
         if not (marker.is_file() and files.read_json(marker) == files.json_value(about)):
             with files.written(chosen) as part, open(part, "w", encoding="utf-8") as file:
                 for line in self._chosen(whole, inputs.train, tokenizer):
-                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+                    file.write(files.json_line(line))
             files.write_json(marker, about)
         lines = files.read_lines(chosen)
         if not lines:

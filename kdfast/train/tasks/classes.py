@@ -16,7 +16,7 @@ from kdfast.models.heads import call, logits_in
 from kdfast.models.load import kind_in, read_config
 from kdfast.models.view import View
 from kdfast.strict import refuse_unused
-from kdfast.train.batch import IGNORE, Batch, check_classes
+from kdfast.train.batch import IGNORE, Batch, check_classes, likeliest
 from kdfast.train.data import Source, hold_out
 from kdfast.train.tasks.task import Evaluation, Splits, Task
 
@@ -218,13 +218,13 @@ class ClassTask(Task[D]):
         return class_summary(scores)
 
     def said(self, view: View, batch: Batch) -> list[dict[str, Any]]:
-        """Of each row its label (None: it has none), the likeliest class and the probabilities of all."""
+        """Of each row its label (None: it has none), the likeliest class (None: of NaN) and the probabilities of all."""
         labels = [IGNORE] * len(view.logits) if batch.labels is None else batch.labels.tolist()
-        found = view.logits.float().softmax(-1).tolist()
+        best, found = likeliest(view.logits).tolist(), view.logits.float().softmax(-1).tolist()
         return [
-            {"label": None if label == IGNORE else self.names[label], "said": self.names[row.index(max(row))],
+            {"label": None if label == IGNORE else self.names[label], "said": None if most < 0 else self.names[most],
              "probabilities": dict(zip(self.names, row, strict=True))}
-            for label, row in zip(labels, found, strict=True)
+            for label, most, row in zip(labels, best, found, strict=True)
         ]  # fmt: skip
 
     def chosen_by(self, evaluation: Evaluation) -> tuple[str, int]:
@@ -284,8 +284,8 @@ def class_scores(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
     counted = labels != IGNORE
     logits, labels = logits[counted].float(), labels[counted]
     nll = F.cross_entropy(logits, labels, reduction="sum")
-    # Of NaN the first is the largest to argmax: a model that has diverged says nothing, and is wrong.
-    said = torch.where(logits.isnan().any(-1), (labels + 1) % classes, logits.argmax(-1))
+    said = likeliest(logits)
+    said = torch.where(said < 0, (labels + 1) % classes, said)  # who says nothing is wrong
     pairs = torch.bincount(labels * classes + said, minlength=classes * classes)
     return {"confusion": pairs.reshape(classes, classes).double(), "nll": nll.double()}
 

@@ -20,7 +20,7 @@ from kdfast.strict import ranged, refuse_unused
 from kdfast.text.documents import Corpus
 from kdfast.text.files import list_files, split_files
 from kdfast.text.spec import TextData
-from kdfast.train.batch import IGNORE, Batch, check_classes, token_positions
+from kdfast.train.batch import IGNORE, Batch, check_classes, likeliest, token_positions
 from kdfast.train.data import SPLIT_SEED, Source, batches, hold_out
 from kdfast.train.documents import Documents
 from kdfast.train.tasks.task import Evaluation, Splits, Task
@@ -160,7 +160,7 @@ class LanguageTask(Task[Data]):
         if view.head is None or view.hidden is None:
             logits = view.logits[counted].float()
             nll = F.cross_entropy(logits, labels, reduction="sum") if len(labels) else logits.sum() * 0
-            hits = (logits.argmax(-1) == labels).sum()
+            hits = (likeliest(logits) == labels).sum()
         else:
             nll, hits = _through_head(view.head, view.hidden[counted], labels)
         return {"nll": nll.double(), "hits": hits.double(), "tokens": counted.sum().double()}
@@ -193,4 +193,4 @@ def _through_head(head: LinearHead, hidden: Tensor, labels: Tensor) -> tuple[Ten
         return z if head.form.softcap is None else head.form.softcap * torch.tanh(z / head.form.softcap)
 
     nll = -(best.logprobs[:, 0] + logit(labels) - logit(ids))
-    return nll.sum(), (ids == labels).sum()
+    return nll.sum(), ((ids == labels) & ~nll.isnan()).sum()

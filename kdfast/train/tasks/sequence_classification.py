@@ -22,7 +22,7 @@ from kdfast.text.files import share_of
 from kdfast.text.rows import TABLES, Row, delimited_rows, open_source
 from kdfast.text.spec import TextData
 from kdfast.text.specials import padding_id
-from kdfast.train.batch import IGNORE, Batch
+from kdfast.train.batch import IGNORE, Batch, likeliest
 from kdfast.train.tasks.classes import ClassTask, check_share, label_name
 from kdfast.train.tasks.task import Evaluation, Splits
 
@@ -166,7 +166,7 @@ class SequenceClassification(ClassTask[Data]):
         if domain is None or batch.labels is None or len(self.domains) < 2:
             return found
         counted = (batch.labels != IGNORE) & (domain != IGNORE)
-        right = (view.logits.argmax(-1) == batch.labels) & counted
+        right = (likeliest(view.logits) == batch.labels) & counted
         n = len(self.domains)
         of = [torch.bincount(domain[some], minlength=n).double() for some in (right, counted)]
         return {**found, "domains": torch.stack(of)}

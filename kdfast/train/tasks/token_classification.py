@@ -20,7 +20,7 @@ from kdfast.tensors import digest_of_tensors
 from kdfast.text.files import list_files
 from kdfast.text.rows import ROWS, Row, json_rows, parquet_rows
 from kdfast.text.specials import padding_id
-from kdfast.train.batch import IGNORE, Batch, token_positions
+from kdfast.train.batch import IGNORE, Batch, likeliest, token_positions
 from kdfast.train.tasks.classes import (
     ClassTask,
     check_share,
@@ -132,8 +132,8 @@ class TokenClassification(ClassTask[Data]):
         words = batch.labels != IGNORE if batch.soft_mask is None else batch.soft_mask
         return [
             {"tags": [None if tag == IGNORE else self.names[tag] for tag in gold[own].tolist()],
-             "said": [self.names[tag] for tag in found[own].tolist()]}
-            for gold, found, own in zip(batch.labels, view.logits.argmax(-1), words, strict=True)
+             "said": [None if tag < 0 else self.names[tag] for tag in found[own].tolist()]}
+            for gold, found, own in zip(batch.labels, likeliest(view.logits), words, strict=True)
         ]  # fmt: skip
 
     def score(self, view: View, batch: Batch) -> dict[str, Tensor]:
@@ -143,9 +143,10 @@ class TokenClassification(ClassTask[Data]):
         if not has_entities(self.names):
             return scores
         found = torch.zeros(3, dtype=torch.float64)
-        for label_row, said_row in zip(batch.labels.cpu(), logits.argmax(-1).cpu(), strict=True):
+        names = [*self.names, "O"]  # the last one is of -1
+        for label_row, said_row in zip(batch.labels.cpu(), likeliest(logits).cpu(), strict=True):
             counted = label_row != IGNORE
-            gold, said = (set(entities([self.names[i] for i in row[counted].tolist()])) for row in (label_row, said_row))
+            gold, said = (set(entities([names[i] for i in row[counted].tolist()])) for row in (label_row, said_row))
             found += torch.tensor([len(gold & said), len(said), len(gold)])
         return {**scores, "entities": found.to(logits.device)}
 
