@@ -183,5 +183,11 @@ def test_faults_are_said_in_one_line_before_training(tokenizer: Path, tmp_path: 
     frozen = {"path": str(tmp_path / "teacher"), "freeze": ["encoder"]}
     fails(r"student\.freeze: expected modules of BertForMaskedLM \(bert, cls\), got 'encoder'", student=frozen)
     fails(r"student\.freeze: nothing of BertForMaskedLM would train", student={**frozen, "freeze": ["bert", "cls"]})
+    cosine = {"name": "distilbert", "soft_weight": 0, "hard_weight": 0}
+    fails(
+        r"student\.freeze: the loss of DistilBERT depends on nothing",
+        student=frozen | {"freeze": ["bert"]},
+        method=cosine,
+    )
     nothing = {"name": "distilbert", "soft_weight": 0, "hard_weight": 0, "cosine_weight": 0}
     fails(r"method\.soft_weight: expected one of the weights above 0", method=nothing)

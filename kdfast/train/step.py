@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdfast.models.heads import LinearHead, find_head
@@ -54,6 +55,11 @@ class DistillStep(nn.Module):
             share = batch.share(num_items)
             loss = loss + share * view.auxiliary
             metrics["auxiliary"] = Metric(view.auxiliary.detach() * share, share)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"student.freeze: the loss of {type(self.objective).__name__} depends on nothing that trains; leave out"
+                " what the method is to move"
+            )
         return loss, metrics
 
 
