@@ -190,6 +190,11 @@ def test_words_are_read_as_in_plain_text(tmp_path: Path) -> None:
     batch = splits.train.batch([0])
     assert batch.input_ids[0].tolist() == words.encode("I live in Paris").ids
     assert [task.names[i] for i in batch.labels[0].tolist() if i >= 0] == ["O", "O", "O", "B-loc"]
+    assert not task.notes
+    (tmp_path / "t.conll").write_text("Constantinople\tB-loc\nin\tO\n\n")
+    task, splits = opened(tmp_path / "tokenizer.json", "token_classification", {**data, "max_length": 6})
+    assert [int((splits.train.batch([i]).labels >= 0).sum()) for i in range(len(splits.train))] == [1, 1]
+    assert task.notes == ["data.train: 1 words have more than data.max_length 6 tokens and are cut"]
 
 
 @pytest.mark.parametrize("length", [5, 6, 7, 128])

@@ -107,11 +107,12 @@ class TokenClassification(ClassTask[Data]):
         ids: list[Tensor] = []
         firsts: list[Tensor] = []
         tags: list[str | None] = []
-        lost = 0
+        lost = cut = 0
         for file in files:
             for sentence in sentences(file, data, key):
                 for part in parts(seen(sentence, tokenizer, unknown), tokenizer, data.max_length):
                     encoding = cutting.encode(" ".join(part.words))
+                    cut += bool(encoding.overflowing)
                     first = first_tokens(part.words, encoding)
                     ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
                     firsts.append(torch.tensor([word is not None for word in first], dtype=torch.bool))
@@ -121,6 +122,8 @@ class TokenClassification(ClassTask[Data]):
             raise ValueError(f"{key}: expected at least one word, got none")
         if lost:
             self.notes.append(f"{key}: {lost} words begin no token of their own, their tags are left out")
+        if cut:
+            self.notes.append(f"{key}: {cut} words have more than data.max_length {data.max_length} tokens and are cut")
         return Words(ids, firsts, self.ids_of(tags, key), self.pad_id or 0)
 
     def positions(self, batch: Batch) -> Tensor | None:
