@@ -30,6 +30,8 @@ AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 ISAS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"}
+#: What has to be assembled for `csrc/cpu/amx.h`.
+AMX = "tilerelease"
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
 #: Machine code for these, and PTX of the last for what comes after.
 GPU_ARCHITECTURES = ("90", "100")
@@ -87,7 +89,8 @@ class NinjaBuild(build_ext):
                 file=sys.stderr,
             )
         elif ext.name == "kdfast._C":
-            self.ninja(ext, cpu_rules(compiler), Path(self.build_temp))
+            folder = Path(self.build_temp)
+            self.ninja(ext, cpu_rules(compiler, amx=sys.platform == "linux" and assembles(compiler, AMX, folder)), folder)
         else:
             self.ninja(ext, cuda_rules(compiler), Path(self.build_temp) / "cuda")
 
@@ -111,17 +114,28 @@ class NinjaBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+def assembles(compiler: str, instruction: str, folder: Path) -> bool:
+    """Whether the compiler's assembler knows an instruction: that of binutils before 2.36 knows none of AMX."""
+    if "avx512" not in ISAS:
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / f"{instruction}.cpp"
+    source.write_text(f'void f() {{ asm volatile("{instruction}"); }}\n')
+    command = [compiler, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def compile_rules(compiler: str) -> list[str]:
+def compile_rules(compiler: str, defined: str = "") -> list[str]:
     import pybind11
 
     includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
     return [
         f"cxx = {compiler}",
-        f"flags = {COMMON} {includes}",
+        f"flags = {COMMON} {defined} {includes}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
         "  depfile = $out.d",
@@ -129,9 +143,9 @@ def compile_rules(compiler: str) -> list[str]:
     ]
 
 
-def cpu_rules(compiler: str) -> list[str]:
+def cpu_rules(compiler: str, amx: bool) -> list[str]:
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    lines = compile_rules(compiler)
+    lines = compile_rules(compiler, f"-DKDFAST_AMX={int(amx)}")
     lines += ["rule link", f"  command = $cxx {shared} -fopenmp $in -o $out.tmp && mv $out.tmp $out"]
     objects = []
     for source in sorted((ROOT / "csrc").glob("*.cpp")):

@@ -13,7 +13,7 @@
 #include <pthread.h>
 #include <unistd.h>
 #endif
-#if KDFAST_X86 && defined(__linux__)
+#if KDFAST_AMX
 #include <sys/syscall.h>
 #endif
 
@@ -72,7 +72,7 @@ bool pairs_of_bf16() {
 }
 
 bool tiles_of_bf16() {
-#if KDFAST_X86 && defined(__linux__)
+#if KDFAST_AMX
     static const bool found = [] {
         const char* lowered = std::getenv("KDFAST_ISA");
         unsigned a = 0, b = 0, c = 0, d = 0;

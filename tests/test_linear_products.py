@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import plain
 import pytest
@@ -27,7 +28,7 @@ SHAPES = [(12, 32, 16), (5, 7, 3), (1, 1, 1), (37, 130, 777), (100, 513, 2051), 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False, threads: int = 2) -> Tensor:
     (rows, depth), columns = a.shape, b.shape[1]
-    _C.matmul(rows, columns, depth, operand(a), operand(b), address(out), out.stride(0), address(bias), add, threads)
+    _C.matmul(rows, columns, depth, operand(a), operand(b), out.data_ptr(), out.stride(0), address(bias), add, threads)
     return out
 
 
@@ -57,8 +58,9 @@ def test_product(layouts: tuple[str, str], shape: tuple[int, int, int], pair: tu
     assert room[:, columns:].isnan().all()  # nothing is written beside the result
 
 
-def test_threads_do_not_change_bits() -> None:
-    a, b = torch.randn(300, 700), torch.randn(700, 500)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_bits(dtype: torch.dtype) -> None:
+    a, b = torch.randn(300, 700).to(dtype), torch.randn(700, 500).to(dtype)
     results = [matmul(a, b, torch.empty(300, 500), threads=threads) for threads in (1, 2, 3)]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -82,8 +84,23 @@ def test_large_bfloat16_product(layouts: tuple[str, str]) -> None:
     assert plain.error(matmul(a, b, torch.empty(40, 70)), a.double() @ b.double()) <= 1e-5
 
 
-def test_tile_unit_is_left_as_found() -> None:
-    """torch's products may use the unit too, and keep it set up between calls."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_of_no_products(dtype: torch.dtype) -> None:
+    a, b, bias = torch.empty(3, 0).to(dtype), torch.empty(0, 5).to(dtype), torch.randn(5)
+    assert torch.equal(matmul(a, b, torch.empty(3, 5)), torch.zeros(3, 5))
+    assert torch.equal(matmul(a, b, torch.empty(3, 5), bias=bias), bias.expand(3, 5))
+    assert torch.equal(matmul(a, b, torch.ones(3, 5), add=True), torch.ones(3, 5))
+
+
+@pytest.mark.skipif("KDFAST_ISA" in os.environ, reason="asks for less than the processor has")
+def test_tiles_are_used_where_the_processor_has_them() -> None:
+    file = Path("/proc/cpuinfo")
+    flags = file.read_text().split() if file.is_file() else []
+    assert _C.tiles_of_bf16() == ({"amx_bf16", "amx_tile", "avx512_bf16"} <= set(flags))
+
+
+def test_torchs_products_are_the_same_beside_ours() -> None:
+    """They may use the tile unit too, set up otherwise."""
     a, b = torch.randn(64, 96).bfloat16(), torch.randn(96, 64).bfloat16()
     alone = a @ b
     for _ in range(3):

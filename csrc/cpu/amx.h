@@ -1,17 +1,16 @@
 // The tile unit of Intel's processors (AMX): 16 x 16 sums of float32 += 16 rows of 16 pairs of bfloat16 times 16 pairs of 16
-// columns, in one instruction. Spelled in assembly: the file needs no instruction set beyond AVX-512F, the caller has asked
-// the processor (`tiles_of_bf16`).
+// columns, in one instruction. Spelled in assembly, which the build asked the assembler for (KDFAST_AMX): the compiler needs to
+// know no instruction set beyond those of avx512, and the caller has asked the processor (`tiles_of_bf16`).
 #pragma once
 
 #include "simd.h"
 
-#if defined(__AVX512BW__) && defined(__linux__)
-#define KDFAST_AMX 1
+#if KDFAST_AMX && defined(__AVX512BW__)
 
 namespace kdfast {
 namespace KDFAST_ISA {
 
-// Tiles of 16 rows of 64 bytes, while it lives; afterwards the unit is as it was found.
+// Tiles of 16 rows of 64 bytes, while it lives; afterwards the unit is configured as it was found, its tiles zero.
 class Tiles {
    public:
     Tiles() {
@@ -88,7 +87,8 @@ inline void transpose(__m512i* x) {
 }
 
 // Sixteen lanes (rows of a, columns of b) of sixteen pairs along k; lanes and values that are not there are zero.
-// out[lane][pair] where `lanes_first`, else out[pair][lane], lines of 16 `out_line` apart.
+// out[lane][pair] where `lanes_first`, else out[pair][lane], lines of 16 `out_line` apart. `values` may be all that are left, of
+// which the first 32 are packed.
 inline void pack_16x16(const bf16* from, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t values, bool lanes_first,
                        uint32_t* out, int64_t out_line) {
     alignas(64) __m512i x[16];
@@ -119,6 +119,4 @@ inline void pack_16x16(const bf16* from, int64_t lane_stride, int64_t k_stride, 
 
 }  // namespace KDFAST_ISA
 }  // namespace kdfast
-#else
-#define KDFAST_AMX 0
 #endif

@@ -12,7 +12,8 @@ namespace kdfast {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// Best instruction set of this processor; KDFAST_ISA=baseline|avx2|avx512 lowers it. Read once.
+// Best instruction set of this processor; KDFAST_ISA=baseline|avx2|avx512 lowers it (avx512: no tile unit, `tiles_of_bf16`).
+// Read once.
 Isa isa();
 
 // `wanted`, or 1 after a fork: the parent's OpenMP threads do not exist in the child, and waiting for them would hang.

@@ -135,7 +135,7 @@ struct Pair : Plain {
 };
 #endif
 
-#if KDFAST_AMX
+#if KDFAST_AMX && defined(__AVX512BW__)
 struct Tiled {
     using Unit = uint32_t;
     static constexpr int64_t kValues = 2, kRows = 32, kColumns = 32, kStep = 16;
@@ -247,6 +247,18 @@ struct Block {
     }
 };
 
+// A sum of no products: the bias, or zeros.
+void no_product(const MatmulArgs& args) {
+    for (int64_t row = 0; row < args.m && !args.add; ++row) {
+        float* c = args.c + row * args.c_row;
+        if (args.bias) {
+            std::copy_n(args.bias, args.n, c);
+        } else {
+            std::fill_n(c, args.n, 0.0f);
+        }
+    }
+}
+
 template <typename U>
 void product(const MatmulArgs& args) {
     using Unit = typename U::Unit;
@@ -282,8 +294,9 @@ void product(const MatmulArgs& args) {
 }  // namespace
 
 void matmul(const MatmulArgs& args) {
+    if (args.k == 0) return no_product(args);
     [[maybe_unused]] const bool halves = args.a.dtype == Dtype::bfloat16 && args.b.dtype == Dtype::bfloat16;
-#if KDFAST_AMX
+#if KDFAST_AMX && defined(__AVX512BW__)
     if (halves && tiles_of_bf16()) return product<Tiled>(args);
 #endif
 #if defined(__AVX512F__)

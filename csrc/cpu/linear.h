@@ -29,7 +29,8 @@ KDFAST_PER_ISA(void matmul(const MatmulArgs& args);)
 // Whether products of two bfloat16 operands run on pairs (AVX512_BF16 and the avx512 kernels), at twice the rate of float32.
 bool pairs_of_bf16();
 
-// Whether they run on tiles (AMX_BF16), faster again. KDFAST_ISA=avx512 turns that off.
+// Whether they run on tiles (AMX_BF16), faster again, where the build has them and Linux lets the process (not after a thread
+// with a signal stack too small for their 8 KiB). KDFAST_ISA=avx512 turns that off.
 bool tiles_of_bf16();
 
 }  // namespace kdfast

@@ -3,7 +3,8 @@
 A backend may leave out ops and inputs and give way to another one (`cuda` to `triton`), whose row statistics it then shares.
 
 What every backend's module of an op must offer. Shapes: N rows, Vs and Vt vocabularies, Vc = min(Vs, Vt).
-All tensors are on one device; rows have unit stride along the vocabulary and any stride between rows.
+All tensors are on one device; rows have unit stride along the vocabulary and any stride between rows. `labels`, `scale` and the
+tables of sparse targets are contiguous; a bias may have any stride.
 
 `logits`
     forward(student [N,Vs], teachers [[N,Vt], ...], labels [N] int64 | None, scale [N], options, need_parts, grad | None)

@@ -62,7 +62,10 @@ def _extension() -> str:
     from kdfast.backends import compiled
 
     module, why = compiled.load()
-    return f"built, kernels for {module.isa()}" if module is not None else str(why).removeprefix("the C++ extension is ")
+    if module is None:
+        return str(why).removeprefix("the C++ extension is ")
+    halves = "tiles (AMX)" if module.tiles_of_bf16() else "pairs (AVX512_BF16)" if module.pairs_of_bf16() else "float32"
+    return f"built, kernels for {module.isa()}, bfloat16 products on {halves}"
 
 
 def _cuda_extension() -> str:

@@ -169,9 +169,10 @@ def linear_kd_loss(
         divergence ... return_parts: as in `kd_loss`, `shift_labels` too. With reduction "none" backward runs the chunks again.
 
     On a CPU bfloat16 heads give float32 logits by a product of our own (torch has none; oneDNN's would round to bfloat16), on
-    pairs of values where the processor has AVX512_BF16; gradients of the logits then enter their products in bfloat16, as on
-    a GPU. float16 heads are widened to float32 on the way; on a GPU the gradients of their logits enter products of halves in
-    float16, each row in a unit of its own, where the loss bounds them (forward KL, JSD, skewed KL, TVD), and else TF32.
+    tiles (AMX) or pairs of values (AVX512_BF16) where the processor has them; gradients of the logits then enter their products
+    in bfloat16, as on a GPU. float16 heads are widened to float32 on the way; on a GPU the gradients of their logits enter
+    products of halves in float16, each row in a unit of its own, where the loss bounds them (forward KL, JSD, skewed KL, TVD),
+    and else TF32.
 
     Raises:
         ValueError: as `kd_loss`.

@@ -147,7 +147,7 @@ def check_labels(labels: Tensor | None, lead: torch.Size, device: torch.device, 
         raise ValueError(f"labels: expected dtype int64 or int32, got {labels.dtype}")
     if labels.device != device:
         raise ValueError(f"labels: expected device {device}, got {labels.device}")
-    return labels.reshape(-1).long()
+    return labels.reshape(-1).long().contiguous()
 
 
 def check_overwrite(student_logits: Tensor, reduction: str) -> None:
@@ -176,7 +176,7 @@ def row_scale(
     num_items: int | float | Tensor | None,
     options: RowOptions,
 ) -> Tensor:
-    """`[N]` factors of each row's loss: weight, mask, and 1/count for the mean. Synchronises only where values are checked.
+    """`[N]` factors of each row's loss, contiguous: weight, mask, 1/count of a mean. Synchronises where values are checked.
 
     A mean over no rows is 0, with zero gradients, and so is one whose `num_items` is 0: a batch of padding must not poison a
     training run.
@@ -198,7 +198,7 @@ def row_scale(
             )
         if token_weight.device != like.device:
             raise ValueError(f"token_weight: expected device {like.device}, got {token_weight.device}")
-        scale = token_weight.detach().reshape(-1).to(dtype)
+        scale = token_weight.detach().reshape(-1).to(dtype).contiguous()
         if labels is not None:
             # Not a product: what stands in a row that the label leaves out may be NaN.
             scale = scale.masked_fill(labels == options.ignore_index, 0)

@@ -215,8 +215,9 @@ def map_forward(maps_s: Tensor, maps_t: Tensor, mask: Tensor | None, scale: Tens
     grad = memory.empty(student.shape if need_grad else (0,), dtype=student.dtype, device=student.device)
     if student.numel():
         _C.attention_maps(
-            address(student), dtype_code(student), address(teacher), dtype_code(teacher),
-            address(grad) if need_grad else 0, address(mask), tuple(student.shape), student.stride()[:3],
-            teacher.stride()[:3], mask.stride() if mask is not None else (0, 0, 0, 0), address(scale), address(loss), threads(),
+            student.data_ptr(), dtype_code(student), teacher.data_ptr(), dtype_code(teacher),
+            address(grad) if need_grad else 0, 0 if mask is None else mask.data_ptr(), tuple(student.shape),
+            student.stride()[:3], teacher.stride()[:3], (0, 0, 0, 0) if mask is None else mask.stride(),
+            address(scale), address(loss), threads(),
         )  # fmt: skip
     return loss.sum(-1).to(scale.dtype), grad

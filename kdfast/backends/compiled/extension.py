@@ -15,7 +15,9 @@ ABSENT: Matrix = (0, 0, 0, 0)
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the first element is; 0 stands for no tensor."""
+    """Where a tensor is that a kernel reads or writes without strides; 0 stands for no tensor."""
+    if tensor is not None and not tensor.is_contiguous():
+        raise ValueError(f"expected a contiguous tensor, got strides {tensor.stride()} of shape {list(tensor.shape)}")
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -25,11 +25,11 @@ def _beats_mkl() -> bool:
 
 def mm(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False) -> None:
     """out = a @ b + bias, or out += a @ b; `out` is float32 with unit stride along columns."""
-    bias = None if bias is None else bias.float()
+    bias = None if bias is None else bias.float().contiguous()
     if _beats_mkl() or not a.dtype == b.dtype == torch.float32:
         (rows, depth), columns = a.shape, b.shape[1]
         sides = operand(a), operand(b)
-        _C.matmul(rows, columns, depth, *sides, address(out), out.stride(0), address(bias), add, threads())
+        _C.matmul(rows, columns, depth, *sides, out.data_ptr(), out.stride(0), address(bias), add, threads())
     elif add:
         out.addmm_(a, b)
     elif bias is not None:
