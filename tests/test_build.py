@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,16 @@ def test_unproven_kernels_are_built_on_request_alone(mode: str, names: list[str]
     environment = {k: v for k, v in os.environ.items() if k != "KDFAST_BUILD"} | ({"KDFAST_BUILD": mode} if mode else {})
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(names)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="asks g++ for what an x86 has")
+def test_the_assembler_is_asked_for_an_instruction(tmp_path: Path) -> None:
+    code = (
+        "import runpy, setuptools, sys, pathlib; setuptools.setup = lambda **k: None; made = runpy.run_path('setup.py');"
+        "print([made['assembles']('g++', name, pathlib.Path(sys.argv[1])) for name in ('nop', 'unheardof')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[True, False]\n"
 
 
 def test_cuda_without_nvcc_is_one_line(tmp_path: Path, no_tools: str) -> None:
