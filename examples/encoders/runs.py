@@ -90,12 +90,13 @@ def sst2() -> dict[str, Run]:
         "alone": {"phases": None, "steps": total, **student, **labelled},
         "alone-longer": {"phases": None, "steps": 3 * total, **student, **labelled},
     }
-    # What the terms are worth in other circumstances, in fewer steps: from random weights, and without the reviews' sentences.
-    shorter = [{**phase, "steps": steps} for phase, steps in zip(phases, (300, 900, 600), strict=True)]
+    # What the terms are worth in other circumstances, in fewer steps: without the reviews' sentences, and from random weights.
+    few, some = ([{**phase, "steps": n} for phase, n in zip(phases, steps, strict=True)]
+                 for steps in ((150, 450, 300), (300, 900, 600)))  # fmt: skip
     scratch = {"student": {"model_type": "bert", "config": {
         "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}}}  # fmt: skip
-    for name, changes in with_less(shorter).items():
-        runs |= {f"scratch-{name}": {**changes, **scratch}, f"labelled-{name}": {**changes, **labelled}}
+    runs |= {f"labelled-{name}": {**changes, **labelled} for name, changes in with_less(few).items()}
+    runs |= {f"scratch-{name}": {**changes, **scratch} for name, changes in with_less(some).items()}
     test = ("data/sst2/test.tsv",)
     found = {f"sst2/{name}": Run("tinybert/recipe.yaml", changes, ("sst2/teacher",), test) for name, changes in runs.items()}
     found["sst2/teacher"] = Run("encoders/teacher.yaml", test=test, seeded=False)
