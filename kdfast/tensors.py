@@ -20,6 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
+def seed_of(number: int) -> int:
+    """A seed of its own for each number: itself below 2**32, from there on a hash. Of a larger seed a CPU's generator takes the
+    low 32 bits alone, and numbers that differ above them would draw the same.
+    """
+    if number < 1 << 32:
+        return number
+    return int.from_bytes(hashlib.blake2b(number.to_bytes(16, "little"), digest_size=4).digest(), "little")
+
+
 def digest_of_tensors(*tensors: Tensor) -> str:
     """A hash of their values."""
     state = hashlib.blake2b(digest_size=16)

@@ -180,6 +180,9 @@ def test_completions_of_prompts_and_the_prompt_is_masked(sampled: bool, home: tu
         assert labels == [-100] * (len(asked) - 1) + line["ids"] + [-100]
     if sampled:
         assert {line["weight"] for line in chosen} == {0.5}
+        run({**values, "out": str(tmp_path / "other"), "seed": 2})
+        other = lines(tmp_path / "other" / "prepared" / "0" / "targets.jsonl")
+        assert [line["ids"] for line in other] != [line["ids"] for line in chosen]
 
 
 def test_hypotheses_do_not_depend_on_what_shares_a_batch(home: tuple[Path, Path, Path], tmp_path: Path) -> None:

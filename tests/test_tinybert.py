@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -346,6 +347,14 @@ def test_copies_with_other_words(by: str, folders: dict[str, Path], tokenizer: P
     again = augmented(rows, tokenizer, options, tmp_path / "augmented", table, lambda line: None)
     assert files[0].read_bytes() == before
     assert isinstance(again, Augmented)
+    assert again.digest == found.digest
+    # Another seed draws other words, and what was remembered of these is none of theirs.
+    other = augmented(
+        rows, tokenizer, dataclasses.replace(options, seed=1), tmp_path / "other", table, lambda line: None
+    )  # fmt: skip
+    assert isinstance(other, Augmented)
+    assert not torch.equal(other._ids, found._ids)
+    assert other.digest != found.digest
     assert found.lengths().tolist() == [len(found.batch([i]).input_ids[0]) for i in range(len(found))]
 
 

@@ -348,7 +348,8 @@ def test_order_is_a_permutation_per_epoch_and_needs_no_state() -> None:
         assert sorted(walk[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert walk[:10] != walk[10:20]
     assert Order(10, seed=3).take(7, 9) == walk[7:16]
-    assert Order(10, seed=4).take(0, 30) != walk
+    for seed in (4, 3 + 4096, 3 + 2**31):
+        assert Order(10, seed=seed).take(0, 30) != walk
 
 
 def test_split_by_file_does_not_depend_on_the_other_files(tmp_path: Path) -> None:

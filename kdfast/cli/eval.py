@@ -186,10 +186,23 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
 def _with_flags(message: str) -> str:
     """`data.sequence_length: ...`, `data.field: ...` as the command line has them."""
 
+    from dataclasses import fields
+
+    from kdfast.train.tasks import names, task_class
+
+    # Only what they have is an option: `data.tsv` is a file.
+    classes = [task_class(name) for name in names()]
+    options = {
+        kind: "|".join({field.name for cls in classes for field in fields(getattr(cls, kind))}) for kind in ("Data", "Options")
+    }
+
     def flag(match: re.Match[str]) -> str:
         name = _FLAGS.get(match[1], match[1])
         return f"--{name.replace('_', '-')}" if name in _OWN else f"--set {name}"
 
-    message = re.sub(r"\bdata\.(\w+)", flag, message)
-    message = re.sub(r"\btask\.(\w+)(?:: (\[.*?\]))?", lambda m: f"--set task.{m[1]}" + (f'="{m[2]}"' if m[2] else ""), message)
+    def setting(match: re.Match[str]) -> str:
+        return f"--set task.{match[1]}" + (f'="{match[2]}"' if match[2] else "")
+
+    message = re.sub(rf"(?<![\w/.'-])data\.({options['Data']})\b(?!\.)", flag, message)
+    message = re.sub(rf"(?<![\w/.'-])task\.({options['Options']})\b(?:: (\[.*?\]))?", setting, message)
     return re.sub(r"^(tokenizer|task|best)(?=[: ])", r"--\1", message)

@@ -65,7 +65,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def resolve_folder(name: str | Path, key: str) -> Path:
-    """A local folder as it is; otherwise the hub's copy of that name, from local files when offline.
+    """A local folder, or the model in that of a finished run; otherwise the hub's copy of that name, from local files offline.
 
     Raises:
         ValueError: neither is there; one line that names `key`.
@@ -73,10 +73,10 @@ def resolve_folder(name: str | Path, key: str) -> Path:
     path = Path(name)
     if (path / "config.json").is_file():
         return path
+    if (path / "recipe.yaml").is_file() and (path / "model/config.json").is_file():
+        return path / "model"
     if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         line = f"{key}: expected a folder with config.json and safetensors weights, got {str(name)!r}"
-        if (path / "model/config.json").is_file():
-            raise ValueError(f"{line}, a run's; its model is {str(path / 'model')!r}")
         if (path / "recipe.yaml").is_file():
             raise ValueError(
                 f"{line}, a run without a model of transformers: it is not finished, or its student is a function's"

@@ -9,22 +9,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kdfast.train.batch import Batch
 
 
 class Read(NamedTuple):
-    """One step's micro-batches of this process, and the rows of them that count, counted before they leave the host."""
+    """One step's micro-batches of this process, the rows of them that count, and an objective's `counts`, all counted before
+    they leave the host.
+    """
 
     batches: list[Batch]
     items: int
+    counts: dict[str, int]
 
     @classmethod
-    def of(cls, batches: list[Batch]) -> Read:
-        return cls(batches, sum(batch.count() for batch in batches))
+    def of(cls, batches: list[Batch], counts: Callable[[Batch], dict[str, Tensor]] | None = None) -> Read:
+        found = [] if counts is None else [counts(batch) for batch in batches]
+        totals = {name: sum(int(one[name]) for one in found) for one in found[:1] for name in one}
+        return cls(batches, sum(batch.count() for batch in batches), totals)
 
     def to(self, device: torch.device) -> Read:
-        return Read([batch.to(device) for batch in self.batches], self.items)
+        return self._replace(batches=[batch.to(device) for batch in self.batches])
 
 
 class Ahead:
@@ -66,4 +72,4 @@ class Ahead:
     def _staged(self, step: int) -> Read:
         found = self._read(step)
         pinned = self._device.type == "cuda"
-        return Read([batch.pin_memory() for batch in found.batches], found.items) if pinned else found
+        return found._replace(batches=[batch.pin_memory() for batch in found.batches]) if pinned else found

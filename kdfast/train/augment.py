@@ -23,7 +23,7 @@ from kdfast.models.heads import call, find_head, logits_in
 from kdfast.models.load import resolve_folder, weights_hash
 from kdfast.models.view import look
 from kdfast.strict import one_of, ranged, refuse_unused
-from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors
+from kdfast.tensors import digest_of_tensors, load_tensors, save_tensors, seed_of
 from kdfast.text.tokenizers import load_tokenizer
 from kdfast.train.batch import IGNORE, Batch
 from kdfast.train.data import SEEDS, Source, lengths_of
@@ -114,7 +114,7 @@ class Augmented:
     def __init__(self, rows: Source, origin: Tensor, length: Tensor, ids: Tensor) -> None:
         self._rows, self._origin, self._ids = rows, origin, ids
         self._ends = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
-        self.digest = f"{getattr(rows, 'digest', '')}+{len(origin)}"
+        self.digest = f"{getattr(rows, 'digest', '')}+{digest_of_tensors(origin, length, ids)}"
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._origin)
@@ -168,7 +168,7 @@ class _Stage:
             if not len(places):
                 continue
             candidates = self._candidates(ids, types, places)  # [places, K]
-            generator = torch.Generator().manual_seed((self._options.seed << 32) + i)
+            generator = torch.Generator().manual_seed(seed_of((self._options.seed << 32) + i))
             for _ in range(self._options.copies):
                 chosen = torch.rand(len(places), generator=generator) < self._options.share
                 drawn = torch.randint(candidates.shape[1], (len(places),), generator=generator)

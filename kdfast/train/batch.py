@@ -32,6 +32,12 @@ def likeliest(logits: Tensor) -> Tensor:
     return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
 
+def divisor(num_items: int | Tensor, device: torch.device) -> Tensor:
+    """`num_items` to divide by, 1 where it is 0. Processes share a step's items, so that it may lie between."""
+    items = torch.as_tensor(num_items, device=device).float()
+    return items.masked_fill(items == 0, 1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Inputs of both models, labels, and what a method or a task wants beside them.
@@ -98,7 +104,7 @@ class Batch:
             counted = self.soft_mask.sum()
         else:
             counted = (self.labels != IGNORE).sum() if self.labels is not None else torch.tensor(self.count(), device=device)
-        return counted.float() / torch.as_tensor(num_items, device=device).float().clamp(min=1)
+        return counted.float() / divisor(num_items, device)
 
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Any) -> Any:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kdfast.cache.dataset import pack_rows
-from kdfast.tensors import digest_of_tensors
+from kdfast.tensors import digest_of_tensors, seed_of
 from kdfast.text.files import share_of
 from kdfast.text.packing import pack
 from kdfast.text.specials import Specials
@@ -187,7 +187,7 @@ class Order:
         while len(out) < count:
             epoch, offset = divmod(start + len(out), self.n)
             if epoch != self._epoch:
-                generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+                generator = torch.Generator().manual_seed(seed_of((self.seed << 20) + epoch))
                 self._epoch, self._permutation = epoch, self._draw(generator)
             out += self._permutation[offset : offset + count - len(out)].tolist()
         return out

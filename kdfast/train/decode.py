@@ -26,6 +26,7 @@ from kdfast import files
 from kdfast.models.ensemble import Ensemble
 from kdfast.models.generate import Decoding, Hypothesis, write
 from kdfast.models.settings import config_of, end_ids, settings_of
+from kdfast.tensors import seed_of
 from kdfast.text.tokenizers import SEPARATOR
 from kdfast.train.batch import IGNORE
 from kdfast.train.data import Source, digest_of
@@ -208,7 +209,7 @@ class _Stage:
         if not asked:
             return []
         inputs = _padded([row.source for _, row in asked], left=asked[0][1].start is None)
-        torch.manual_seed(self._seed << 32 | number)  # of samples: the same whether or not a process was killed before
+        torch.manual_seed(seed_of(self._seed << 32 | number))  # the same samples whether or not a process was killed before
         inputs = {name: value.to(self._device) for name, value in inputs.items()}
         found = write(self._model, inputs, self._decoding, self._end, most=self._most)
         return [self._line(i, rank, row, hypothesis)

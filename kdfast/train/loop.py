@@ -327,10 +327,10 @@ class _Run:
         phase, within = self._phase(step)
         objective = self.step.objective
         objective.begin_step(within, phase.steps)
-        tokens = torch.tensor(read.items, device=device)
-        # DDP averages gradients over processes: dividing by the mean count makes that the global mean over tokens. A step
-        # without any label has a loss of 0.
-        num_items = accelerator.reduce(tokens, "sum").clamp(min=1) / accelerator.num_processes
+        counted = torch.tensor([read.items, *read.counts.values()], device=device)
+        # DDP averages gradients over processes: dividing by the mean count makes that the global mean. Without labels it is 0.
+        num_items, *others = accelerator.reduce(counted, "sum").clamp(min=1) / accelerator.num_processes
+        objective.of_step = dict(zip(read.counts, others, strict=True))
         options = phase.optimizer or self.recipe.optimizer
         lr = lr_at(within, phase.steps, options)
         set_options(self.optimizer, options, lr)
@@ -349,7 +349,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         known: dict[str, float] = {k: objective.now[k] for k in _CONSTANTS if k in objective.now}
-        log.add(step, lr, total, norm, metrics, tokens, {**known, "data_wait_s": round(waited, 5)})
+        log.add(step, lr, total, norm, metrics, counted[0], {**known, "data_wait_s": round(waited, 5)})
         return total
 
     def _views(self, batch: Batch, needs: Needs | None) -> list[View]:
@@ -374,9 +374,10 @@ class _Run:
         size = recipe.batch_size
         starts = [self._rows_before(step) + (part * world + rank) * size for part in range(recipe.accumulation)]
         number, _ = recipe.place(step)
-        taught = bool(self.teachers[number]) and self.step.objectives[number].teacher != "none"
+        objective: Any = self.step.objectives[number]
+        taught = bool(self.teachers[number]) and objective.teacher != "none"
         batches = (self.rows[number].batch(self.orders[number].take(start, size)) for start in starts)
-        return Read.of([batch.heard(taught, self.inputs.task) for batch in batches])
+        return Read.of([batch.heard(taught, self.inputs.task) for batch in batches], objective.counts)
 
     def _align(self) -> None:
         self._phase(self.first_step)

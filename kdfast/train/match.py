@@ -104,6 +104,20 @@ class LayerMatch(nn.Module):
         attended = tuple(m - 1 for m in numbers) if "attention" in self.terms else ()
         return Needs(layers=tuple(sorted(set(states))), attention=tuple(sorted(set(attended))))
 
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Of how many tokens and pairs of tokens the terms are means; causal or not, the attention says."""
+        rows, length = batch.input_ids.shape
+        each = torch.full((rows,), length) if self.reference or batch.attention_mask is None else batch.attention_mask.sum(1)
+        pairs = each**2
+        causal = pairs if self.reference else (pairs + each) // 2
+        return {"tokens": each.sum(), "pairs": pairs.sum(), "causal_pairs": causal.sum()}
+
+    def counted(self, term: str, student: View) -> str:
+        """Which of `counts` a term is a mean over."""
+        if term != "attention":
+            return "tokens"
+        return "causal_pairs" if next(iter(student.attention.values())).causal else "pairs"
+
     def projection(self, term: str) -> nn.Module | None:
         """From the student's width to the teacher's; None: as it is."""
         name = "all" if self.reference else term

@@ -77,6 +77,8 @@ class Objective(nn.Module):
         super().__init__()
         self.options = options
         self.now: dict[str, Any] = values_at(options, 1, 1)
+        #: `counts` of the whole optimiser step by name, over its micro-batches and processes; empty outside of one.
+        self.of_step: dict[str, Tensor] = {}
 
     def needs_of_student(self) -> Needs:
         return Needs()
@@ -92,6 +94,18 @@ class Objective(nn.Module):
     def begin_step(self, step: int, steps: int) -> None:
         """Sets `self.now`, the options with their schedules at `step` (1-based) of `steps`."""
         self.now = values_at(self.options, step, steps)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Of what terms are means where that is not the rows that count: how many of each, by name, are in a batch."""
+        return {}
+
+    def share(self, name: str, batch: Batch, num_items: int | Tensor) -> Tensor:
+        """What part of the step's `counts` of that name `batch` holds: the weight of a mean over it. Outside a step of the
+        trainer, where nobody has counted, that of its rows.
+        """
+        if name not in self.of_step:
+            return batch.share(num_items)
+        return self.counts(batch)[name].float() / self.of_step[name]
 
     def prepare(self, inputs: Any, folder: Any, say: Any) -> Prepared | None:
         """Work before the first step (decoding, prototypes), kept in `folder` and found there when resumed."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kdfast import hidden_cosine
@@ -78,6 +79,11 @@ class DistilBERT(Objective):
     def hears_teachers(self) -> bool:
         return self.options.soft_weight != 0
 
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        heard, mask = self._heard(batch), token_mask(batch)
+        rows = torch.tensor(batch.count()) if heard is None else heard.sum()
+        return {"heard": rows, "tokens": torch.tensor(batch.input_ids.numel()) if mask is None else mask.sum()}
+
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         now, share = self.now, batch.share(num_items)
         workspace = now["workspace_mb"]
@@ -90,7 +96,7 @@ class DistilBERT(Objective):
                 student, teachers, None, rows, token_weight=None if heard is None else heard.float(),
                 temperature=now["temperature"], soft_weight=now["soft_weight"], workspace_mb=workspace,
             )  # fmt: skip
-            terms.append(share * soft)
+            terms.append(self.share("heard", batch, num_items) * soft)
         if self.options.hard_weight != 0:
             if batch.labels is None:
                 raise ValueError("data: method distilbert expects labels, got a batch without; or set method.hard_weight: 0")
@@ -101,8 +107,9 @@ class DistilBERT(Objective):
             metrics = {**metrics, **found}
         if self.options.cosine_weight != 0:
             cosine = hidden_cosine(student.layers[-1], teachers[0].layers[-1], mask=token_mask(batch))
-            terms.append(now["cosine_weight"] * share * cosine)
-            metrics["cosine"] = Metric(cosine.detach() * share, share)
+            of_tokens = self.share("tokens", batch, num_items)
+            terms.append(now["cosine_weight"] * of_tokens * cosine)
+            metrics["cosine"] = Metric(cosine.detach() * of_tokens, of_tokens)
         return sum(terms[1:], terms[0]), metrics
 
     def _heard(self, batch: Batch) -> Tensor | None:

@@ -23,7 +23,7 @@ from kdfast import hidden_mse
 from kdfast.models.load import resolve_folder
 from kdfast.models.view import Needs, View
 from kdfast.strict import one_of, ranged, refuse_unused
-from kdfast.train.batch import Batch
+from kdfast.train.batch import Batch, divisor
 from kdfast.train.data import Subset
 from kdfast.train.domains import STATE_FILE, DomainState, check_domains, instance_weights, labels_of, load_state
 from kdfast.train.kd import distillation
@@ -164,7 +164,7 @@ class MetaKD(Objective):
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         now, teacher, mask = self.now, teachers[0], token_mask(batch)
         weight = self.weights(teacher, batch)
-        summed = torch.as_tensor(num_items, device=weight.device).clamp(min=1)
+        summed = divisor(num_items, weight.device)
         metrics: Metrics = {"row_weight": Metric(weight.sum(), torch.tensor(len(weight), device=weight.device))}
         terms: list[Tensor] = []
 

@@ -17,7 +17,7 @@ from kdfast.models.soft_tree import SoftTree, TreeOutput
 from kdfast.models.view import Needs, View
 from kdfast.ops.rows import values_are_checked
 from kdfast.strict import ranged, refuse_unused
-from kdfast.train.batch import IGNORE, Batch, check_classes
+from kdfast.train.batch import IGNORE, Batch, check_classes, divisor
 from kdfast.train.objective import Metric, Metrics, Objective, Setting
 from kdfast.train.schedule import Scheduled, scheduled
 
@@ -116,7 +116,7 @@ class SoftTreeMethod(Objective):
         shown = sums.detach().unbind()
         metrics |= {name: Metric(total, count) for (name, _, count), total in zip(terms, shown, strict=True)}
         weights = [self.now[f"{name}_weight"] for name, _, _ in terms]
-        items = torch.as_tensor(num_items, device=leaves.device).clamp(min=1)
+        items = divisor(num_items, leaves.device)
         loss = torch.stack([weight * total for weight, total in zip(weights, sums.unbind(), strict=True)]).sum() / items
         if self.now["penalty"]:
             penalty = self.now["penalty"] * self.penalty(tree)

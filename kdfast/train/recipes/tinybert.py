@@ -182,12 +182,16 @@ class TinyBERT(Objective):
             )
         return model
 
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {} if self.match is None else self.match.counts(batch)
+
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
-        now, share = self.now, batch.share(num_items)
+        now = self.now
         metrics: Metrics = {}
         terms: list[Tensor] = []
         if self.match is not None:
             for name, value in self.match(student, teachers[0], token_mask(batch)).items():
+                share = self.share(self.match.counted(name, student), batch, num_items)
                 metrics[name] = Metric(value.detach() * share, share)
                 terms.append(now[f"{name}_weight"] * share * value)
         if self.options.predicts:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +41,10 @@ class ClassOptions:
     no_label: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
+        for option in ("labels", "names", "no_label"):
+            read = next((x for x in getattr(self, option) if isinstance(x, bool) or x is None), "")
+            if read != "":
+                raise ValueError(f"{option}: expected text or whole numbers, got {read}, as YAML reads it; put it in quotes")
         for option in ("labels", "names"):
             found = [label_name(label) for label in getattr(self, option)]
             if len(set(found)) < len(found) or None in found:
@@ -106,19 +111,19 @@ class ClassTask(Task[D]):
 
     def _remedy(self, labels: Sequence[str], unknown: Sequence[str]) -> str:
         """What to write where the data have labels that the classes known have not."""
-        none = f"what means none, task.no_label: [{', '.join(unknown)}]"
+        none = f"what means none, task.no_label: {_listed(unknown)}"
         if not self.learned:
-            return f"list all, task.labels: [{', '.join([*labels, *unknown])}], or {none}"
-        names = ", ".join(self.names)
+            return f"list all, task.labels: {_listed([*labels, *unknown])}, or {none}"
+        names = _listed(self.names)
         if len(unknown) == len(labels) and not self.guessed:
             pairs = ", ".join(f"{name} for {label}" for label, name in zip(labels, unknown, strict=True))
             return (
-                f"if they are the same, say which is which, such as {pairs}: task.labels: [{', '.join(unknown)}], task.names:"
-                f" [{names}]"
+                f"if they are the same, say which is which, such as {pairs}: task.labels: {_listed(unknown)}, task.names:"
+                f" {names}"
             )
         return (
             f"the model has learned no others: name files with these, or {none}, or in task.labels what the data call each of"
-            f" task.names: [{names}]"
+            f" task.names: {names}"
         )
 
     def order_notes(self, keys: Sequence[str]) -> list[str]:
@@ -128,7 +133,7 @@ class ClassTask(Task[D]):
         if not keys or not self.guessed or self.names == [str(i) for i in range(len(self.names))]:
             return []
         taken = _some([f"class {i} is {name}" for i, name in enumerate(self.names)])
-        other = f": [{', '.join(reversed(self.names))}]" if len(self.names) == 2 else ""
+        other = f": {_listed(self.names[::-1])}" if len(self.names) == 2 else ""
         return [
             f"{', '.join(keys)}: names no classes, so the labels are taken as sorted: {taken}; if it was trained otherwise,"
             f" task.labels{other} says so"
@@ -156,7 +161,7 @@ class ClassTask(Task[D]):
         """
         config = read_config(folder)
         kind = kind_in(config)
-        if kind == self.kind:
+        if kind == self.kind or (heard and not config.get("architectures")):
             self.check_config(config, key)
         elif heard and kind in _HEADED:
             names, count = classes_of(config), len(config.get("id2label") or (0, 1))
@@ -181,7 +186,7 @@ class ClassTask(Task[D]):
     def _order(self, said: Sequence[str]) -> str:
         if set(said) == set(self.names):
             return "list them in its order in task.labels"
-        return f"task.names: [{', '.join(said)}] says so, beside task.labels in the same order"
+        return f"task.names: {_listed(said)} says so, beside task.labels in the same order"
 
     @torch.no_grad()
     def check_model(self, model: nn.Module, train: Source, key: str) -> None:
@@ -256,10 +261,13 @@ def label_name(label: Any) -> str | None:
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """By number where all are whole numbers, else by letter."""
+    """By number where all are whole numbers, or `LABEL_` and one as transformers names classes; else by letter."""
     names = list(names)
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=(lambda name: (int(name), name)) if numbers else (lambda name: (0, name)))
+    for prefix in ("", "LABEL_"):
+        numbers = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        if len(numbers) == len(names) and all(number.removeprefix("-").isdecimal() for number in numbers.values()):
+            return sorted(names, key=lambda name: (int(numbers[name]), name))
+    return sorted(names)
 
 
 def check_share(data: Any) -> None:
@@ -305,6 +313,12 @@ def class_summary(scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
         spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         found["mcc"] = (tp * tn - fp * fn) / spread if spread else 0.0
     return Evaluation(**found, nll=sum(float(s["nll"]) for s in scores) / rows, rows=int(rows))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """As a recipe has them: what YAML would read as another name is in quotes."""
+    plain = [int(name) if name.isdecimal() and str(int(name)) == name else name for name in names]
+    return str(yaml.safe_dump(plain, default_flow_style=True, width=1 << 20, allow_unicode=True)).strip()
 
 
 def _some(names: Sequence[str]) -> str:
