@@ -73,6 +73,12 @@ def test_data_sets_are_split_once_and_for_all(scripts: Any, tmp_path: Path) -> N
         f"Bad & {i} worse ! It broke on the first day. Never again" for i in range(60)
     }
     assert {(row["domain"], row["label"]) for row in parts["train"]} == {("dvd", "negative"), ("dvd", "positive")}
+    # A line ends where its file says so.
+    (data / "sst2/train.tsv").write_text("".join(f"one\x85two\u2028three {i}\t{i % 2}\n" for i in range(100)))
+    assert sum(prepare.sst2(data, out).values()) == 107
+    (data / "amazon_reviews/dvd.negative.review").unlink()
+    with pytest.raises(SystemExit, match=r"expected dvd\.negative\.review beside the other one, found none"):
+        prepare.amazon(data, out)
     (data / "rte" / "train.tsv").unlink()
     with pytest.raises(SystemExit, match="expected one of the folders sst2, rte, wnut17, amazon_reviews, found none"):
         prepare.prepare(tmp_path / "nothing", out)
@@ -126,3 +132,60 @@ def test_the_picture_shows_what_is_done(scripts: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.name}")
 def test_every_example_is_a_recipe(file: Path) -> None:
     assert Recipe.load(file).total_steps > 0
+
+
+def test_what_the_study_is_asked_wrongly_is_said_in_a_line(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, study = scripts
+    monkeypatch.chdir(tmp_path)
+
+    def says(match: str, *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["study.py", *words])
+        with pytest.raises(SystemExit, match=match):
+            study.main()
+
+    says("results.json: nothing is done yet; name runs", "--table")
+    says("no run is called rte/teecher; --list names them", "sst2/teacher", "rte/teecher")
+    says(r"expected `data` \(python prepare.py DATA\) and `encoder`", "sst2/teacher")
+    says("--speed: expected names of runs, the first one the measure", "--speed")
+    says("--speed: sst2/teacher is not trained yet", "--speed", "sst2/teacher")
+    Path("runs/sst2/teacher/model").mkdir(parents=True)
+    says("--speed: expected runs of one task, got sst2/teacher and wnut17/teacher", "--speed", "sst2/teacher", "wnut17/teacher")
+    for text in ("1-3", "1,,2", ""):
+        says("2", "--seeds", text, "--table")
+        assert f"expected whole numbers with commas between, such as 1,2,3, got {text!r}" in capsys.readouterr().err
+    for text in ("", '{"sst2', "[1]"):
+        Path("results.json").write_text(text)
+        says("results.json: expected ", "--table")
+    Path("results.json").write_text(json.dumps({"sst2/teacher:1": {"precision": "bf16"}}))
+    says("--precision: expected bf16, which results.json has, got fp32", "sst2/alone")
+
+
+def test_a_run_that_has_diverged_stands_in_the_table(scripts: Any, tmp_path: Path) -> None:
+    _, study = scripts
+    row = {"seconds": 60.0, "parameters": 1000, "without_embeddings": 500}
+    known = {
+        f"{name}:{seed}": {**row, "validation": {what: score}, "test": {what: score}}
+        for name, what, scores in (
+            ("wnut17/teacher", "entity_f1", [0.0]), ("wnut17/tinybert", "entity_f1", [0.1, None]), ("mlm/head", "ppl", [None]),
+            ("sst2/alone", "accuracy", [0.5, None]),
+        )
+        for seed, score in enumerate(scores, 1)
+    }  # fmt: skip
+    lines = study.table(known).splitlines()[2:]
+    told = {line.split(" | ")[0]: line.split(" | ")[2:6] for line in lines}
+    assert told == {
+        "| mlm/head": ["ppl", "-", "-", ""], "| sst2/alone": ["accuracy", "-", "-", ""],
+        "| wnut17/teacher": ["entity_f1", "0.00", "0.00", ""], "| wnut17/tinybert": ["entity_f1", "-", "-", ""],
+    }  # fmt: skip
+    study.picture(known, tmp_path / "curves.png")
+
+
+def test_studies_side_by_side_keep_what_both_have_done(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, study = scripts
+    monkeypatch.chdir(tmp_path)
+    mine, theirs = study.done(), study.done()
+    study.keep("rte/teacher:1", {"steps": 1}, mine)
+    study.keep("wnut17/teacher:1", {"steps": 2}, theirs)
+    assert study.done() == theirs == {"rte/teacher:1": {"steps": 1}, "wnut17/teacher:1": {"steps": 2}}

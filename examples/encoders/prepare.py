@@ -46,7 +46,7 @@ def parts(rows: Sequence[str], held: Mapping[str, float], name: str) -> dict[str
 
 
 def lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").splitlines()
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def write(folder: Path, found: dict[str, list[str]], suffix: str, header: str = "", between: str = "\n") -> dict[str, int]:
@@ -92,6 +92,9 @@ def amazon(data: Path, out: Path) -> dict[str, int]:
     counts, said = {}, []
     for domain in sorted({file.name.split(".")[0] for file in folder.glob("*.review")}):
         found: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+        absent = next((s for s in SENTIMENTS if not (folder / f"{domain}.{s}.review").is_file()), None)
+        if absent:
+            raise SystemExit(f"{folder}: expected {domain}.{absent}.review beside the other one, found none")
         for sentiment in SENTIMENTS:
             rows = [
                 json.dumps({"text": text, "label": sentiment, "domain": domain}, ensure_ascii=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -64,12 +65,32 @@ def carry_out(name: str, seed: int, precision: str, known: dict[str, Any]) -> No
     print(f"{key}: {recipe.total_steps} steps", flush=True)
     result = distill(recipe)
     kind = task_class(recipe.task.name).kind
-    known[key] = {
+    found = {
         "validation": dict(result.evaluation or {}), "test": scores(result.model, recipe, run.test), "steps": result.steps,
         "seconds": round(result.seconds, 1), "precision": precision,
         **parameters(load_folder(result.model, "model", kind=kind)),
     }  # fmt: skip
-    files.write_json(RESULTS, known)
+    keep(key, found, known)
+
+
+def keep(key: str, found: Mapping[str, Any], known: dict[str, Any]) -> None:
+    """In `known` and in the file, where another study may have written meanwhile."""
+    with files.locked(Path()):
+        known |= {**done(), key: found}
+        files.write_json(RESULTS, known)
+
+
+def done() -> dict[str, Any]:
+    """What `results.json` has."""
+    if not RESULTS.is_file():
+        return {}
+    try:
+        found = files.read_json(RESULTS)
+    except ValueError as error:
+        raise SystemExit(f"{error}; move it away: finished runs are scored again, and none is trained twice") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{RESULTS}: expected runs by name, got a {type(found).__name__}; move it away")
+    return found
 
 
 def headline(found: Mapping[str, Any]) -> tuple[str, float]:
@@ -87,14 +108,14 @@ def table(known: Mapping[str, Any]) -> str:
         if not rows:
             continue
         what = headline(rows[0]["test"])[0]
-        held, test = ([row[part].get(what, float("nan")) for row in rows] for part in ("validation", "test"))
+        held, test = ([number(row[part].get(what)) for row in rows] for part in ("validation", "test"))
         its = next((needed for needed in RUNS[name].needs if "teacher" in needed), f"{name.split('/')[0]}/teacher")
         teacher = known.get(f"{its}:1") if RUNS[name].seeded else None
         share = ""
         if teacher is not None and what in teacher["test"] and what != "ppl":
             domain = name.split("/")[1].split("-")[0]
             whole = teacher["test"].get(f"{what}_{domain}", teacher["test"][what])
-            share = f"{spread([score / whole for score in test], what)} %"
+            share = f"{spread([score / whole for score in test], what)} %" if whole else ""
         minutes = statistics.mean(row["seconds"] for row in rows) / 60
         lines.append(
             f"| {name} | {len(rows)} | {what} | {spread(held, what)} | {spread(test, what)} | {share} |"
@@ -104,10 +125,16 @@ def table(known: Mapping[str, Any]) -> str:
 
 
 def spread(values: Sequence[float], what: str) -> str:
-    """Mean and standard deviation, of shares in percent."""
+    """Mean and standard deviation, of shares in percent; "-" where a run has no score, as it has diverged."""
     scale = 1.0 if what == "ppl" else 100.0
+    if not all(map(math.isfinite, values)):
+        return "-"
     mean = f"{statistics.mean(values) * scale:.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) * scale:.2f}"
+
+
+def number(score: float | None) -> float:
+    return math.nan if score is None else score
 
 
 def picture(known: Mapping[str, Any], file: Path) -> None:
@@ -116,7 +143,8 @@ def picture(known: Mapping[str, Any], file: Path) -> None:
     students, shares = figure.subplots(1, 2)
 
     def accuracies(name: str) -> list[float]:
-        return [100 * value["test"]["accuracy"] for key, value in known.items() if key.rsplit(":", 1)[0] == name]
+        found = (value["test"].get("accuracy") for key, value in known.items() if key.rsplit(":", 1)[0] == name)
+        return [100 * score for score in found if score is not None]
 
     done = {name: len(accuracies(name)) for name in RUNS if name.startswith("sst2/") and RUNS[name].seeded}
     shown = [name for name, seeds in done.items() if seeds and seeds == max(done.values())]
@@ -151,13 +179,21 @@ def picture(known: Mapping[str, Any], file: Path) -> None:
 
 
 def speed(names: Sequence[str], repeats: int = 15) -> dict[str, dict[str, float]]:
-    """Milliseconds of a forward pass over 32 sentences of SST-2, and over one: medians of interleaved rounds, with the first's
-    ratio to each.
+    """Milliseconds of a forward pass over 32 test rows of the runs' task, and over one: medians of interleaved rounds, with the
+    first's ratio to each.
     """
-    folders = [Path(recipe_of(name, 1).out) / "model" for name in names]
-    models = [load_folder(folder, "model", kind="sequence_classification").eval() for folder in folders]
-    recipe = recipe_of(names[0], 1)
-    task = task_class(recipe.task.name)(recipe.task.options, replace(recipe.data, train=(), validation=("data/sst2/test.tsv",)))
+    if not names:
+        raise SystemExit("--speed: expected names of runs, the first one the measure, such as sst2/teacher sst2/tinybert")
+    recipes = [recipe_of(name, 1) for name in names]
+    folders = [Path(recipe.out) / "model" for recipe in recipes]
+    for name, recipe, folder in zip(names, recipes, folders, strict=True):
+        if recipe.task != recipes[0].task:
+            raise SystemExit(f"--speed: expected runs of one task, got {names[0]} and {name}")
+        if not folder.is_dir():
+            raise SystemExit(f"--speed: {name} is not trained yet; run it first")
+    cls, tests = task_class(recipes[0].task.name), RUNS[names[0]].test
+    models = [load_folder(folder, "model", kind=cls.kind).eval() for folder in folders]
+    task = cls(recipes[0].task.options, replace(recipes[0].data, train=(), validation=tuple(tests)))
     rows = task.open(*load_tokenizer(folders[0]), folders[0].parent / "test", False).validation
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for size in (32, 1):
@@ -176,10 +212,16 @@ def speed(names: Sequence[str], repeats: int = 15) -> dict[str, dict[str, float]
     return found
 
 
+def seeds(text: str) -> list[int]:
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, such as 1,2,3, got {text!r}")
+    return [int(word) for word in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="runs, perhaps with *")
-    parser.add_argument("--seeds", default="1,2,3", help="of the students (default %(default)s)")
+    parser.add_argument("--seeds", type=seeds, default="1,2,3", help="of the students (default %(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training (default %(default)s)")
     parser.add_argument("--list", action="store_true", help="name the runs")
     parser.add_argument("--table", action="store_true", help="print what is done")
@@ -189,16 +231,25 @@ def main() -> None:
     if args.list:
         print("\n".join(RUNS))
         return
-    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    wanted = [name for pattern in args.names for name in RUNS if fnmatch.fnmatch(name, pattern)]
-    if args.names and not wanted:
-        raise SystemExit(f"no run is called {args.names[0]}; --list names them")
+    known, wanted = done(), list[str]()
+    for pattern in args.names:
+        meant = [name for name in RUNS if fnmatch.fnmatch(name, pattern)]
+        if not meant:
+            raise SystemExit(f"no run is called {pattern}; --list names them")
+        wanted += [name for name in meant if name not in wanted]
     if args.speed:
         print(json.dumps(speed(wanted), indent=2))
         return
-    for seed in map(int, args.seeds.split(",")):
+    other = [key for key, value in known.items() if value.get("precision", args.precision) != args.precision]
+    if wanted and other:
+        raise SystemExit(f"--precision: expected {known[other[0]]['precision']}, which {RESULTS} has, got {args.precision}")
+    if wanted and not (Path("data").is_dir() and Path("encoder").exists()):
+        raise SystemExit("expected `data` (python prepare.py DATA) and `encoder` (README.md) in this folder")
+    for seed in args.seeds:
         for name in wanted:
             carry_out(name, seed, args.precision, known)
+    if not known:
+        raise SystemExit(f"{RESULTS}: nothing is done yet; name runs, which --list has")
     if args.table:
         print(table(known))
     if args.picture:
