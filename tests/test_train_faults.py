@@ -7,6 +7,8 @@ import dataclasses
 import importlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -474,3 +476,19 @@ def test_a_teacher_that_is_not_heard_in_a_step_is_not_compared_with_the_labels(t
     heard = {**values, "out": str(tmp_path / "heard"), "method": {**drawn, "soft_weight": 1.0}}
     with pytest.raises(AlignmentError):
         distill(Recipe.build(heard), say=quiet)
+
+
+def test_two_runs_do_not_train_in_one_folder(tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe = Recipe.build(recipe_values(tokenizer, out, steps=2))
+    other = (
+        "import sys, time\nfrom kdfast import files\nwith files.claimed(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", other, str(out)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=r"^out: another process trains in .*run; wait until it has ended, or set another"):
+            distill(recipe, say=quiet)
+        assert not (out / "metrics.jsonl").exists()
+        process.kill()
+    assert distill(recipe, say=quiet).steps == 2

@@ -118,7 +118,7 @@ def _distill(
     run = _Run(recipe, inputs, kept, accelerator, say, bar if accelerator.is_main_process else None)
     if recipe.check:
         return run.check()
-    with stop_signals() as stop:
+    with run_folder.claimed(folder, accelerator.is_main_process), stop_signals() as stop:
         result = run.train(stop)
     if run.anybody(stop.is_set()):
         raise KeyboardInterrupt(f"stopped after step {result.steps}, the last: {folder} is done; run the same again to go on")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 import kdfast
+from kdfast import files
 from kdfast.files import read_json, write_json, write_text
 from kdfast.train.best import FOLDER as BEST
 from kdfast.train.best import forget_beyond
@@ -65,6 +67,22 @@ def begin(folder: Path, recipe: Recipe, inputs: Inputs, corpora: Sequence[str], 
     write_json(
         folder / "run.json", {"seed": recipe.seed, **classes, "corpora": list(corpora), **_hashes(inputs), **environment()}
     )
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, main: bool) -> Iterator[None]:
+    """While the block runs no other run trains in `folder`; the `main` process of several claims it for all.
+
+    Raises:
+        ValueError: one does.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if main:
+                stack.enter_context(files.claimed(folder))
+        except BlockingIOError:
+            raise ValueError(f"out: another process trains in {folder}; wait until it has ended, or set another out") from None
+        yield
 
 
 def finish(folder: Path, steps: int, seconds: float, evaluation: Evaluation | None) -> None:
