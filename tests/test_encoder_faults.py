@@ -44,7 +44,7 @@ def test_what_stands_for_no_label_is_no_class(tokenizer: Path, tmp_path: Path) -
     task, splits = opened(tokenizer, {"name": TASK, "no_label": ["-"]}, data)
     assert task.names == ["neg", "pos"]
     assert splits.train.labelled.tolist() == [i % 4 != 0 for i in range(24)]
-    with pytest.raises(ValueError, match=r"got -; list all, task\.labels: \[neg, pos, -\], or .*task\.no_label: \[-\]"):
+    with pytest.raises(ValueError, match=r"got -; list all, task\.labels: \[neg, pos, '-'\], or .*task\.no_label: \['-'\]"):
         opened(tokenizer, {"name": TASK, "labels": ["neg", "pos"]}, data)
 
 
@@ -229,7 +229,14 @@ def test_tags_are_written_beside_those_of_the_file(
     assert main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert len(rows) == 16
-    assert rows[0] == {"row": 0, "tags": ["O", "B-loc"], "said": ["O", "B-loc"]}
+    assert rows[0] == {"row": 0, "sentence": 0, "words": ["in", "paris"], "tags": ["O", "B-loc"], "said": ["O", "B-loc"]}
+    # A long sentence has several rows.
+    long = tmp_path / "long.conll"
+    long.write_text("the O\nfilm O\nin O\nparis B-loc\n\nin O\nparis B-loc\n")
+    assert main(["eval", str(made.out), "--data", str(long), "--set", "max_length=4", *words[-2:]]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [row["sentence"] for row in rows] == [0, 0, 1]
+    assert [word for row in rows for word in row["words"]] == ["the", "film", "in", "paris", "in", "paris"]
     # The run's own validation files where none are named.
     capsys.readouterr()
     assert main(["eval", str(made.out), "--json"]) == 0

@@ -62,7 +62,9 @@ def evaluate(
 
 @torch.no_grad()
 def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size: int = 16) -> bool:
-    """Writes what `model` says of each row (`ClassTask.said`), a line of JSON each, in their order; whether any has a label."""
+    """Writes what `model` says of each row (`ClassTask.shown` and `said`), a line of JSON each, in their order; whether any has
+    a label.
+    """
     device, labelled = _device_of(model), False
     with _modes_kept(model), written(file) as part, open(part, "w", encoding="utf-8") as lines:
         model.eval()
@@ -71,7 +73,8 @@ def predict(model: nn.Module, rows: Source, task: Any, file: Path, *, batch_size
             labelled |= batch.labelled
             batch = batch.to(device)
             for line in task.said(look(model, batch.by_name), batch):
-                lines.write(json_line({"row": next(number), **line}))
+                row = next(number)
+                lines.write(json_line({"row": row, **task.shown(row), **line}))
     return labelled
 
 

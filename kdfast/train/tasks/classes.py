@@ -222,6 +222,10 @@ class ClassTask(Task[D]):
     def summary(self, scores: Sequence[Mapping[str, Tensor]]) -> Evaluation:
         return class_summary(scores)
 
+    def shown(self, row: int) -> dict[str, Any]:
+        """What stands beside `said` of a row, whose number may say too little."""
+        return {}
+
     def said(self, view: View, batch: Batch) -> list[dict[str, Any]]:
         """Of each row its label (None: it has none), the likeliest class (None: of NaN) and the probabilities of all."""
         labels = [IGNORE] * len(view.logits) if batch.labels is None else batch.labels.tolist()

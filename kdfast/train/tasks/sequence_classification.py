@@ -153,6 +153,7 @@ class SequenceClassification(ClassTask[Data]):
         if data.label not in columns and (data.label != "label" if training else self.scored):
             raise ValueError(
                 f"{key}: expected a column {data.label!r} with the class, got {', '.join(columns)}; name it in data.label"
+                f"{'' if training else ', or write down what is said with --predictions'}"
             )
         if not self.domains:
             self.domains = sorted(name for name in set(domains) if name is not None)
@@ -239,7 +240,10 @@ def table_rows(
     )
     for file in source.texts:
         if file.suffix not in TABLES:
-            raise ValueError(f"{key}: expected .tsv, .csv, .jsonl or .parquet files, got {str(file)!r}; set data.glob")
+            raise ValueError(
+                f"{key}: expected .tsv, .csv, .jsonl or .parquet files, got {str(file)!r}; of a folder set data.glob,"
+                " of texts make a .tsv whose first line is text"
+            )
         for i, row in enumerate(delimited_rows(file, key, columns)):
             if columns and i == 0 and any(name == value for name, value in row.values.items()):
                 raise ValueError(

@@ -108,8 +108,11 @@ class TokenClassification(ClassTask[Data]):
         firsts: list[Tensor] = []
         tags: list[str | None] = []
         lost = cut = 0
+        self.written: list[dict[str, Any]] = []
+        number = itertools.count()
         for file in files:
             for sentence in sentences(file, data, key):
+                place = next(number)
                 for part in parts(seen(sentence, tokenizer, unknown), tokenizer, data.max_length):
                     encoding = cutting.encode(" ".join(part.words))
                     cut += bool(encoding.overflowing)
@@ -117,6 +120,9 @@ class TokenClassification(ClassTask[Data]):
                     ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
                     firsts.append(torch.tensor([word is not None for word in first], dtype=torch.bool))
                     tags += [part.tags[word] for word in first if word is not None]
+                    if not self.scored:  # what the model says of them is written down
+                        words = [part.words[word] for word in first if word is not None]
+                        self.written.append({"sentence": place, "words": words})
                     lost += len(part.words) - sum(word is not None for word in first)
         if not tags:
             raise ValueError(f"{key}: expected at least one word, got none")
@@ -128,6 +134,10 @@ class TokenClassification(ClassTask[Data]):
 
     def positions(self, batch: Batch) -> Tensor | None:
         return token_positions(batch)
+
+    def shown(self, row: int) -> dict[str, Any]:
+        """The number of its sentence, of which a long one has several rows, and the words that begin a token."""
+        return self.written[row]
 
     def said(self, view: View, batch: Batch) -> list[dict[str, Any]]:
         """Of each row its tags (None: it has none) and the likeliest ones, of words that begin a token."""
