@@ -230,6 +230,18 @@ def test_tags_are_written_beside_those_of_the_file(
     rows = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     assert rows[0] == {"row": 0, "sentence": 0, "words": ["in", "paris"], "tags": ["O", "B-loc"], "said": ["O", "B-loc"]}
+    # A file of another kind, and one of CoNLL-U with words written as one and words not written.
+    made_of_rows = tmp_path / "t.jsonl"
+    made_of_rows.write_text(json.dumps({"w": ["in", "paris"], "tags": ["O", "B-loc"]}) + "\n")
+    listed = {"train": str(made_of_rows), "validation": str(made_of_rows), "words": "w"}
+    by_rows = run(values(tokenizer, tmp_path / "by_rows", listed, "token_classification", steps=1))
+    words_in = tmp_path / "u.conll"
+    words_in.write_text("# text = in paris\n1-2\tinparis\t_\n1\tin\tO\n1.1\tthe\t_\n2\tparis\tB-loc\n")
+    for told in ([], ["--set", "words=w"]):
+        asked = ["eval", str(by_rows.out), "--data", str(words_in), "--set", "word_column=1", *told, *words[-2:]]
+        assert main(asked) == (2 if told else 0)
+    (row,) = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert (row["words"], row["tags"]) == (["in", "paris"], ["O", "B-loc"])
     # A long sentence has several rows.
     long = tmp_path / "long.conll"
     long.write_text("the O\nfilm O\nin O\nparis B-loc\n\nin O\nparis B-loc\n")

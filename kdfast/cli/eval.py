@@ -153,6 +153,8 @@ def _scores(args: argparse.Namespace) -> tuple[Any, str]:
         task.take_classes([] if function else [read_config(folder)])
         task.learned = True
         task.scored = not args.predictions
+        if same and args.data:
+            task.inherited = frozenset(run.data).difference(setting.partition("=")[0].strip() for setting in rest)
     elif args.predictions:
         raise ValueError(f"--predictions: expected a task with classes, got {chosen.name}; leave it out")
     with tempfile.TemporaryDirectory() as kept:

@@ -73,6 +73,8 @@ class ClassTask(Task[D]):
         self.scored = True
         #: Whether `names` are what the data have, sorted: nobody has said their order.
         self.guessed = False
+        #: Options of the data that were said of other files than these.
+        self.inherited: frozenset[str] = frozenset()
         #: Whether a model has learned the classes: it has no logit for another one.
         self.learned = False
 

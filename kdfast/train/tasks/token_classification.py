@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +94,15 @@ class TokenClassification(ClassTask[Data]):
         listed = [list_files(paths, self.data.glob, (), key) for paths, key in
                   ((train, "data.train"), (validation, "data.validation")) if paths]  # fmt: skip
         rows = {file.suffix in ROWS for files in listed for _, file in files}
+        # What a run's recipe says of its own files is not said of others.
+        names, places = (
+            tuple(name for name in pair if name not in self.inherited)
+            for pair in (("words", "tags"), ("word_column", "tag_column"))
+        )
         if True not in rows and listed:
-            refuse_unused(self.data, ("words", "tags"), "without .jsonl or .parquet files expected none", "data")
+            refuse_unused(self.data, names, "without .jsonl or .parquet files expected none", "data")
         if False not in rows and listed:
-            refuse_unused(self.data, ("word_column", "tag_column"), "without files in CoNLL columns expected none", "data")
+            refuse_unused(self.data, places, "without files in CoNLL columns expected none", "data")
 
     def _read(self, paths: Sequence[str], tokenizer: Tokenizer, key: str) -> Words:
         data = self.data
@@ -222,6 +228,10 @@ class Words:
         return digest_of_tensors(self.ends, self.ids, self.labels, self.firsts)
 
 
+#: Of CoNLL-U: the numbers of several words that are written as one, and of one that is not written at all.
+_NO_WORD = re.compile(r"\d+(-\d+|\.\d+)")
+
+
 def sentences(file: Path, data: Data, key: str) -> Iterator[Sentence]:
     """The sentences of a file, of whichever kind it is."""
     if file.suffix in ROWS:
@@ -238,6 +248,8 @@ def sentences(file: Path, data: Data, key: str) -> Iterator[Sentence]:
             if tabbed and line.startswith("# ") and "\t" not in line:
                 continue  # CoNLL-U: a comment
             columns = line.split("\t") if "\t" in line else line.split()
+            if tabbed and data.word_column and _NO_WORD.fullmatch(columns[0]):
+                continue
             if not line.strip() or columns[0] == "-DOCSTART-":
                 if words:
                     yield Sentence(words, tags)
