@@ -20,6 +20,14 @@ def token_positions(batch: Batch) -> Tensor:
     return torch.ones_like(own, dtype=torch.bool) if mask is None else mask.bool()
 
 
+def tokens_of_rows(batch: Batch) -> Tensor:
+    """`[B]`: of how many tokens that are no padding each row is; 1 where rows are no text and all are of one size."""
+    if batch.attention_mask is not None:
+        return batch.attention_mask.sum(1)
+    first = next(iter(batch.by_name.values()))
+    return torch.full((first.shape[0],), first.shape[1] if "input_ids" in batch.by_name else 1, device=first.device)
+
+
 def check_classes(labels: Tensor, classes: int) -> None:
     """Raises where a label is neither a class nor `IGNORE`; looks at the values."""
     outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]

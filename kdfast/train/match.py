@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdfast import attention_mse, hidden_mse
 from kdfast.integrations.transformers import check_capturable
 from kdfast.models.view import Needs, View
-from kdfast.train.batch import Batch
+from kdfast.train.batch import Batch, tokens_of_rows
 
 TERMS = ("embedding", "hidden", "attention")
 FLAVORS = ("paper", "reference")
@@ -106,8 +106,9 @@ class LayerMatch(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Of how many tokens and pairs of tokens the terms are means; causal or not, the attention says."""
-        rows, length = batch.input_ids.shape
-        each = torch.full((rows,), length) if self.reference or batch.attention_mask is None else batch.attention_mask.sum(1)
+        each = tokens_of_rows(batch)
+        if self.reference and batch.attention_mask is not None:
+            each = torch.full_like(each, batch.attention_mask.shape[1])
         pairs = each**2
         causal = pairs if self.reference else (pairs + each) // 2
         return {"tokens": each.sum(), "pairs": pairs.sum(), "causal_pairs": causal.sum()}

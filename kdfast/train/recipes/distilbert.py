@@ -20,7 +20,7 @@ from kdfast import hidden_cosine
 from kdfast.models.load import vocab_of
 from kdfast.models.view import Needs, View
 from kdfast.strict import ranged
-from kdfast.train.batch import IGNORE, Batch, token_positions
+from kdfast.train.batch import IGNORE, Batch, token_positions, tokens_of_rows
 from kdfast.train.kd import distillation, hard
 from kdfast.train.match import one_teacher, shape_of, token_mask
 from kdfast.train.objective import Metric, Metrics, Objective, Setting
@@ -80,9 +80,8 @@ class DistilBERT(Objective):
         return self.options.soft_weight != 0
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        heard, mask = self._heard(batch), token_mask(batch)
-        rows = torch.tensor(batch.count()) if heard is None else heard.sum()
-        return {"heard": rows, "tokens": torch.tensor(batch.input_ids.numel()) if mask is None else mask.sum()}
+        heard = self._heard(batch)
+        return {"heard": torch.tensor(batch.count()) if heard is None else heard.sum(), "tokens": tokens_of_rows(batch).sum()}
 
     def forward(self, student: View, teachers: Sequence[View], batch: Batch, num_items: int | Tensor) -> tuple[Tensor, Metrics]:
         now, share = self.now, batch.share(num_items)
