@@ -205,6 +205,6 @@ def _with_flags(message: str) -> str:
     def setting(match: re.Match[str]) -> str:
         return f"--set task.{match[1]}" + (f'="{match[2]}"' if match[2] else "")
 
-    message = re.sub(rf"(?<![\w/.'-])data\.({options['Data']})\b(?!\.)", flag, message)
-    message = re.sub(rf"(?<![\w/.'-])task\.({options['Options']})\b(?:: (\[.*?\]))?", setting, message)
+    message = re.sub(rf"(?<![\w.'-])data\.({options['Data']}|\w+(?=: unknown key))\b(?!\.)", flag, message)
+    message = re.sub(rf"(?<![\w.'-])task\.({options['Options']}|\w+(?=: unknown key))\b(?:: (\[.*?\]))?", setting, message)
     return re.sub(r"^(tokenizer|task|best)(?=[: ])", r"--\1", message)
