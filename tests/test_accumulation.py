@@ -24,6 +24,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from kdfast.train import Batch
+from kdfast.train.batch import IGNORE
+
 DEEP = {**BERT, "num_hidden_layers": 2, "initializer_range": 0.4, "attn_implementation": "sdpa"}
 DEEP_VIT: dict[str, Any] = {"num_hidden_layers": 2, "initializer_range": 0.4, "attn_implementation": "sdpa", "num_labels": 3}
 TAGS = named("B-loc", "I-loc", "O")
@@ -95,3 +98,10 @@ def test_micro_batches_are_one_batch(task: str, method: dict[str, Any], tokenize
         for whole, several in zip(found[0], part, strict=True):
             told = [name for name in whole if name not in ("seconds", "tokens_per_s", "data_wait_s")]
             assert {name: several[name] for name in told} == pytest.approx({name: whole[name] for name in told}, rel=2e-4)
+
+
+def test_processes_may_have_less_than_an_item_each() -> None:
+    """One label among two processes is half an item for each, whose gradients are averaged; none at all is no division."""
+    batch = Batch(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1, IGNORE]))
+    assert float(batch.share(torch.tensor(0.5))) == 2.0
+    assert float(batch.share(0)) == 1.0
