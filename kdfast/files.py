@@ -221,31 +221,18 @@ def read_lines(path: str | os.PathLike[str]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
     """Processes do what is in the block one at a time, one for each folder, which is made when missing.
 
     The lock is on the folder itself: it leaves no file behind and dies with the process.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def claimed(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """The same for one that does not wait: nobody else claims the folder while the block runs.
 
     Raises:
-        BlockingIOError: somebody has claimed it, or is in a block of `locked`.
+        BlockingIOError: another process is in such a block, and `wait` is False.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

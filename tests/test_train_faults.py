@@ -482,7 +482,7 @@ def test_two_runs_do_not_train_in_one_folder(tokenizer: Path, tmp_path: Path) ->
     out = tmp_path / "run"
     recipe = Recipe.build(recipe_values(tokenizer, out, steps=2))
     other = (
-        "import sys, time\nfrom kdfast import files\nwith files.claimed(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)"
+        "import sys, time\nfrom kdfast import files\nwith files.locked(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", other, str(out)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -19,8 +19,7 @@ import torch
 import yaml
 
 import kdfast
-from kdfast import files
-from kdfast.files import read_json, write_json, write_text
+from kdfast.files import locked, read_json, write_json, write_text
 from kdfast.train.best import FOLDER as BEST
 from kdfast.train.best import forget_beyond
 from kdfast.train.data import digest_of
@@ -79,7 +78,7 @@ def claimed(folder: Path, main: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             if main:
-                stack.enter_context(files.claimed(folder))
+                stack.enter_context(locked(folder, wait=False))
         except BlockingIOError:
             raise ValueError(f"out: another process trains in {folder}; wait until it has ended, or set another out") from None
         yield
